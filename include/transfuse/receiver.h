@@ -1,0 +1,92 @@
+// The reading side: brings one version into this process's parameters, proved, or says why not.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "transfuse/control.h"
+#include "transfuse/layout.h"
+#include "transfuse/plan.h"
+#include "transfuse/publisher.h"
+#include "transfuse/transport.h"
+
+namespace transfuse {
+
+enum class Verify : uint8_t { kFull, kOff };
+
+struct ReceiverOptions {
+  std::string model = "model";
+  std::string name;  // of this target, unique in the model: "engine0"
+  Verify verify = Verify::kFull;
+  PlanOptions plan;
+  uint64_t spread = 0;  // this target's number among its peers: spreads readers over replicas
+  int64_t no_progress_ms = 2000;  // a source without progress for so long counts as stalled
+  uint32_t max_attempts = 8;      // of one refit, over all reasons
+};
+
+struct RefitPhases {        // microseconds
+  int64_t discover_us = 0;  // descriptors, connections, layouts, plan: zero when warm
+  int64_t lease_us = 0;
+  int64_t transfer_us = 0;
+  int64_t verify_us = 0;
+  int64_t commit_us = 0;
+  int64_t total_us = 0;
+};
+
+struct RefitRoute {
+  std::string source;     // member name
+  std::string transport;  // kind
+  std::string route;      // "memfd", "process_vm_readv", ...
+  uint64_t size_bytes = 0;
+  uint64_t run_count = 0;
+};
+
+// One step of the way from a failure to success or an error (I12).
+struct RefitStep {
+  ErrorCode code = ErrorCode::kUnavailable;
+  std::string source;  // empty: not about one source
+  std::string what;    // the failure, and what was done: "retry", "next source", "replan"
+};
+
+struct RefitReport {
+  uint64_t version = 0;
+  RefitPhases phases;
+  uint64_t size_bytes = 0;    // written to the target
+  uint64_t source_bytes = 0;  // read from sources (larger under a narrowing cast)
+  uint64_t reread_bytes = 0;  // by retries
+  uint64_t chunk_count = 0;
+  uint64_t verified_bytes = 0;  // covered by matching fingerprints
+  uint32_t attempts = 1;
+  bool planned = false;             // a plan was compiled in this cycle
+  double gigabytes_per_second = 0;  // size_bytes / transfer
+  std::vector<RefitRoute> routes;
+  std::vector<RefitStep> steps;
+  std::string to_json() const;
+  std::string to_text() const;
+};
+
+// in_place: the target parameters are overwritten by refit(), which the engine calls at its own
+// safe point (I9). After a refit that failed in or after the transfer the parameters hold no
+// version (version() is 0) until one succeeds. `transport` and `control` outlive it. Used from one
+// thread at a time; cancel() from any.
+class Receiver {
+ public:
+  static Result<std::unique_ptr<Receiver>> open(Transport& transport, Control& control,
+                                                const Layout& layout,
+                                                std::vector<ParameterMemory> memory,
+                                                const ReceiverOptions& options);
+  virtual ~Receiver() = default;
+
+  // Returns when every byte of the one version in the report is in place and proved, else a typed
+  // error. What went on before success or failure is in the report (also after a failure:
+  // last_report()).
+  virtual Result<RefitReport> refit(const VersionRequest& request, Deadline deadline) = 0;
+  virtual const RefitReport& last_report() const = 0;
+  virtual uint64_t version() const = 0;  // what the parameters hold; 0: none
+  virtual void cancel() = 0;             // a running refit ends with kCancelled
+  virtual Result<void> close() = 0;
+};
+
+}  // namespace transfuse

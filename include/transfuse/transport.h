@@ -1,0 +1,167 @@
+// Moves bytes between registered regions of processes, by one-sided reads of the reader. Knows
+// nothing of tensors or versions.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "transfuse/copy.h"
+#include "transfuse/deadline.h"
+#include "transfuse/result.h"
+
+namespace transfuse {
+
+enum class RegionId : uint64_t {};  // unique in one transport instance, never reused
+enum class TicketId : uint64_t {};  // never reused, does not wrap
+
+// What a peer must know to open a region; travels over the control plane.
+struct RegionDescriptor {
+  RegionId id{};
+  uint64_t size_bytes = 0;
+};
+
+// Memory of this process that peers may read. The destructor ends the registration: peers that open
+// it afterwards are refused; what a peer mapped before stays mapped there until it closes its
+// handle. Must not outlive its transport.
+class LocalRegion {
+ public:
+  virtual ~LocalRegion() = default;
+  LocalRegion(const LocalRegion&) = delete;
+  LocalRegion& operator=(const LocalRegion&) = delete;
+  virtual std::span<std::byte> bytes() const = 0;
+  virtual RegionDescriptor descriptor() const = 0;
+
+ protected:
+  LocalRegion() = default;
+};
+
+// A region of another process, opened for reading. Must outlive the tickets that read it, must not
+// outlive its peer.
+class RemoteRegion {
+ public:
+  virtual ~RemoteRegion() = default;
+  RemoteRegion(const RemoteRegion&) = delete;
+  RemoteRegion& operator=(const RemoteRegion&) = delete;
+  virtual uint64_t size_bytes() const = 0;
+  // How its bytes travel, in words for reports: "memfd", "process_vm_readv", "local".
+  virtual std::string_view route() const = 0;
+
+ protected:
+  RemoteRegion() = default;
+};
+
+// A process that can be read. Closing it ends every later write of abandoned tickets that read from
+// it.
+class Peer {
+ public:
+  virtual ~Peer() = default;
+  Peer(const Peer&) = delete;
+  Peer& operator=(const Peer&) = delete;
+  // kNotFound: the peer has no such region (any more). kCorrupt: what the peer handed out does not
+  // match the descriptor.
+  virtual Result<std::unique_ptr<RemoteRegion>> open_region(const RegionDescriptor& descriptor,
+                                                            Deadline deadline) = 0;
+  // False once the peer process is known to be gone; never blocks.
+  virtual bool alive() const = 0;
+
+ protected:
+  Peer() = default;
+};
+
+// A read of one region: its copies, executed in any order by any number of threads. Spans belong to
+// the caller and stay valid and unchanged until the ticket has ended (landed, failed or cancelled).
+struct ReadRequest {
+  const RemoteRegion* region = nullptr;
+  std::span<const StridedCopy> copies;
+  std::span<uint64_t>
+      fingerprints;  // empty, or one per copy: written where copies[i].fingerprint is set
+};
+
+enum class TicketState : uint8_t {
+  kPending,
+  kLanded,     // every byte is in place and visible to the thread that polls
+  kFailed,     // see finish(); part of the target may be written, nothing writes any more
+  kCancelled,  // nothing writes any more
+  kPoisoned,  // cancelled by the caller, but a late write is still possible: the target memory must
+              // not be used
+};
+
+struct TransportStats {
+  uint64_t regions = 0;  // live registrations
+  uint64_t region_bytes = 0;
+  uint64_t peers = 0;           // live connections
+  uint64_t remote_regions = 0;  // live mappings or handles
+  uint64_t tickets = 0;         // submitted and not yet finished
+  uint64_t poisoned_bytes = 0;  // target bytes that an abandoned ticket may still write
+  uint64_t read_bytes = 0;      // since open
+  bool operator==(const TransportStats&) const = default;
+};
+
+struct TransportOptions {
+  // 0: one per core that this process may use.
+  uint32_t threads = 0;
+  // shm only: let any process of this user read caller-owned memory (PR_SET_PTRACER_ANY). Only on
+  // request.
+  bool allow_any_tracer = false;
+  // Secret that a peer must present to be served; empty: none is asked for.
+  std::string token;
+};
+
+// Thread-safe: every call may come from any thread. Submit, then poll; no callbacks.
+class Transport {
+ public:
+  virtual ~Transport() = default;  // waits for its own worker threads only, never for a peer
+  Transport(const Transport&) = delete;
+  Transport& operator=(const Transport&) = delete;
+
+  virtual std::string_view kind() const = 0;  // "local", "shm", ...
+
+  // -- to be read --
+  // Zeroed memory of the transport's best kind, page aligned. kResourceExhausted where there is no
+  // room.
+  virtual Result<std::unique_ptr<LocalRegion>> allocate(uint64_t size_bytes) = 0;
+  // Memory that the caller owns and keeps alive while the handle lives.
+  virtual Result<std::unique_ptr<LocalRegion>> register_memory(std::span<std::byte> memory) = 0;
+  // What a peer passes to connect(): opaque, valid while this transport lives.
+  virtual Result<std::string> endpoint() = 0;
+
+  // -- to read --
+  // kUnavailable: nobody there. kPermissionDenied: wrong user or token.
+  virtual Result<std::unique_ptr<Peer>> connect(std::string_view endpoint, std::string_view token,
+                                                Deadline deadline) = 0;
+
+  // Checks every copy against the size of its region (kCorrupt, nothing is started) and against
+  // poisoned target memory (kPoisoned). Does not allocate once warm.
+  virtual Result<TicketId> submit(const ReadRequest& request) = 0;
+  virtual TicketState poll(TicketId ticket) = 0;
+  // Returns when any ticket of `tickets` is no longer pending, or at the deadline: true in the
+  // first case.
+  virtual bool wait_any(std::span<const TicketId> tickets, Deadline deadline) = 0;
+  // Bytes landed so far, for progress and stall detection.
+  virtual uint64_t progress_bytes(TicketId ticket) = 0;
+  // Asks for an end. The state becomes kCancelled when no later write is possible; until then
+  // kPoisoned.
+  virtual void cancel(TicketId ticket) = 0;
+  // Takes the outcome and frees the ticket: success if landed, else the error (kCancelled if
+  // cancelled). Only for a ticket that is not kPending; a kPoisoned one is freed when it has ended,
+  // its memory stays poisoned until then.
+  virtual Result<void> finish(TicketId ticket) = 0;
+
+  virtual TransportStats stats() const = 0;
+
+ protected:
+  Transport() = default;
+};
+
+// Within one process; the memory of every `local` transport is reachable from every other.
+Result<std::unique_ptr<Transport>> open_local_transport(const TransportOptions& options = {});
+// Between processes of one host. `runtime_folder` (0700, the caller's) holds the socket.
+Result<std::unique_ptr<Transport>> open_shm_transport(std::string_view runtime_folder,
+                                                      const TransportOptions& options = {});
+
+}  // namespace transfuse
