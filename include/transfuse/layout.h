@@ -37,7 +37,7 @@ class Dims {
   int64_t operator[](int i) const { return values_[static_cast<size_t>(i)]; }
   std::span<const int64_t> values() const { return {values_.data(), static_cast<size_t>(rank_)}; }
   void push_back(int64_t value);
-  int64_t product() const;  // 1 for rank 0
+  int64_t product() const;  // 1 for rank 0; INT64_MAX where it does not fit
   bool operator==(const Dims& other) const;
   std::string to_string() const;  // "[4, 6]"
 
@@ -127,8 +127,9 @@ class Layout {
   uint64_t parameter_bytes() const;  // bytes of all parameters
 
  private:
-  friend class LayoutBuilder;
+  friend class LayoutAssembly;
   struct Content;
+  explicit Layout(std::shared_ptr<const Content> content);
   std::shared_ptr<const Content>
       content_;  // shared: a layout is immutable and copied between components
 };
@@ -154,8 +155,9 @@ class LayoutBuilder {
   void fill(uint32_t parameter, int64_t element_offset, const Dims& length,
             const Dims& element_strides);
 
-  // Empty tiles are dropped. Fails with kInvalidArgument (bad box, stride, name) or kLayoutMismatch
-  // (a tile reaches beyond its parameter).
+  // Empty tiles are dropped; the stride of a dimension of length 1 means nothing and becomes 1.
+  // Fails with kInvalidArgument (bad box, stride, name) or kLayoutMismatch (a tile reaches beyond
+  // its parameter). Leaves the builder empty.
   Result<Layout> build();
 
  private:

@@ -22,9 +22,12 @@ struct ParameterMemory {
 
 struct PublisherOptions {
   std::string model = "model";
-  std::string name;           // of this source, unique in the model: "trainer0"
-  uint32_t source_count = 1;  // sources that make a version complete
-  int64_t drain_ms = 30000;   // begin_write() waits so long for readers, then revokes them
+  std::string name;                        // of this source, unique in the model: "trainer0"
+  uint32_t source_count = 1;               // sources that make a version complete
+  std::vector<const LocalRegion*> arenas;  // outlive the publisher
+  std::string token;                       // TransportOptions::token of `transport`
+  uint32_t fingerprint_threads = 0;        // 0: one per core that this process may use
+  int64_t drain_ms = 30000;  // begin_write() waits so long for readers, then revokes them
 };
 
 struct WriteTiming {

@@ -21,6 +21,8 @@ struct ReceiverOptions {
   std::string name;  // of this target, unique in the model: "engine0"
   Verify verify = Verify::kFull;
   PlanOptions plan;
+  std::vector<const LocalRegion*> arenas;  // outlive the receiver; see ParameterMemory
+  std::string token;                       // TransportOptions::token of `transport`
   uint64_t spread = 0;  // this target's number among its peers: spreads readers over replicas
   int64_t no_progress_ms = 2000;  // a source without progress for so long counts as stalled
   uint32_t max_attempts = 8;      // of one refit, over all reasons

@@ -40,8 +40,8 @@ class LocalRegion {
   LocalRegion() = default;
 };
 
-// A region of another process, opened for reading. Must outlive the tickets that read it, must not
-// outlive its peer.
+// A region of another process, opened for reading. The destructor ends every ticket that still
+// reads it: when it returns, no later write of theirs is possible. Must not outlive its peer.
 class RemoteRegion {
  public:
   virtual ~RemoteRegion() = default;
@@ -55,8 +55,7 @@ class RemoteRegion {
   RemoteRegion() = default;
 };
 
-// A process that can be read. Closing it ends every later write of abandoned tickets that read from
-// it.
+// A process that can be read.
 class Peer {
  public:
   virtual ~Peer() = default;

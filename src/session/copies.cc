@@ -1,0 +1,76 @@
+// Element sizes, casts, offsets and fingerprint keys of a run, ready for a copy engine.
+#include "session/copies.h"
+
+#include <utility>
+
+namespace transfuse {
+namespace {
+
+ElementOp element_op(Dtype source, Dtype target) {
+  if (source != target) {
+    TRANSFUSE_CHECK(castable(source, target));
+    return target == Dtype::kBF16 ? ElementOp::kF32ToBF16 : ElementOp::kF32ToF16;
+  }
+  switch (dtype_size_bytes(source)) {
+    case 1:
+      return ElementOp::kCopy1;
+    case 2:
+      return ElementOp::kCopy2;
+    case 4:
+      return ElementOp::kCopy4;
+    default:
+      return ElementOp::kCopy8;
+  }
+}
+
+}  // namespace
+
+CopyTable::CopyTable(Plan plan) : plan_(std::move(plan)) {
+  keys_.reserve(plan_.target().tensors().size());
+  for (const TensorSpec& tensor : plan_.target().tensors()) {
+    keys_.push_back(transfuse::fingerprint_key(tensor.name));
+  }
+  for (const ParameterSpec& parameter : plan_.target().parameters()) {
+    target_dtypes_.push_back(parameter.dtype);
+  }
+  for (const Layout& layout : plan_.source_layouts()) {
+    auto& dtypes = source_dtypes_.emplace_back();
+    for (const ParameterSpec& parameter : layout.parameters()) dtypes.push_back(parameter.dtype);
+  }
+}
+
+StridedCopy CopyTable::copy(const Run& run, const Holder& holder, uint64_t source_offset_bytes,
+                            std::byte* target, bool fingerprint) const {
+  const Dtype source_dtype = source_dtypes_[holder.source_layout][holder.parameter];
+  const Dtype target_dtype = target_dtypes_[run.parameter];
+  StridedCopy copy;
+  copy.source_offset_bytes = source_offset_bytes + static_cast<uint64_t>(holder.source_offset) *
+                                                       dtype_size_bytes(source_dtype);
+  if (target != nullptr) copy.target = target + run.target_offset * dtype_size_bytes(target_dtype);
+  copy.linear_index = static_cast<uint64_t>(run.linear_index);
+  copy.fingerprint_key = keys_[run.tensor];
+  copy.op = element_op(source_dtype, target_dtype);
+  copy.fingerprint = fingerprint;
+  const Strides3& source = plan_.pattern(holder.source_pattern);
+  const Strides3& written = plan_.pattern(run.target_pattern);
+  const Strides3& index = plan_.pattern(run.index_pattern);
+  for (int level = 0; level < 3; ++level) {
+    copy.count[level] = run.count[level];
+    copy.source_stride[level] = source.level[level];
+    copy.target_stride[level] = written.level[level];
+    copy.index_stride[level] = index.level[level];
+  }
+  return copy;
+}
+
+uint64_t CopyTable::target_bytes(const Run& run) const {
+  return static_cast<uint64_t>(run.element_count()) *
+         dtype_size_bytes(target_dtypes_[run.parameter]);
+}
+
+uint64_t CopyTable::source_bytes(const Run& run, const Holder& holder) const {
+  return static_cast<uint64_t>(run.element_count()) *
+         dtype_size_bytes(source_dtypes_[holder.source_layout][holder.parameter]);
+}
+
+}  // namespace transfuse

@@ -1,0 +1,99 @@
+// The wire form of member and region descriptors.
+#include "session/descriptor.h"
+
+#include <utility>
+
+#include "base/bytes.h"
+#include "fmt/format.h"
+#include "session/memory.h"
+
+namespace transfuse {
+namespace {
+
+constexpr uint32_t kMagic = 0x31444654;  // "TFD1"
+constexpr uint64_t kMaxTextBytes = 4096;
+constexpr uint64_t kMaxBindingBytes = uint64_t{16} << 20;
+
+void write(ByteWriter& out, const RegionDescriptor& region) {
+  out.varint(static_cast<uint64_t>(region.id));
+  out.varint(region.size_bytes);
+}
+
+RegionDescriptor read_region(ByteReader& in) {
+  RegionDescriptor region;
+  region.id = RegionId{in.varint()};
+  region.size_bytes = in.varint();
+  return region;
+}
+
+Error corrupt(std::string what) {
+  return Error{ErrorCode::kCorrupt, "member descriptor: " + std::move(what)};
+}
+
+}  // namespace
+
+std::string encode(const MemberDescriptor& descriptor) {
+  ByteWriter out;
+  out.fixed(kMagic);
+  out.text(descriptor.transport);
+  out.text(descriptor.endpoint);
+  out.text(descriptor.token);
+  write(out, descriptor.control);
+  out.varint(descriptor.regions.size());
+  for (const RegionDescriptor& region : descriptor.regions) write(out, region);
+  out.text(encode(descriptor.binding));
+  return std::move(out).take();
+}
+
+Result<MemberDescriptor> decode_member_descriptor(std::string_view bytes, const Layout& layout) {
+  ByteReader in(bytes);
+  if (in.fixed<uint32_t>() != kMagic) return corrupt("not of version TFD1");
+  MemberDescriptor descriptor;
+  descriptor.transport = in.text(kMaxTextBytes);
+  descriptor.endpoint = in.text(kMaxTextBytes);
+  descriptor.token = in.text(kMaxTextBytes);
+  descriptor.control = read_region(in);
+  const uint64_t region_count = in.count(2);
+  descriptor.regions.reserve(region_count);
+  for (uint64_t i = 0; i < region_count; ++i) descriptor.regions.push_back(read_region(in));
+  const std::string_view binding = in.text(kMaxBindingBytes);
+  if (!in.ok() || in.remaining() != 0) return corrupt("truncated or too long");
+  TRANSFUSE_ASSIGN_OR_RETURN(
+      descriptor.binding, decode_binding(std::as_bytes(std::span(binding.data(), binding.size()))));
+  if (descriptor.binding.layout != layout.digest() ||
+      descriptor.binding.places.size() != layout.parameters().size()) {
+    return corrupt(fmt::format("binding of layout {} with {} parameters, expected {} with {}",
+                               descriptor.binding.layout.to_string(),
+                               descriptor.binding.places.size(), layout.digest().to_string(),
+                               layout.parameters().size()));
+  }
+  if (descriptor.control.size_bytes < 2 * sizeof(uint64_t)) return corrupt("no generation");
+  for (size_t i = 0; i < descriptor.binding.places.size(); ++i) {
+    const ParameterSpec& parameter = layout.parameters()[i];
+    const uint64_t needed = parameter_size_bytes(parameter);
+    if (needed == 0) continue;
+    const Place& place = descriptor.binding.places[i];
+    const uint64_t size =
+        place.region < region_count ? descriptor.regions[place.region].size_bytes : 0;
+    if (place.offset_bytes > size || needed > size - place.offset_bytes) {
+      return corrupt(fmt::format("parameter '{}' needs bytes [{}, +{}) of region {}, which has {}",
+                                 parameter.name, place.offset_bytes, needed, place.region, size));
+    }
+  }
+  return descriptor;
+}
+
+std::string encode(const RegionDescriptor& descriptor) {
+  ByteWriter out;
+  write(out, descriptor);
+  return std::move(out).take();
+}
+
+Result<RegionDescriptor> decode_region_descriptor(std::string_view bytes) {
+  ByteReader in(bytes);
+  const RegionDescriptor region = read_region(in);
+  if (!in.ok() || in.remaining() != 0) return corrupt("malformed region");
+  return region;
+}
+
+}  // namespace transfuse

@@ -1,0 +1,38 @@
+// Joins a layout to the memory that the caller names: checks every parameter, registers every span.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "transfuse/layout.h"
+#include "transfuse/publisher.h"
+#include "transfuse/transport.h"
+
+namespace transfuse {
+
+// The parameters of one process in registered memory. Owns the registrations, not the memory.
+// Immutable after open().
+class BoundMemory {
+ public:
+  // `memory` names every parameter of `layout` exactly once, each with at least its bytes (I2: by
+  // name).
+  static Result<BoundMemory> open(Transport& transport, const Layout& layout,
+                                  std::span<const ParameterMemory> memory,
+                                  std::span<const LocalRegion* const> arenas);
+
+  std::byte* data(uint32_t parameter) const { return data_[parameter]; }
+  const Binding& binding() const { return binding_; }  // Place::region indexes regions()
+  std::span<const RegionDescriptor> regions() const { return regions_; }
+
+ private:
+  Binding binding_;
+  std::vector<std::byte*> data_;  // per parameter, in the layout's canonical order
+  std::vector<RegionDescriptor> regions_;
+  std::vector<std::unique_ptr<LocalRegion>> registrations_;  // of caller-owned spans
+};
+
+uint64_t parameter_size_bytes(const ParameterSpec& parameter);
+
+}  // namespace transfuse

@@ -1,0 +1,182 @@
+// Connecting, and the few words that are read besides weights.
+#include "session/source_link.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <thread>
+#include <utility>
+
+#include "fmt/format.h"
+
+namespace transfuse {
+namespace {
+
+constexpr size_t kMaxTables = 8;  // of one link: plans that this reader has used lately
+constexpr auto kFirstPause = std::chrono::microseconds(50);
+constexpr auto kLongestPause = std::chrono::milliseconds(2);
+
+}  // namespace
+
+SourceLink::SourceLink(Transport& transport, Control& control, MemberInfo info,
+                       MemberDescriptor descriptor)
+    : transport_(transport),
+      control_(control),
+      info_(std::move(info)),
+      descriptor_(std::move(descriptor)) {
+  regions_.resize(descriptor_.regions.size());
+}
+
+SourceLink::~SourceLink() { close(); }
+
+Result<std::unique_ptr<SourceLink>> SourceLink::open(Transport& transport, Control& control,
+                                                     const MemberInfo& info, const Layout& layout,
+                                                     Deadline deadline) {
+  TRANSFUSE_ASSIGN_OR_RETURN(const std::string bytes, control.describe(info.id, info.incarnation));
+  TRANSFUSE_ASSIGN_OR_RETURN(MemberDescriptor descriptor, decode_member_descriptor(bytes, layout));
+  if (descriptor.transport != transport.kind()) {
+    return Error{ErrorCode::kUnsupported,
+                 fmt::format("source '{}' is served over '{}', this receiver reads over '{}'",
+                             info.name, descriptor.transport, transport.kind())};
+  }
+  std::unique_ptr<SourceLink> link(new SourceLink(transport, control, info, std::move(descriptor)));
+  TRANSFUSE_ASSIGN_OR_RETURN(link->peer_, transport.connect(link->descriptor_.endpoint,
+                                                            link->descriptor_.token, deadline));
+  TRANSFUSE_ASSIGN_OR_RETURN(link->generation_region_,
+                             link->peer_->open_region(link->descriptor_.control, deadline));
+  return link;
+}
+
+void SourceLink::close() {
+  tables_.clear();
+  regions_.clear();
+  generation_region_.reset();
+  peer_.reset();
+}
+
+Error SourceLink::gone(std::string what) const {
+  return Error{ErrorCode::kUnavailable,
+               fmt::format("source '{}' is gone: {}", info_.name, std::move(what))};
+}
+
+Result<SourceLink::Where> SourceLink::where(uint32_t parameter, Deadline deadline) {
+  if (peer_ == nullptr) return gone("its connection was closed");
+  const Place& place = descriptor_.binding.places[parameter];
+  std::unique_ptr<RemoteRegion>& region = regions_[place.region];
+  if (region == nullptr) {
+    TRANSFUSE_ASSIGN_OR_RETURN(region,
+                               peer_->open_region(descriptor_.regions[place.region], deadline));
+  }
+  return Where{.region = region.get(), .offset_bytes = place.offset_bytes};
+}
+
+Result<void> SourceLink::read_words(const RemoteRegion& region, uint64_t offset_bytes,
+                                    std::span<uint64_t> words, Deadline deadline) {
+  if (peer_ == nullptr) return gone("its connection was closed");
+  if (staged_words_.size() < words.size()) staged_words_.resize(words.size());
+  word_copy_ = {};
+  word_copy_.source_offset_bytes = offset_bytes;
+  word_copy_.target = reinterpret_cast<std::byte*>(staged_words_.data());
+  word_copy_.op = ElementOp::kCopy8;
+  word_copy_.count[2] = static_cast<uint32_t>(words.size());
+  word_copy_.source_stride[2] = word_copy_.target_stride[2] = 1;
+  TRANSFUSE_ASSIGN_OR_RETURN(
+      const TicketId ticket,
+      transport_.submit({.region = &region, .copies = {&word_copy_, 1}, .fingerprints = {}}));
+  if (!transport_.wait_any({&ticket, 1}, deadline)) {
+    transport_.cancel(ticket);
+    close();  // ends the ticket: no later write of the staged words is possible
+    TRANSFUSE_RETURN_IF_ERROR(transport_.finish(ticket));
+    return gone("a read of its control words made no progress");
+  }
+  TRANSFUSE_RETURN_IF_ERROR(transport_.finish(ticket));
+  std::memcpy(words.data(), staged_words_.data(), words.size_bytes());
+  return {};
+}
+
+Result<Generation> SourceLink::read_generation(Deadline deadline) {
+  if (generation_region_ == nullptr) return gone("its connection was closed");
+  std::array<uint64_t, 2> words{};
+  TRANSFUSE_RETURN_IF_ERROR(read_words(*generation_region_, 0, words, deadline));
+  return Generation{.incarnation = words[0], .counter = words[1]};
+}
+
+Result<void> SourceLink::request_table(MemberId reader, const TableRequest& request) {
+  const auto known = std::ranges::find(tables_, request.plan_key, &Table::key);
+  if (known != tables_.end() && --known->refits_until_renewal > 0) return {};
+  TRANSFUSE_RETURN_IF_ERROR(control_.request_table(reader, info_.id, request));
+  if (known != tables_.end()) {
+    known->refits_until_renewal = kTableRenewalVersions;
+    return {};
+  }
+  if (tables_.size() == kMaxTables) tables_.erase(tables_.begin());
+  tables_.push_back({.key = request.plan_key, .region = nullptr});
+  return {};
+}
+
+Result<SourceLink::Table*> SourceLink::open_table(const Digest& key, Deadline deadline) {
+  const auto table = std::ranges::find(tables_, key, &Table::key);
+  TRANSFUSE_CHECK(table != tables_.end());
+  if (table->region == nullptr) {
+    TRANSFUSE_ASSIGN_OR_RETURN(const std::string bytes,
+                               control_.get_table(info_.id, key, deadline));
+    TRANSFUSE_ASSIGN_OR_RETURN(const RegionDescriptor descriptor, decode_region_descriptor(bytes));
+    if (peer_ == nullptr) return gone("its connection was closed");
+    TRANSFUSE_ASSIGN_OR_RETURN(table->region, peer_->open_region(descriptor, deadline));
+  }
+  return &*table;
+}
+
+Result<void> SourceLink::read_table(MemberId reader, const TableRequest& request,
+                                    const Generation& generation, std::span<uint64_t> sums,
+                                    Deadline deadline, int64_t no_progress_ms) {
+  const auto next_limit = [&] { return deadline.earlier(Deadline::after_ms(no_progress_ms)); };
+  TRANSFUSE_RETURN_IF_ERROR(request_table(reader, request));
+  TRANSFUSE_ASSIGN_OR_RETURN(Table * table, open_table(request.plan_key, next_limit()));
+  if (table->region->size_bytes() < kTableHeaderBytes + sums.size_bytes()) {
+    return Error{
+        ErrorCode::kCorrupt,
+        fmt::format("source '{}' announced a fingerprint table of {} bytes, {} runs need {}",
+                    info_.name, table->region->size_bytes(), sums.size(),
+                    kTableHeaderBytes + sums.size_bytes())};
+  }
+  Duration pause = kFirstPause;
+  Deadline limit = next_limit();
+  uint64_t progress = 0;
+  const auto read_header = [&](TableHeader& header) {
+    return read_words(*table->region, 0, {reinterpret_cast<uint64_t*>(&header), 4}, limit);
+  };
+  while (true) {
+    TableHeader before;
+    TRANSFUSE_RETURN_IF_ERROR(read_header(before));
+    if (before.counter == generation.counter && before.incarnation == generation.incarnation) {
+      TRANSFUSE_RETURN_IF_ERROR(read_words(*table->region, kTableHeaderBytes, sums, next_limit()));
+      TableHeader after;
+      TRANSFUSE_RETURN_IF_ERROR(read_header(after));
+      if (after.counter == before.counter && after.incarnation == before.incarnation) return {};
+    }
+    if (!alive()) return gone("it ended before its fingerprints were complete");
+    TRANSFUSE_ASSIGN_OR_RETURN(const Generation now, read_generation(next_limit()));
+    if (now != generation) {
+      return Error{ErrorCode::kTornRead,
+                   fmt::format("source '{}' left generation {} for {} before its fingerprints were "
+                               "complete",
+                               info_.name, generation.counter, now.counter)};
+    }
+    if (before.progress != progress) {
+      progress = before.progress;
+      limit = next_limit();
+    }
+    if (limit.passed()) {
+      return Error{
+          ErrorCode::kDeadlineExceeded,
+          fmt::format("source '{}' made no progress with its fingerprints for {} ms ({} of "
+                      "{} runs)",
+                      info_.name, no_progress_ms, progress, sums.size())};
+    }
+    std::this_thread::sleep_for(pause);
+    pause = std::min<Duration>(pause * 2, kLongestPause);
+  }
+}
+
+}  // namespace transfuse
