@@ -1,0 +1,32 @@
+// The casts of a copy, bit for bit: every path gives what these give.
+#pragma once
+
+#include <cstdint>
+
+namespace transfuse {
+
+inline uint16_t cast_f32_bits_to_bf16(uint32_t bits) {
+  if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return 0x7FC0;
+  return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline uint16_t cast_f32_bits_to_f16(uint32_t bits) {
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7FFFFFFFu;
+  if (magnitude > 0x7F800000u) return 0x7E00;
+  if (magnitude >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00u);  // 65520 and above
+  if (magnitude >= 0x38800000u) {  // 2^-14 and above: normal in f16
+    const uint32_t rebased = magnitude - 0x38000000u;
+    return static_cast<uint16_t>(sign | ((rebased + 0x0FFFu + ((rebased >> 13) & 1u)) >> 13));
+  }
+  if (magnitude <= 0x33000000u) return static_cast<uint16_t>(sign);  // 2^-25 and below: zero
+  const uint32_t mantissa = (magnitude & 0x007FFFFFu) | 0x00800000u;
+  const uint32_t shift = 126u - (magnitude >> 23);  // 14 to 24
+  const uint32_t kept = mantissa >> shift;
+  const uint32_t rest = mantissa & ((1u << shift) - 1u);
+  const uint32_t half = 1u << (shift - 1u);
+  const uint32_t up = (rest > half || (rest == half && (kept & 1u) != 0)) ? 1u : 0u;
+  return static_cast<uint16_t>(sign | (kept + up));
+}
+
+}  // namespace transfuse

@@ -1,0 +1,346 @@
+// Turns a strided copy into rows and walks them.
+#include "copy/copy.h"
+
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <utility>
+
+#include "copy/cast.h"
+#include "copy/fingerprint.h"
+#include "copy/row_kernels.h"
+#include "transfuse/copy.h"
+#include "transfuse/result.h"
+
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
+
+namespace transfuse {
+namespace {
+
+// Elements that a strided row gathers at a time: 2 to 8 KiB with both buffers, well inside any
+// first-level cache.
+constexpr uint64_t kStageElements = 512;
+// A transpose walks so many elements of its inner level at a time, so that the cache lines it reads
+// are still there for the neighbouring rows.
+constexpr uint64_t kTransposeElements = 128;
+
+CopyPath detect_path() { return CopyPath::kPortable; }
+
+std::atomic<CopyPath>& chosen_path() {
+  static std::atomic<CopyPath> path{best_copy_path()};
+  return path;
+}
+
+const RowKernels& rows() { return kPortableRows; }
+
+// One level of the walk; source and target in bytes.
+struct Level {
+  uint64_t count = 1;
+  int64_t source = 0;
+  int64_t target = 0;
+  int64_t index = 0;
+};
+
+template <typename T>
+void move_strided(const std::byte* source, int64_t source_stride, std::byte* target,
+                  int64_t target_stride, uint64_t count) {
+  for (uint64_t i = 0; i < count; ++i) {
+    std::memcpy(target, source, sizeof(T));
+    source += source_stride;
+    target += target_stride;
+  }
+}
+
+void move_elements(uint32_t element_bytes, const std::byte* source, int64_t source_stride,
+                   std::byte* target, int64_t target_stride, uint64_t count) {
+  switch (element_bytes) {
+    case 1:
+      return move_strided<uint8_t>(source, source_stride, target, target_stride, count);
+    case 2:
+      return move_strided<uint16_t>(source, source_stride, target, target_stride, count);
+    case 4:
+      return move_strided<uint32_t>(source, source_stride, target, target_stride, count);
+    default:
+      return move_strided<uint64_t>(source, source_stride, target, target_stride, count);
+  }
+}
+
+bool is_cast(ElementOp op) { return op == ElementOp::kF32ToBF16 || op == ElementOp::kF32ToF16; }
+
+// One execution of a copy or of a sum. Used from one thread.
+class Walk {
+ public:
+  Walk(const StridedCopy& copy, bool write, bool sum)
+      : rows_(rows()),
+        op_(copy.op),
+        source_bytes_(source_element_bytes(copy.op)),
+        target_bytes_(target_element_bytes(copy.op)),
+        key_(copy.fingerprint_key),
+        write_(write),
+        sum_(sum) {
+    for (int i = 0; i < 3; ++i) add_level(copy, i);
+    choose_inner();
+  }
+
+  uint64_t run(const StridedCopy& copy, const std::byte* source) {
+    if (copy.element_count() == 0) return 0;
+    const Level& outer = levels_[0];
+    const Level& middle = levels_[1];
+    const Level& inner = levels_[2];
+    const uint64_t step = inner_step();
+    uint64_t total = 0;
+    for (uint64_t first = 0; first < inner.count; first += step) {
+      const uint64_t count = inner.count - first < step ? inner.count - first : step;
+      for (uint64_t a = 0; a < outer.count; ++a) {
+        for (uint64_t b = 0; b < middle.count; ++b) {
+          const auto at = [&](int64_t Level::* stride) {
+            return static_cast<int64_t>(a) * (outer.*stride) +
+                   static_cast<int64_t>(b) * (middle.*stride) +
+                   static_cast<int64_t>(first) * (inner.*stride);
+          };
+          std::byte* target = write_ ? copy.target + at(&Level::target) : nullptr;
+          const uint64_t index =
+              sum_ ? copy.linear_index + static_cast<uint64_t>(at(&Level::index)) : 0;
+          total += row(source + at(&Level::source), target, count, index);
+        }
+      }
+    }
+    return total;
+  }
+
+ private:
+  // Levels come outermost first; one that continues the level outside it becomes one with it.
+  void add_level(const StridedCopy& copy, int i) {
+    if (copy.count[i] == 1) return;
+    const Level level{.count = copy.count[i],
+                      .source = copy.source_stride[i] * source_bytes_,
+                      .target = copy.target_stride[i] * target_bytes_,
+                      .index = copy.index_stride[i]};
+    if (used_ > 0) {
+      Level& outside = levels_[2];
+      const auto count = static_cast<int64_t>(level.count);
+      if (outside.source == level.source * count &&
+          (!write_ || outside.target == level.target * count) &&
+          (!sum_ || outside.index == level.index * count)) {
+        outside = {.count = outside.count * level.count,
+                   .source = level.source,
+                   .target = level.target,
+                   .index = level.index};
+        return;
+      }
+    }
+    levels_[0] = levels_[1];
+    levels_[1] = levels_[2];
+    levels_[2] = level;
+    ++used_;
+  }
+
+  bool source_unit(const Level& level) const {
+    return level.count > 1 && level.source == source_bytes_;
+  }
+  bool target_unit(const Level& level) const {
+    return level.count > 1 && (!write_ || level.target == target_bytes_);
+  }
+
+  // The inner level is the one that is contiguous on both sides, else the one that is contiguous at
+  // the target (scattered writes cost more than scattered reads), else the planner's.
+  void choose_inner() {
+    size_t best = 2;
+    int best_score = -1;
+    for (size_t i = 3; i-- > 0;) {
+      const int score = (target_unit(levels_[i]) ? 2 : 0) + (source_unit(levels_[i]) ? 1 : 0);
+      if (score > best_score) {
+        best = i;
+        best_score = score;
+      }
+    }
+    if (best != 2) std::swap(levels_[best], levels_[2]);
+    // The neighbour in the source goes next to it, for the sake of the cache lines.
+    if (source_unit(levels_[0])) std::swap(levels_[0], levels_[1]);
+  }
+
+  uint64_t inner_step() const {
+    const bool transpose = !source_unit(levels_[2]) && source_unit(levels_[1]);
+    return transpose ? kTransposeElements : levels_[2].count;
+  }
+
+  // Sets seed_ for the element with this linear index.
+  void seed_at(uint64_t index) {
+    const uint64_t high = index >> 32;
+    if (high != seeded_high_) {
+      seeded_high_ = high;
+      lower_ = mix_seed(key_, static_cast<uint32_t>(high), target_bytes_u());
+      upper_ = mix_seed(key_, static_cast<uint32_t>(high), kUpperPart);
+      seed_.second = lower_.second;
+      seed_.upper_second = upper_.second;
+      seed_.step = static_cast<uint32_t>(levels_[2].index) * kIndexFactor;
+    }
+    const uint32_t scaled = static_cast<uint32_t>(index) * kIndexFactor;
+    seed_.place = scaled + lower_.first;
+    seed_.upper_place = scaled + upper_.first;
+  }
+  uint32_t target_bytes_u() const { return static_cast<uint32_t>(target_bytes_); }
+
+  // How many of `count` elements have the same upper half of their linear index as the first.
+  uint64_t same_high(uint64_t index, uint64_t count) const {
+    const auto step = static_cast<uint64_t>(levels_[2].index);
+    if (step == 0 || (index + step * (count - 1)) >> 32 == index >> 32) return count;
+    const uint64_t to_boundary = (uint64_t{1} << 32) - (index & 0xFFFFFFFFu);
+    const uint64_t fit = (to_boundary + step - 1) / step;
+    return fit < count ? fit : count;
+  }
+
+  uint64_t row(const std::byte* source, std::byte* target, uint64_t count, uint64_t index) {
+    if (!sum_) return part(source, target, count), 0;
+    uint64_t total = 0;
+    while (count > 0) {
+      const uint64_t n = same_high(index, count);
+      seed_at(index);
+      total += part(source, target, n);
+      count -= n;
+      index += n * static_cast<uint64_t>(levels_[2].index);
+      source += static_cast<int64_t>(n) * levels_[2].source;
+      if (write_) target += static_cast<int64_t>(n) * levels_[2].target;
+    }
+    return total;
+  }
+
+  uint64_t kernel(const std::byte* source, std::byte* target, uint64_t count) {
+    const auto op = static_cast<size_t>(op_);
+    if (!sum_) return rows_.copy[op](source, target, count), 0;
+    return (write_ ? rows_.copy_sum : rows_.sum)[op](source, target, count, seed_);
+  }
+
+  // A row of one seed: directly where it is contiguous, through small buffers where it is not.
+  uint64_t part(const std::byte* source, std::byte* target, uint64_t count) {
+    const Level& inner = levels_[2];
+    const bool gather = count > 1 && inner.source != source_bytes_;
+    const bool scatter = write_ && count > 1 && inner.target != target_bytes_;
+    if (!gather && !scatter) return kernel(source, target, count);
+    if (!sum_ && !is_cast(op_)) {
+      move_elements(target_bytes_u(), source, inner.source, target, inner.target, count);
+      return 0;
+    }
+    alignas(64) std::array<std::byte, kStageElements * 8> gathered;
+    alignas(64) std::array<std::byte, kStageElements * 8> scattered;
+    uint64_t total = 0;
+    for (uint64_t done = 0; done < count; done += kStageElements) {
+      const uint64_t n = count - done < kStageElements ? count - done : kStageElements;
+      const std::byte* from = source + static_cast<int64_t>(done) * inner.source;
+      std::byte* to = write_ ? target + static_cast<int64_t>(done) * inner.target : nullptr;
+      if (gather) {
+        move_elements(static_cast<uint32_t>(source_bytes_), from, inner.source, gathered.data(),
+                      source_bytes_, n);
+      }
+      total += kernel(gather ? gathered.data() : from, scatter ? scattered.data() : to, n);
+      if (scatter) {
+        move_elements(target_bytes_u(), scattered.data(), target_bytes_, to, inner.target, n);
+      }
+      seed_.place += seed_.step * static_cast<uint32_t>(n);
+      seed_.upper_place += seed_.step * static_cast<uint32_t>(n);
+    }
+    return total;
+  }
+
+  const RowKernels& rows_;
+  const ElementOp op_;
+  const int64_t source_bytes_;
+  const int64_t target_bytes_;
+  const uint64_t key_;
+  const bool write_;
+  const bool sum_;
+  int used_ = 0;
+  std::array<Level, 3> levels_;  // outermost first; unused ones count 1
+  uint64_t seeded_high_ = std::numeric_limits<uint64_t>::max();
+  MixSeed lower_;
+  MixSeed upper_;
+  RowSeed seed_;
+};
+
+}  // namespace
+
+uint32_t source_element_bytes(ElementOp op) {
+  switch (op) {
+    case ElementOp::kCopy1:
+      return 1;
+    case ElementOp::kCopy2:
+      return 2;
+    case ElementOp::kCopy4:
+    case ElementOp::kF32ToBF16:
+    case ElementOp::kF32ToF16:
+      return 4;
+    case ElementOp::kCopy8:
+      return 8;
+  }
+  check_failed(__FILE__, __LINE__, "an ElementOp outside the enum");
+}
+
+uint32_t target_element_bytes(ElementOp op) { return is_cast(op) ? 2 : source_element_bytes(op); }
+
+uint64_t StridedCopy::source_end_bytes() const {
+  constexpr uint64_t kMax = std::numeric_limits<uint64_t>::max();
+  unsigned __int128 last = 0;  // element: three products below 2^95 cannot overflow
+  for (int i = 0; i < 3; ++i) {
+    if (count[i] == 0) return source_offset_bytes;
+    last +=
+        static_cast<unsigned __int128>(static_cast<uint64_t>(source_stride[i])) * (count[i] - 1u);
+  }
+  const unsigned __int128 end = (last + 1) * source_element_bytes(op) + source_offset_bytes;
+  return end > kMax ? kMax : static_cast<uint64_t>(end);
+}
+
+Result<void> check_copy(const StridedCopy& copy, uint64_t source_size_bytes) {
+  for (int i = 0; i < 3; ++i) {
+    if (copy.source_stride[i] < 0 || copy.target_stride[i] < 0 || copy.index_stride[i] < 0) {
+      return Error{ErrorCode::kCorrupt,
+                   "copy: strides are not negative, level " + std::to_string(i) + " has one"};
+    }
+  }
+  const unsigned __int128 elements =
+      static_cast<unsigned __int128>(uint64_t{copy.count[0]} * copy.count[1]) * copy.count[2];
+  if (elements > (uint64_t{1} << 60)) {
+    return Error{ErrorCode::kCorrupt, "copy: more than 2^60 elements"};
+  }
+  const uint64_t end = copy.source_end_bytes();
+  if (end > source_size_bytes) {
+    return Error{ErrorCode::kCorrupt, "copy reads up to byte " + std::to_string(end) +
+                                          " of a region of " + std::to_string(source_size_bytes) +
+                                          " bytes"};
+  }
+  return {};
+}
+
+uint64_t run_copy(const StridedCopy& copy, const std::byte* source) {
+  return Walk(copy, true, copy.fingerprint).run(copy, source);
+}
+
+uint64_t sum_copy(const StridedCopy& copy, const std::byte* source) {
+  return Walk(copy, false, true).run(copy, source);
+}
+
+void copy_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+uint16_t f32_bits_to_bf16(uint32_t bits) { return cast_f32_bits_to_bf16(bits); }
+uint16_t f32_bits_to_f16(uint32_t bits) { return cast_f32_bits_to_f16(bits); }
+
+CopyPath best_copy_path() {
+  static const CopyPath path = detect_path();
+  return path;
+}
+CopyPath copy_path() { return chosen_path().load(std::memory_order_relaxed); }
+void force_copy_path(CopyPath path) {
+  TRANSFUSE_CHECK(path <= best_copy_path());
+  chosen_path().store(path, std::memory_order_relaxed);
+}
+
+}  // namespace transfuse

@@ -1,0 +1,43 @@
+// The CPU copy engine: strided copies with cast and fingerprint in one pass, and fingerprints of
+// memory at rest.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "transfuse/copy.h"
+#include "transfuse/result.h"
+
+namespace transfuse {
+
+// Executes `copy`. `source` is the address of element (0, 0, 0): source_offset_bytes is already
+// applied. Returns the fingerprint of the elements as written, 0 if copy.fingerprint is not set.
+// Source and target do not overlap; neither needs any alignment. Safe to call from any thread.
+//
+// Large runs are written with streaming stores, which other threads may see late: call copy_fence()
+// on the same thread after the last run_copy() and before saying that the bytes are there (through
+// a mutex, a release store or a system call).
+uint64_t run_copy(const StridedCopy& copy, const std::byte* source);
+void copy_fence();
+
+// The fingerprint that run_copy() would return, whatever copy.fingerprint says. Writes nothing and
+// does not use copy.target.
+uint64_t sum_copy(const StridedCopy& copy, const std::byte* source);
+
+// The casts, one element at a time: round to nearest even; every NaN becomes 0x7FC0 (bf16) or
+// 0x7E00 (f16); f16 overflows to infinity and keeps subnormals. Argument and result are bits.
+uint16_t f32_bits_to_bf16(uint32_t bits);
+uint16_t f32_bits_to_f16(uint32_t bits);
+
+// kCorrupt unless every byte that `copy` reads lies in a region of `source_size_bytes`, nothing
+// overflows and no stride is negative (I13).
+Result<void> check_copy(const StridedCopy& copy, uint64_t source_size_bytes);
+
+// Which code runs; chosen once from what the CPU has.
+enum class CopyPath : uint8_t { kPortable, kAvx2, kAvx512 };
+CopyPath best_copy_path();
+CopyPath copy_path();
+// For tests and benchmarks: `path` is at most best_copy_path().
+void force_copy_path(CopyPath path);
+
+}  // namespace transfuse

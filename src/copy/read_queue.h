@@ -1,0 +1,144 @@
+// Tickets and worker threads for transports whose reads are done by this process' own CPUs.
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <thread>
+#include <vector>
+
+#include "base/mutex.h"
+#include "transfuse/copy.h"
+#include "transfuse/deadline.h"
+#include "transfuse/result.h"
+#include "transfuse/transport.h"
+
+namespace transfuse {
+
+// What a backend's remote region is to the queue: something that worker threads can read from.
+// Outlives its tickets; its owner calls ReadQueue::retire() before it ends.
+class ReadSource {
+ public:
+  virtual ~ReadSource() = default;
+  ReadSource(const ReadSource&) = delete;
+  ReadSource& operator=(const ReadSource&) = delete;
+
+  virtual uint64_t size_bytes() const = 0;
+  // Executes `copies` (bounds are checked) and sets fingerprints[i] where copies[i].fingerprint is
+  // set and `fingerprints` is not empty. Called from several worker threads at once. `scratch` is
+  // the thread's own, of ReadQueueOptions::scratch_bytes. An error fails the ticket. No allocation
+  // on success.
+  virtual Result<void> read(std::span<const StridedCopy> copies, std::span<uint64_t> fingerprints,
+                            std::span<std::byte> scratch) = 0;
+
+ protected:
+  ReadSource() = default;
+};
+
+// A source that is mapped in this process: run_copy() from `base`.
+class MappedSource final : public ReadSource {
+ public:
+  MappedSource(const std::byte* base, uint64_t size_bytes) : base_(base), size_bytes_(size_bytes) {}
+  uint64_t size_bytes() const override { return size_bytes_; }
+  Result<void> read(std::span<const StridedCopy> copies, std::span<uint64_t> fingerprints,
+                    std::span<std::byte> scratch) override;
+
+ private:
+  const std::byte* base_;
+  uint64_t size_bytes_;
+};
+
+struct ReadQueueOptions {
+  uint32_t threads = 0;        // 0: one per core that this process may use
+  uint64_t scratch_bytes = 0;  // per worker thread, page aligned
+  // A worker takes whole copies until they make so many target bytes, so that several threads share
+  // one large request.
+  uint64_t batch_bytes = uint64_t{1} << 20;
+};
+
+// Executes ReadRequests copy by copy on its own threads, with the meaning that transport.h gives to
+// submit, poll, wait_any, progress_bytes, cancel and finish. Threads start with the first submit;
+// submit allocates nothing once as many tickets were live before. A worker passes copy_fence() and
+// the queue's mutex before a ticket lands, so who polls sees the bytes. In a forked child submit
+// fails and the destructor does nothing.
+//
+// Safe to call from any thread. The destructor cancels what is left and waits for its own threads.
+class ReadQueue {
+ public:
+  explicit ReadQueue(const ReadQueueOptions& options);
+  ~ReadQueue();
+  ReadQueue(const ReadQueue&) = delete;
+  ReadQueue& operator=(const ReadQueue&) = delete;
+
+  // kCorrupt: a copy reads beyond `source`. kPoisoned: a target may still be written by a cancelled
+  // ticket (judged by the address range that a copy spans). kInvalidArgument: fingerprints neither
+  // empty nor one per copy. An empty request lands at once.
+  Result<TicketId> submit(ReadSource& source, std::span<const StridedCopy> copies,
+                          std::span<uint64_t> fingerprints) EXCLUDES(mutex_);
+  // A ticket that was finished, or never given out, aborts: ids are the caller's to keep.
+  TicketState poll(TicketId ticket) EXCLUDES(mutex_);
+  // While workers have plenty to do, waiters are woken in groups, at most about 0.5 ms late.
+  bool wait_any(std::span<const TicketId> tickets, Deadline deadline) EXCLUDES(mutex_);
+  uint64_t progress_bytes(TicketId ticket) EXCLUDES(mutex_);
+  void cancel(TicketId ticket) EXCLUDES(mutex_);
+  Result<void> finish(TicketId ticket) EXCLUDES(mutex_);
+
+  // Ends every live ticket of `source` with `error`; those that a worker is busy with end when the
+  // worker is done with its current copy. fail() returns at once; retire() returns when no worker
+  // uses `source` any more.
+  void fail(const ReadSource& source, const Error& error) EXCLUDES(mutex_);
+  void retire(const ReadSource& source, const Error& error) EXCLUDES(mutex_);
+
+  // Adds tickets, poisoned_bytes and read_bytes; leaves the rest of `stats` alone.
+  void add_stats(TransportStats& stats) const EXCLUDES(mutex_);
+  // kPoisoned if [target, target + size_bytes) may still be written by a cancelled ticket.
+  Result<void> check_target(const std::byte* target, uint64_t size_bytes) const EXCLUDES(mutex_);
+  uint32_t threads() const { return thread_count_; }
+
+ private:
+  struct Ticket;
+  struct Batch;
+
+  void work();
+  void start_threads() REQUIRES(mutex_);
+  bool take_batch(Batch& batch) REQUIRES(mutex_);
+  void end_batch(const Batch& batch, uint64_t done_bytes, Result<void> outcome) REQUIRES(mutex_);
+  void settle(Ticket& ticket) REQUIRES(mutex_);
+  void wake_waiters(bool at_once) REQUIRES(mutex_);
+  void stop_ticket(Ticket& ticket, Error error) REQUIRES(mutex_);
+  void unlink(Ticket& ticket) REQUIRES(mutex_);
+  void release(Ticket& ticket) REQUIRES(mutex_);
+  Result<uint32_t> free_slot() REQUIRES(mutex_);
+  Ticket& at(TicketId id) REQUIRES(mutex_);
+  Result<void> check_poison(const std::byte* begin, const std::byte* end) const REQUIRES(mutex_);
+
+  const uint32_t thread_count_;
+  const uint64_t scratch_bytes_;
+  const uint64_t batch_bytes_;
+  const pid_t pid_;
+
+  mutable Mutex mutex_;
+  CondVar work_;   // for workers: a ticket is runnable
+  CondVar ended_;  // for wait_any() and retire()
+  bool stopping_ GUARDED_BY(mutex_) = false;
+  uint32_t idle_workers_ GUARDED_BY(mutex_) = 0;
+  uint32_t waiters_ GUARDED_BY(mutex_) = 0;
+  bool wake_due_ GUARDED_BY(mutex_) = false;  // a ticket ended and the waiters were not told yet
+  TimePoint wake_since_ GUARDED_BY(mutex_);
+  std::vector<std::unique_ptr<Ticket>> slots_ GUARDED_BY(mutex_);
+  uint32_t free_head_ GUARDED_BY(mutex_);  // intrusive lists of slot numbers
+  uint32_t run_head_ GUARDED_BY(mutex_);
+  uint32_t run_tail_ GUARDED_BY(mutex_);
+  uint32_t runnable_ GUARDED_BY(mutex_) = 0;
+  uint64_t sequence_ GUARDED_BY(mutex_) = 0;
+  uint64_t live_ GUARDED_BY(mutex_) = 0;
+  uint32_t poisoned_ GUARDED_BY(mutex_) = 0;
+  uint64_t poisoned_bytes_ GUARDED_BY(mutex_) = 0;
+  uint64_t read_bytes_ GUARDED_BY(mutex_) = 0;
+  std::vector<std::thread> threads_ GUARDED_BY(mutex_);
+};
+
+}  // namespace transfuse
