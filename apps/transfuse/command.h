@@ -1,0 +1,33 @@
+// What every command of the CLI shares: exit codes, how a failure is shown, how a command is
+// registered.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <functional>
+
+#include "transfuse/result.h"
+
+namespace transfuse {
+
+// Documented in `transfuse --help`: scripts branch on them.
+enum ExitCode : int {
+  kExitOk = 0,
+  kExitFailed = 1,        // a typed error, printed to stderr
+  kExitUsage = 2,         // the command line is wrong
+  kExitNo = 3,            // the check ran and the answer is no: weights differ, layouts do not fit
+  kExitInterrupted = 130  // Ctrl-C
+};
+
+// Parsing only chooses what to do; main() runs it afterwards. Used from one thread.
+struct CommandContext {
+  std::function<int()> run;  // returns an ExitCode
+};
+
+// Prints the error to stderr, and with `json` also as {"error": {"code", "message"}} to stdout.
+// Returns kExitFailed.
+int report_failure(const Error& error, bool json);
+
+// Each adds one subcommand to `app` whose callback sets context.run; defined in command_<name>.cc.
+void add_doctor_command(CLI::App& app, CommandContext& context);
+
+}  // namespace transfuse
