@@ -1,0 +1,167 @@
+// Layout and LayoutBuilder: an immutable description and the collector that makes one.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <unordered_set>
+#include <utility>
+#include <vector>
+
+#include "layout/assembly.h"
+#include "transfuse/layout.h"
+#include "transfuse/result.h"
+
+namespace transfuse {
+namespace {
+
+template <typename Spec>
+std::optional<uint32_t> find_by_name(const std::vector<Spec>& specs, std::string_view name) {
+  const auto at = std::ranges::lower_bound(specs, name, {}, &Spec::name);
+  if (at == specs.end() || at->name != name) return std::nullopt;
+  return static_cast<uint32_t>(at - specs.begin());
+}
+
+std::string describe(const TensorSpec& tensor) {
+  return fmt::format("tensor {} ({} {})", tensor.name, dtype_name(tensor.dtype),
+                     tensor.shape.to_string());
+}
+
+std::string describe(const ParameterSpec& parameter) {
+  return fmt::format("parameter {} ({}, {} elements)", parameter.name, dtype_name(parameter.dtype),
+                     parameter.element_count);
+}
+
+// Specs in order of arrival, found by name without a second copy of the names.
+template <typename Spec>
+class SpecTable {
+ public:
+  explicit SpecTable(std::vector<Spec>& specs)
+      : specs_(&specs), index_(0, Hash{&specs}, Equal{&specs}) {}
+
+  // The handle; `conflict` is set where the name is known with other contents.
+  uint32_t add(const Spec& spec, std::optional<Error>& conflict) {
+    if (const auto at = index_.find(std::string_view(spec.name)); at != index_.end()) {
+      const Spec& known = (*specs_)[*at];
+      if (!(known == spec) && !conflict) {
+        conflict = Error{ErrorCode::kInvalidArgument,
+                         describe(known) + " was added again as " + describe(spec)};
+      }
+      return *at;
+    }
+    const auto handle = static_cast<uint32_t>(specs_->size());
+    specs_->push_back(spec);
+    index_.insert(handle);
+    return handle;
+  }
+
+ private:
+  struct Hash {
+    using is_transparent = void;
+    const std::vector<Spec>* specs;
+    size_t operator()(std::string_view name) const { return std::hash<std::string_view>{}(name); }
+    size_t operator()(uint32_t handle) const { return (*this)((*specs)[handle].name); }
+  };
+  struct Equal {
+    using is_transparent = void;
+    const std::vector<Spec>* specs;
+    bool operator()(uint32_t a, uint32_t b) const { return a == b; }
+    bool operator()(std::string_view name, uint32_t handle) const {
+      return name == (*specs)[handle].name;
+    }
+    bool operator()(uint32_t handle, std::string_view name) const {
+      return name == (*specs)[handle].name;
+    }
+  };
+  std::vector<Spec>* specs_;
+  std::unordered_set<uint32_t, Hash, Equal> index_;
+};
+
+}  // namespace
+
+std::string Digest::to_string() const { return fmt::format("{:016x}{:016x}", high, low); }
+
+Layout::Layout() : content_() {
+  static const Layout empty = LayoutAssembly::assemble({}).value();
+  content_ = empty.content_;
+}
+
+Layout::Layout(std::shared_ptr<const Content> content) : content_(std::move(content)) {}
+
+std::span<const TensorSpec> Layout::tensors() const { return content_->tensors; }
+std::span<const ParameterSpec> Layout::parameters() const { return content_->parameters; }
+std::span<const Tile> Layout::tiles() const { return content_->tiles; }
+std::span<const Fill> Layout::fills() const { return content_->fills; }
+const Digest& Layout::digest() const { return content_->digest; }
+uint64_t Layout::tile_bytes() const { return content_->tile_bytes; }
+uint64_t Layout::parameter_bytes() const { return content_->parameter_bytes; }
+
+std::span<const Tile> Layout::tiles_of(uint32_t tensor) const {
+  TRANSFUSE_CHECK(tensor < content_->tensors.size());
+  const uint32_t first = content_->first_tile[tensor];
+  return tiles().subspan(first, content_->first_tile[tensor + 1] - first);
+}
+
+std::optional<uint32_t> Layout::find_tensor(std::string_view name) const {
+  return find_by_name(content_->tensors, name);
+}
+
+std::optional<uint32_t> Layout::find_parameter(std::string_view name) const {
+  return find_by_name(content_->parameters, name);
+}
+
+struct LayoutBuilder::State {
+  LayoutParts parts;
+  SpecTable<TensorSpec> tensors{parts.tensors};
+  SpecTable<ParameterSpec> parameters{parts.parameters};
+  std::optional<Error> conflict;
+};
+
+LayoutBuilder::LayoutBuilder() : state_(std::make_unique<State>()) {}
+LayoutBuilder::~LayoutBuilder() = default;
+LayoutBuilder::LayoutBuilder(LayoutBuilder&&) noexcept = default;
+LayoutBuilder& LayoutBuilder::operator=(LayoutBuilder&&) noexcept = default;
+
+uint32_t LayoutBuilder::tensor(const TensorSpec& spec) {
+  return state_->tensors.add(spec, state_->conflict);
+}
+
+uint32_t LayoutBuilder::parameter(const ParameterSpec& spec) {
+  return state_->parameters.add(spec, state_->conflict);
+}
+
+void LayoutBuilder::tile(uint32_t tensor, const Box& box, uint32_t parameter,
+                         int64_t element_offset) {
+  tile(tensor, box, parameter, element_offset, row_major_strides(box.length));
+}
+
+void LayoutBuilder::tile(uint32_t tensor, const Box& box, uint32_t parameter,
+                         int64_t element_offset, const Dims& element_strides) {
+  state_->parts.tiles.push_back(Tile{.tensor = tensor,
+                                     .parameter = parameter,
+                                     .box = box,
+                                     .element_offset = element_offset,
+                                     .element_strides = element_strides});
+}
+
+void LayoutBuilder::fill(uint32_t parameter, int64_t element_offset, const Dims& length,
+                         const Dims& element_strides) {
+  state_->parts.fills.push_back(Fill{.parameter = parameter,
+                                     .element_offset = element_offset,
+                                     .length = length,
+                                     .element_strides = element_strides});
+}
+
+Result<Layout> LayoutBuilder::build() {
+  const std::unique_ptr<State> state = std::exchange(state_, std::make_unique<State>());
+  if (state->conflict) return *state->conflict;
+  return LayoutAssembly::assemble(std::move(state->parts));
+}
+
+}  // namespace transfuse
