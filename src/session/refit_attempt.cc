@@ -1,0 +1,464 @@
+// Sources are excluded one by one until the bytes are proved or nobody is left.
+#include "session/refit_attempt.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <utility>
+
+#include "fmt/format.h"
+
+namespace transfuse {
+namespace {
+
+// A source that stalls, or whose bytes do not match, is tried once more before another one is asked
+// (I12).
+constexpr uint32_t kTriesPerSource = 2;
+
+int64_t microseconds_since(TimePoint start) {
+  return std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() -
+                                                               start)
+      .count();
+}
+
+}  // namespace
+
+RefitAttempt::RefitAttempt(Transport& transport, Control& control, const Layout& target,
+                           const BoundMemory& memory, const ReceiverOptions& options,
+                           MemberId member)
+    : transport_(transport),
+      control_(control),
+      target_(target),
+      memory_(memory),
+      options_(options),
+      member_(member),
+      transfer_(transport) {
+  for (uint32_t i = 0; i < target_.parameters().size(); ++i) {
+    target_data_.push_back(memory_.data(i));
+  }
+}
+
+void RefitAttempt::close() {
+  candidates_.clear();
+  links_.clear();
+}
+
+void RefitAttempt::abandon_in_forked_child() {
+  for (auto& link : links_) (void)link.release();
+}
+
+TableRequest RefitAttempt::table_request() const {
+  return {.plan_key = copies_->plan().key(),
+          .target = target_.digest(),
+          .sources = source_digests_,
+          .chunk_bytes = options_.plan.chunk_bytes};
+}
+
+Result<Layout> RefitAttempt::layout_of(const Digest& digest) {
+  const auto known = std::ranges::find(layouts_, digest, &Layout::digest);
+  if (known != layouts_.end()) return *known;
+  TRANSFUSE_ASSIGN_OR_RETURN(Layout layout, control_.get_layout(digest));
+  if (layout.digest() != digest) {
+    return Error{ErrorCode::kCorrupt, fmt::format("layout {} was asked for, {} came",
+                                                  digest.to_string(), layout.digest().to_string())};
+  }
+  layouts_.push_back(layout);
+  return layout;
+}
+
+// Compiles only when the set of source layouts changed.
+Result<void> RefitAttempt::plan_for(const Lease& lease, RefitReport& report) {
+  std::vector<Digest> digests;
+  digests.reserve(lease.sources.size());
+  for (const MemberInfo& source : lease.sources) digests.push_back(source.layout);
+  std::ranges::sort(digests);
+  digests.erase(std::ranges::unique(digests).begin(), digests.end());
+  if (copies_ && digests == source_digests_) return {};
+
+  std::vector<Layout> sources;
+  for (const Digest& digest : digests) {
+    TRANSFUSE_ASSIGN_OR_RETURN(Layout layout, layout_of(digest));
+    sources.push_back(std::move(layout));
+  }
+  if (copies_) {
+    report.steps.push_back(
+        {ErrorCode::kLayoutMismatch, "",
+         fmt::format("the sources' layouts changed (version {}): replan", lease.version)});
+  }
+  TRANSFUSE_ASSIGN_OR_RETURN(Plan plan, compile(target_, sources, options_.plan));
+  report.planned = true;
+  layouts_ = std::move(sources);  // forget layouts that nobody has any more
+  source_digests_ = std::move(digests);
+  const size_t run_count = plan.runs().size();
+  holder_of_.assign(run_count, 0);
+  candidate_of_.assign(run_count, 0);
+  landed_.assign(run_count, 0);
+  proved_.assign(run_count, 0);
+  sums_.assign(run_count, 0);
+  expected_.assign(run_count, 0);
+  missing_.reserve(run_count);
+  copies_.emplace(std::move(plan));
+  return {};
+}
+
+// Bytes of a source that can no longer be proved are missing again.
+void RefitAttempt::forget_unproved(uint32_t candidate) {
+  for (const uint32_t run : runs_of(candidate)) {
+    if (!proved_[run]) landed_[run] = 0;
+  }
+  candidates_[candidate].proof_due = false;
+}
+
+void RefitAttempt::exclude(uint32_t candidate, Error error, RefitReport& report) {
+  Candidate& out = candidates_[candidate];
+  report.steps.push_back({error.code, out.info.name, error.message + ": next source"});
+  out.excluded = std::move(error);
+  if (out.link != nullptr) out.link->close();
+  forget_unproved(candidate);
+}
+
+void RefitAttempt::retry_or_exclude(uint32_t candidate, Error error, uint32_t& count,
+                                    RefitReport& report) {
+  if (++count >= kTriesPerSource) {
+    exclude(candidate, std::move(error), report);
+    return;
+  }
+  Candidate& source = candidates_[candidate];
+  report.steps.push_back({error.code, source.info.name, error.message + ": retry"});
+  if (source.link != nullptr && source.link->alive()) return;
+  // Its connection had to be closed to end a read: the retry opens another.
+  source.link = nullptr;
+  source.generation_checked = false;
+  forget_unproved(candidate);
+}
+
+// Spreads the missing runs over the sources that are left. Runs that are in place keep theirs.
+Result<void> RefitAttempt::choose_sources() {
+  const Plan& plan = copies_->plan();
+  member_counts_.assign(plan.source_layouts().size(), 0);
+  members_.clear();
+  for (size_t layout = 0; layout < plan.source_layouts().size(); ++layout) {
+    for (uint32_t i = 0; i < candidates_.size(); ++i) {
+      if (candidates_[i].excluded ||
+          candidates_[i].info.layout != plan.source_layouts()[layout].digest()) {
+        continue;
+      }
+      ++member_counts_[layout];
+      members_.push_back(i);
+    }
+  }
+  if (auto assigned = assign(plan, member_counts_, options_.spread, assignment_); !assigned) {
+    return no_source_left(assigned.error());
+  }
+  for (const uint32_t run : missing_) {
+    holder_of_[run] = assignment_.holder[run];
+    candidate_of_[run] = members_[assignment_.choice[run]];
+  }
+  return {};
+}
+
+// The reason why the last source was given up says what the caller may do; without one, it is the
+// plan's.
+Error RefitAttempt::no_source_left(const Error& assign_error) const {
+  const auto cause = std::ranges::find_if(
+      candidates_, [](const Candidate& candidate) { return candidate.excluded.has_value(); });
+  if (cause == candidates_.end()) return assign_error;
+  return Error{cause->excluded->code,
+               fmt::format("{}; source '{}' was given up: {}", assign_error.message,
+                           cause->info.name, cause->excluded->message)};
+}
+
+Result<void> RefitAttempt::ready_source(Candidate& candidate, Deadline deadline) {
+  const Deadline limit = deadline.earlier(Deadline::after_ms(options_.no_progress_ms));
+  if (candidate.link == nullptr) {
+    TRANSFUSE_ASSIGN_OR_RETURN(const Layout layout, layout_of(candidate.info.layout));
+    TRANSFUSE_ASSIGN_OR_RETURN(
+        auto link, SourceLink::open(transport_, control_, candidate.info, layout, limit));
+    candidate.link = link.get();
+    links_.push_back(std::move(link));
+  }
+  if (options_.verify == Verify::kFull) {
+    TRANSFUSE_RETURN_IF_ERROR(candidate.link->request_table(member_, table_request()));
+  }
+  TRANSFUSE_ASSIGN_OR_RETURN(const Generation now, candidate.link->read_generation(limit));
+  if (now != candidate.info.generation) {
+    return Error{
+        ErrorCode::kTornRead,
+        fmt::format("source '{}' is at generation {}/{}, version {} was published as {}/{}",
+                    candidate.info.name, now.incarnation, now.counter, version_,
+                    candidate.info.generation.incarnation, candidate.info.generation.counter)};
+  }
+  candidate.generation_checked = true;
+  return {};
+}
+
+// Connects to the sources that the missing runs need and checks their generations, choosing others
+// for those that fail.
+Result<void> RefitAttempt::ready_sources(Deadline deadline, RefitReport& report) {
+  while (true) {
+    TRANSFUSE_RETURN_IF_ERROR(choose_sources());
+    bool all_ready = true;
+    for (uint32_t i = 0; i < candidates_.size(); ++i) {
+      Candidate& candidate = candidates_[i];
+      if (candidate.excluded || candidate.generation_checked) continue;
+      const bool needed =
+          std::ranges::any_of(missing_, [&](uint32_t run) { return candidate_of_[run] == i; });
+      if (!needed) continue;
+      if (auto ready = ready_source(candidate, deadline); !ready) {
+        exclude(i, std::move(ready).error(), report);
+        all_ready = false;
+      }
+    }
+    candidate_links_.clear();
+    for (const Candidate& candidate : candidates_) candidate_links_.push_back(candidate.link);
+    if (all_ready) return {};
+  }
+}
+
+Result<void> RefitAttempt::prepare(const Lease& lease, Deadline deadline, RefitReport& report) {
+  const TimePoint start = std::chrono::steady_clock::now();
+  version_ = lease.version;
+  // Connections to incarnations that no version refers to any more, or that broke, end here (I3).
+  std::erase_if(links_, [&](const std::unique_ptr<SourceLink>& link) {
+    const bool listed = std::ranges::any_of(lease.sources, [&](const MemberInfo& source) {
+      return source.id == link->info().id && source.incarnation == link->info().incarnation;
+    });
+    return !listed || !link->alive();
+  });
+  candidates_.clear();
+  for (const MemberInfo& source : lease.sources) {
+    Candidate& candidate = candidates_.emplace_back();
+    candidate.info = source;
+    for (const auto& link : links_) {
+      if (link->info().id == source.id && link->info().incarnation == source.incarnation) {
+        candidate.link = link.get();
+      }
+    }
+  }
+  TRANSFUSE_RETURN_IF_ERROR(plan_for(lease, report));
+  first_run_of_.clear();
+  std::ranges::fill(landed_, uint8_t{0});
+  std::ranges::fill(proved_, uint8_t{0});
+  count_missing();
+  TRANSFUSE_RETURN_IF_ERROR(ready_sources(deadline, report));
+  report.phases.discover_us += microseconds_since(start);
+  return {};
+}
+
+// Runs by the source that is to serve them: a counting sort over candidate_of_.
+void RefitAttempt::index_runs() {
+  first_run_of_.assign(candidates_.size() + 1, 0);
+  for (const uint32_t candidate : candidate_of_) ++first_run_of_[candidate + 1];
+  for (size_t i = 1; i < first_run_of_.size(); ++i) first_run_of_[i] += first_run_of_[i - 1];
+  runs_by_candidate_.resize(candidate_of_.size());
+  next_place_.assign(first_run_of_.begin(), first_run_of_.end());
+  for (uint32_t run = 0; run < candidate_of_.size(); ++run) {
+    runs_by_candidate_[next_place_[candidate_of_[run]]++] = run;
+  }
+}
+
+std::span<const uint32_t> RefitAttempt::runs_of(uint32_t candidate) const {
+  if (first_run_of_.size() != candidates_.size() + 1) return {};  // before sources were chosen
+  const uint32_t first = first_run_of_[candidate];
+  return {runs_by_candidate_.data() + first, first_run_of_[candidate + 1] - first};
+}
+
+void RefitAttempt::count_missing() {
+  missing_.clear();
+  for (uint32_t run = 0; run < landed_.size(); ++run) {
+    if (!landed_[run]) missing_.push_back(run);
+  }
+}
+
+// Zeros where the layout declares them: once, since nothing else writes there.
+void RefitAttempt::fill_padding() {
+  if (padding_filled_) return;
+  for (const Fill& fill : target_.fills()) {
+    const uint32_t size = dtype_size_bytes(target_.parameters()[fill.parameter].dtype);
+    std::byte* const base = target_data_[fill.parameter];
+    Dims at = fill.length;
+    for (int d = 0; d < at.rank(); ++d) at[d] = 0;
+    for (int64_t element = 0; element < fill.length.product(); ++element) {
+      int64_t offset = fill.element_offset;
+      for (int d = 0; d < at.rank(); ++d) offset += at[d] * fill.element_strides[d];
+      std::memset(base + offset * size, 0, size);
+      for (int d = at.rank() - 1; d >= 0 && ++at[d] == fill.length[d]; --d) at[d] = 0;
+    }
+  }
+  padding_filled_ = true;
+}
+
+Result<void> RefitAttempt::move(Deadline deadline, const std::atomic<bool>& cancelled,
+                                RefitReport& report) {
+  const TransferOrder order{.copies = &*copies_,
+                            .runs = missing_,
+                            .holder = holder_of_,
+                            .link_of = candidate_of_,
+                            .links = candidate_links_,
+                            .target = target_data_,
+                            .fingerprint = options_.verify == Verify::kFull,
+                            .no_progress_ms = options_.no_progress_ms,
+                            .deadline = deadline,
+                            .cancelled = &cancelled};
+  auto outcome = transfer_.run(order, landed_, sums_);
+  const Plan& plan = copies_->plan();
+  for (const uint32_t run : missing_) {
+    if (!landed_[run]) continue;
+    candidates_[candidate_of_[run]].proof_due = true;
+    report.source_bytes += copies_->source_bytes(plan.runs()[run], plan.holders()[holder_of_[run]]);
+  }
+  if (!outcome) return outcome;
+  for (const LinkFailure& failure : transfer_.failures()) {
+    Candidate& candidate = candidates_[failure.link];
+    if (failure.error.code == ErrorCode::kPoisoned) return failure.error;
+    if (failure.error.code == ErrorCode::kDeadlineExceeded) {
+      retry_or_exclude(failure.link, failure.error, candidate.stalls, report);
+    } else {
+      // What it delivered before can still be proved while its generation can be read.
+      if (candidate.proof_due && candidate.link->alive()) prove_landed(deadline, report);
+      if (!candidate.excluded) exclude(failure.link, failure.error, report);
+    }
+  }
+  return {};
+}
+
+// The second generation read, after every data read of the source has completed (I8).
+void RefitAttempt::prove_landed(Deadline deadline, RefitReport& report) {
+  for (uint32_t i = 0; i < candidates_.size(); ++i) {
+    Candidate& candidate = candidates_[i];
+    if (!candidate.proof_due || candidate.excluded) continue;
+    const Deadline limit = deadline.earlier(Deadline::after_ms(options_.no_progress_ms));
+    auto now = candidate.link->read_generation(limit);
+    if (!now) {
+      exclude(i, std::move(now).error(), report);
+      continue;
+    }
+    if (*now != candidate.info.generation) {
+      exclude(i,
+              Error{ErrorCode::kTornRead,
+                    fmt::format("source '{}' went from generation {} to {} while version {} was "
+                                "read",
+                                candidate.info.name, candidate.info.generation.counter,
+                                now->counter, version_)},
+              report);
+      continue;
+    }
+    candidate.proof_due = false;
+    for (const uint32_t run : runs_of(i)) proved_[run] = landed_[run];
+  }
+}
+
+void RefitAttempt::compare_sums(uint32_t candidate, std::span<const uint64_t> expected,
+                                RefitReport& report) {
+  const Plan& plan = copies_->plan();
+  Candidate& source = candidates_[candidate];
+  std::optional<Error> first;
+  uint64_t mismatched = 0;
+  for (const uint32_t run : runs_of(candidate)) {
+    const uint64_t bytes = copies_->target_bytes(plan.runs()[run]);
+    if (sums_[run] == expected[run]) {
+      report.verified_bytes += bytes;
+      continue;
+    }
+    landed_[run] = proved_[run] = 0;
+    ++mismatched;
+    if (first) continue;
+    first = Error{
+        ErrorCode::kFingerprintMismatch,
+        fmt::format("tensor '{}' box {} from source '{}': fingerprint {:016x} expected, {:016x} "
+                    "arrived",
+                    plan.target().tensors()[plan.runs()[run].tensor].name,
+                    plan.box_of(plan.runs()[run]).to_string(), source.info.name, expected[run],
+                    sums_[run])};
+  }
+  if (!first) return;
+  if (mismatched > 1) first->message += fmt::format(" (and {} more runs)", mismatched - 1);
+  retry_or_exclude(candidate, std::move(*first), source.mismatches, report);
+}
+
+// Compares what arrived with what each source says it holds. Runs that differ are missing again.
+Result<void> RefitAttempt::verify(Deadline deadline, RefitReport& report) {
+  report.verified_bytes = 0;
+  for (uint32_t i = 0; i < candidates_.size(); ++i) {
+    Candidate& candidate = candidates_[i];
+    if (runs_of(i).empty() || candidate.excluded) continue;
+    auto table = candidate.link->read_table(member_, table_request(), candidate.info.generation,
+                                            expected_, deadline, options_.no_progress_ms);
+    if (!table) {
+      // Bytes that cannot be verified are not those of the version: they are read again elsewhere.
+      for (const uint32_t run : runs_of(i)) landed_[run] = proved_[run] = 0;
+      if (table.error().code == ErrorCode::kDeadlineExceeded) {
+        retry_or_exclude(i, std::move(table).error(), candidate.stalls, report);
+      } else {
+        exclude(i, std::move(table).error(), report);
+      }
+      continue;
+    }
+    compare_sums(i, expected_, report);
+  }
+  return deadline.passed() ? Result<void>(Error{ErrorCode::kDeadlineExceeded,
+                                                "the refit's deadline passed while fingerprints "
+                                                "were compared"})
+                           : Result<void>();
+}
+
+Result<void> RefitAttempt::transfer(Deadline deadline, const std::atomic<bool>& cancelled,
+                                    RefitReport& report) {
+  const Plan& plan = copies_->plan();
+  fill_padding();
+  report.chunk_count = static_cast<uint32_t>(plan.chunks().size());
+  report.source_bytes = 0;
+  bool first_round = true;
+  while (true) {
+    const TimePoint start = std::chrono::steady_clock::now();
+    if (!first_round) TRANSFUSE_RETURN_IF_ERROR(ready_sources(deadline, report));
+    first_round = false;
+    auto moved = move(deadline, cancelled, report);
+    if (moved) prove_landed(deadline, report);
+    report.phases.transfer_us += microseconds_since(start);
+    if (!moved) return moved;
+    count_missing();
+    if (missing_.empty() && options_.verify == Verify::kFull && !landed_.empty()) {
+      const TimePoint verify_start = std::chrono::steady_clock::now();
+      auto verified = verify(deadline, report);
+      report.phases.verify_us += microseconds_since(verify_start);
+      TRANSFUSE_RETURN_IF_ERROR(std::move(verified));
+      count_missing();
+    }
+    if (missing_.empty()) break;
+    for (const uint32_t run : missing_) {
+      report.reread_bytes += copies_->target_bytes(plan.runs()[run]);
+    }
+    if (cancelled) return Error{ErrorCode::kCancelled, "the refit was cancelled by the caller"};
+  }
+  report.size_bytes = plan.size_bytes();
+  report.gigabytes_per_second =
+      static_cast<double>(report.size_bytes) /
+      (1e3 * static_cast<double>(std::max<int64_t>(1, report.phases.transfer_us)));
+  report_routes(report);
+  return {};
+}
+
+void RefitAttempt::report_routes(RefitReport& report) const {
+  const Plan& plan = copies_->plan();
+  report.routes.clear();
+  std::vector<size_t> route_of(candidates_.size(), SIZE_MAX);
+  for (uint32_t run = 0; run < landed_.size(); ++run) {
+    const uint32_t candidate = candidate_of_[run];
+    if (route_of[candidate] == SIZE_MAX) {
+      route_of[candidate] = report.routes.size();
+      const uint32_t parameter = plan.holders()[holder_of_[run]].parameter;
+      const auto where = candidates_[candidate].link->where(parameter, Deadline::after_ms(0));
+      report.routes.push_back({.source = candidates_[candidate].info.name,
+                               .transport = std::string(transport_.kind()),
+                               .route = where ? std::string(where->region->route()) : "closed",
+                               .size_bytes = 0,
+                               .run_count = 0});
+    }
+    RefitRoute& route = report.routes[route_of[candidate]];
+    route.size_bytes += copies_->target_bytes(plan.runs()[run]);
+    ++route.run_count;
+  }
+}
+
+}  // namespace transfuse

@@ -1,0 +1,65 @@
+// A refit report for people and for programs.
+
+#include "fmt/format.h"
+#include "nlohmann/json.hpp"
+#include "transfuse/receiver.h"
+
+namespace transfuse {
+
+std::string RefitReport::to_json() const {
+  nlohmann::json routes_json = nlohmann::json::array();
+  for (const RefitRoute& route : routes) {
+    routes_json.push_back({{"source", route.source},
+                           {"transport", route.transport},
+                           {"route", route.route},
+                           {"size_bytes", route.size_bytes},
+                           {"run_count", route.run_count}});
+  }
+  nlohmann::json steps_json = nlohmann::json::array();
+  for (const RefitStep& step : steps) {
+    steps_json.push_back(
+        {{"code", error_code_name(step.code)}, {"source", step.source}, {"what", step.what}});
+  }
+  const nlohmann::json json = {{"version", version},
+                               {"phases",
+                                {{"discover_us", phases.discover_us},
+                                 {"lease_us", phases.lease_us},
+                                 {"transfer_us", phases.transfer_us},
+                                 {"verify_us", phases.verify_us},
+                                 {"commit_us", phases.commit_us},
+                                 {"total_us", phases.total_us}}},
+                               {"size_bytes", size_bytes},
+                               {"source_bytes", source_bytes},
+                               {"reread_bytes", reread_bytes},
+                               {"chunk_count", chunk_count},
+                               {"verified_bytes", verified_bytes},
+                               {"attempts", attempts},
+                               {"planned", planned},
+                               {"gigabytes_per_second", gigabytes_per_second},
+                               {"routes", routes_json},
+                               {"steps", steps_json}};
+  return json.dump();
+}
+
+std::string RefitReport::to_text() const {
+  const auto ms = [](int64_t us) { return static_cast<double>(us) / 1e3; };
+  std::string text = fmt::format(
+      "version {}: {:.2f} ms (discover {:.2f}, lease {:.2f}, transfer {:.2f}, verify {:.2f}, "
+      "commit "
+      "{:.2f}); {} bytes at {:.2f} GB/s, {} verified, {} attempt{}{}\n",
+      version, ms(phases.total_us), ms(phases.discover_us), ms(phases.lease_us),
+      ms(phases.transfer_us), ms(phases.verify_us), ms(phases.commit_us), size_bytes,
+      gigabytes_per_second, verified_bytes, attempts, attempts == 1 ? "" : "s",
+      planned ? ", planned" : "");
+  for (const RefitRoute& route : routes) {
+    text += fmt::format("  {} by {}/{}: {} bytes in {} runs\n", route.source, route.transport,
+                        route.route, route.size_bytes, route.run_count);
+  }
+  for (const RefitStep& step : steps) {
+    text += fmt::format("  {}{}{}: {}\n", error_code_name(step.code),
+                        step.source.empty() ? "" : " at ", step.source, step.what);
+  }
+  return text;
+}
+
+}  // namespace transfuse

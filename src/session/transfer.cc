@@ -1,0 +1,189 @@
+// The window of tickets.
+#include "session/transfer.h"
+
+#include <algorithm>
+#include <chrono>
+#include <utility>
+
+#include "fmt/format.h"
+
+namespace transfuse {
+namespace {
+
+constexpr size_t kSlots = 32;
+constexpr size_t kCopiesPerTicket = 512;
+constexpr auto kWaitSlice = std::chrono::milliseconds(50);
+constexpr auto kCancelGrace = std::chrono::milliseconds(200);
+
+}  // namespace
+
+Transfer::Transfer(Transport& transport) : transport_(transport) {
+  slots_.resize(kSlots);
+  for (Slot& slot : slots_) {
+    slot.copies.reserve(kCopiesPerTicket);
+    slot.sums.reserve(kCopiesPerTicket);
+    slot.runs.reserve(kCopiesPerTicket);
+  }
+  waiting_.reserve(kSlots);
+}
+
+bool Transfer::failed(uint32_t link) const {
+  return std::ranges::find(failures_, link, &LinkFailure::link) != failures_.end();
+}
+
+void Transfer::fail_link(uint32_t link, Error error) {
+  if (!failed(link)) failures_.push_back({link, std::move(error)});
+}
+
+// Gathers runs that read one region until a ticket's worth of bytes is there. False when no run is
+// left.
+bool Transfer::fill(const TransferOrder& order, Slot& slot) {
+  const Plan& plan = order.copies->plan();
+  const uint64_t ticket_bytes = plan.options().chunk_bytes;
+  slot.copies.clear();
+  slot.runs.clear();
+  slot.bytes = 0;
+  const RemoteRegion* region = nullptr;
+  while (next_ < order.runs.size() && slot.copies.size() < kCopiesPerTicket &&
+         slot.bytes < ticket_bytes) {
+    const uint32_t number = order.runs[next_];
+    const uint32_t link = order.link_of[number];
+    if (region != nullptr && link != slot.link) break;
+    if (failed(link)) {
+      ++next_;
+      continue;
+    }
+    const Run& run = plan.runs()[number];
+    const Holder& holder = plan.holders()[order.holder[number]];
+    const auto where = order.links[link]->where(holder.parameter, order.deadline);
+    if (!where) {
+      fail_link(link, where.error());
+      continue;
+    }
+    if (region != nullptr && where->region != region) break;
+    const uint64_t bytes = order.copies->target_bytes(run);
+    // A run that would make the ticket half as large again goes to the next one.
+    if (slot.bytes > 0 && slot.bytes + bytes > ticket_bytes + ticket_bytes / 2) break;
+    region = where->region;
+    slot.link = link;
+    slot.copies.push_back(order.copies->copy(run, holder, where->offset_bytes,
+                                             order.target[run.parameter], order.fingerprint));
+    slot.runs.push_back(number);
+    slot.bytes += bytes;
+    ++next_;
+  }
+  if (region == nullptr) return false;
+  slot.sums.assign(order.fingerprint ? slot.copies.size() : 0, 0);
+  submit(slot, *region);
+  return true;
+}
+
+void Transfer::submit(Slot& slot, const RemoteRegion& region) {
+  auto ticket =
+      transport_.submit({.region = &region, .copies = slot.copies, .fingerprints = slot.sums});
+  if (!ticket) {
+    fail_link(slot.link, std::move(ticket).error());
+    return;
+  }
+  slot.ticket = *ticket;
+  slot.busy = true;
+  slot.progress = 0;
+  slot.submitted_at = std::chrono::steady_clock::now();
+  slot.cancelled_at = {};
+}
+
+// True if the slot's ticket has ended.
+bool Transfer::reap(Slot& slot, std::span<uint8_t> landed, std::span<uint64_t> sums) {
+  const TicketState state = transport_.poll(slot.ticket);
+  if (state == TicketState::kPending || state == TicketState::kPoisoned) return false;
+  auto outcome = transport_.finish(slot.ticket);
+  slot.busy = false;
+  if (outcome) {
+    progress_at_[slot.link] = std::chrono::steady_clock::now();
+    for (size_t i = 0; i < slot.runs.size(); ++i) {
+      landed[slot.runs[i]] = 1;
+      if (!slot.sums.empty()) sums[slot.runs[i]] = slot.sums[i];
+    }
+  } else if (outcome.error().code != ErrorCode::kCancelled) {
+    fail_link(slot.link, std::move(outcome).error());
+  }
+  return true;
+}
+
+// A source of which no read moved for the limit is stalled: missing progress finds it, whatever the
+// transport says (I11). Reads may queue behind one another, so the source counts, not the ticket.
+void Transfer::watch_progress(const TransferOrder& order) {
+  const TimePoint now = std::chrono::steady_clock::now();
+  const auto limit = std::chrono::milliseconds(order.no_progress_ms);
+  for (Slot& slot : slots_) {
+    if (!slot.busy) continue;
+    const uint64_t progress = transport_.progress_bytes(slot.ticket);
+    if (progress == slot.progress) continue;
+    slot.progress = progress;
+    progress_at_[slot.link] = now;
+  }
+  for (const Slot& slot : slots_) {
+    if (!slot.busy || failed(slot.link)) continue;
+    if (now - std::max(progress_at_[slot.link], slot.submitted_at) < limit) continue;
+    fail_link(slot.link,
+              Error{ErrorCode::kDeadlineExceeded,
+                    fmt::format("source '{}' moved nothing for {} ms ({} of {} bytes of a read)",
+                                order.links[slot.link]->info().name, order.no_progress_ms,
+                                slot.progress, slot.bytes)});
+  }
+}
+
+// Cancels what is still pending on failed links. A link whose read does not end soon after is
+// closed: then no late write of it is possible.
+void Transfer::abandon(const TransferOrder& order) {
+  const TimePoint now = std::chrono::steady_clock::now();
+  for (Slot& slot : slots_) {
+    if (!slot.busy || !failed(slot.link)) continue;
+    if (slot.cancelled_at == TimePoint{}) {
+      transport_.cancel(slot.ticket);
+      slot.cancelled_at = now;
+    } else if (now - slot.cancelled_at > kCancelGrace &&
+               transport_.poll(slot.ticket) == TicketState::kPoisoned) {
+      order.links[slot.link]->close();
+    }
+  }
+}
+
+Result<void> Transfer::run(const TransferOrder& order, std::span<uint8_t> landed,
+                           std::span<uint64_t> sums) {
+  next_ = 0;
+  failures_.clear();
+  progress_at_.assign(order.links.size(), TimePoint{});
+  Result<void> outcome;
+  bool stopping = false;
+  while (true) {
+    waiting_.clear();
+    for (Slot& slot : slots_) {
+      while (!slot.busy && !stopping && next_ < order.runs.size()) {
+        if (!fill(order, slot)) break;
+      }
+      if (slot.busy) waiting_.push_back(slot.ticket);
+    }
+    if (waiting_.empty()) return outcome;
+    const Deadline slice = Deadline::after(kWaitSlice);
+    transport_.wait_any(waiting_, stopping ? slice : slice.earlier(order.deadline));
+    for (Slot& slot : slots_) {
+      if (slot.busy) (void)reap(slot, landed, sums);
+    }
+    watch_progress(order);
+    if (!stopping && (order.cancelled->load() || order.deadline.passed())) {
+      stopping = true;
+      outcome = order.cancelled->load()
+                    ? Error{ErrorCode::kCancelled, "the refit was cancelled by the caller"}
+                    : Error{ErrorCode::kDeadlineExceeded,
+                            "the refit's deadline passed while bytes "
+                            "were moving"};
+      for (Slot& slot : slots_) {
+        if (slot.busy) fail_link(slot.link, outcome.error());
+      }
+    }
+    if (!failures_.empty()) abandon(order);
+  }
+}
+
+}  // namespace transfuse
