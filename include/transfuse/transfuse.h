@@ -11,3 +11,4 @@
 #include "transfuse/receiver.h"
 #include "transfuse/result.h"
 #include "transfuse/transport.h"
+#include "transfuse/verify.h"
