@@ -32,7 +32,7 @@ class ReadSource {
   // the thread's own, of ReadQueueOptions::scratch_bytes. An error fails the ticket. No allocation
   // on success.
   virtual Result<void> read(std::span<const StridedCopy> copies, std::span<uint64_t> fingerprints,
-                            std::span<std::byte> scratch) = 0;
+                            std::span<std::byte> scratch) const = 0;
 
  protected:
   ReadSource() = default;
@@ -44,7 +44,7 @@ class MappedSource final : public ReadSource {
   MappedSource(const std::byte* base, uint64_t size_bytes) : base_(base), size_bytes_(size_bytes) {}
   uint64_t size_bytes() const override { return size_bytes_; }
   Result<void> read(std::span<const StridedCopy> copies, std::span<uint64_t> fingerprints,
-                    std::span<std::byte> scratch) override;
+                    std::span<std::byte> scratch) const override;
 
  private:
   const std::byte* base_;
@@ -76,7 +76,7 @@ class ReadQueue {
   // kCorrupt: a copy reads beyond `source`. kPoisoned: a target may still be written by a cancelled
   // ticket (judged by the address range that a copy spans). kInvalidArgument: fingerprints neither
   // empty nor one per copy. An empty request lands at once.
-  Result<TicketId> submit(ReadSource& source, std::span<const StridedCopy> copies,
+  Result<TicketId> submit(const ReadSource& source, std::span<const StridedCopy> copies,
                           std::span<uint64_t> fingerprints) EXCLUDES(mutex_);
   // A ticket that was finished, or never given out, aborts: ids are the caller's to keep.
   TicketState poll(TicketId ticket) EXCLUDES(mutex_);
@@ -86,17 +86,15 @@ class ReadQueue {
   void cancel(TicketId ticket) EXCLUDES(mutex_);
   Result<void> finish(TicketId ticket) EXCLUDES(mutex_);
 
-  // Ends every live ticket of `source` with `error`; those that a worker is busy with end when the
-  // worker is done with its current copy. fail() returns at once; retire() returns when no worker
-  // uses `source` any more.
+  // Ends every live ticket of `source` with `error`; one that a worker is busy with ends when that
+  // worker is done with its batch. fail() returns at once; retire() returns when no worker uses
+  // `source` any more: call it before `source` goes.
   void fail(const ReadSource& source, const Error& error) EXCLUDES(mutex_);
   void retire(const ReadSource& source, const Error& error) EXCLUDES(mutex_);
 
   // Adds tickets, poisoned_bytes and read_bytes; leaves the rest of `stats` alone.
   void add_stats(TransportStats& stats) const EXCLUDES(mutex_);
-  // kPoisoned if [target, target + size_bytes) may still be written by a cancelled ticket.
-  Result<void> check_target(const std::byte* target, uint64_t size_bytes) const EXCLUDES(mutex_);
-  uint32_t threads() const { return thread_count_; }
+  uint32_t thread_count() const { return thread_count_; }
 
  private:
   struct Ticket;
@@ -104,16 +102,20 @@ class ReadQueue {
 
   void work();
   void start_threads() REQUIRES(mutex_);
-  bool take_batch(Batch& batch) REQUIRES(mutex_);
+  Batch take_batch() REQUIRES(mutex_);
   void end_batch(const Batch& batch, uint64_t done_bytes, Result<void> outcome) REQUIRES(mutex_);
+  // Ends the ticket if all its work is done or given up.
   void settle(Ticket& ticket) REQUIRES(mutex_);
-  void wake_waiters(bool at_once) REQUIRES(mutex_);
-  void stop_ticket(Ticket& ticket, Error error) REQUIRES(mutex_);
+  void stop(Ticket& ticket, const Error& error) REQUIRES(mutex_);
+  void stop_all(const ReadSource& source, const Error& error) REQUIRES(mutex_);
+  bool in_use(const ReadSource& source) const REQUIRES(mutex_);
+  void wake_waiters() REQUIRES(mutex_);
+  void append(Ticket& ticket) REQUIRES(mutex_);
   void unlink(Ticket& ticket) REQUIRES(mutex_);
   void release(Ticket& ticket) REQUIRES(mutex_);
-  Result<uint32_t> free_slot() REQUIRES(mutex_);
+  Ticket* free_ticket() REQUIRES(mutex_);  // nullptr: all are taken
   Ticket& at(TicketId id) REQUIRES(mutex_);
-  Result<void> check_poison(const std::byte* begin, const std::byte* end) const REQUIRES(mutex_);
+  Result<void> check_poison(std::span<const StridedCopy> copies) const REQUIRES(mutex_);
 
   const uint32_t thread_count_;
   const uint64_t scratch_bytes_;
@@ -121,17 +123,19 @@ class ReadQueue {
   const pid_t pid_;
 
   mutable Mutex mutex_;
-  CondVar work_;   // for workers: a ticket is runnable
-  CondVar ended_;  // for wait_any() and retire()
+  // On the heap: destroying one that had waiters at a fork would hang the child.
+  std::unique_ptr<CondVar> work_;   // for workers: a ticket is runnable
+  std::unique_ptr<CondVar> ended_;  // for wait_any() and retire()
   bool stopping_ GUARDED_BY(mutex_) = false;
   uint32_t idle_workers_ GUARDED_BY(mutex_) = 0;
   uint32_t waiters_ GUARDED_BY(mutex_) = 0;
+  uint32_t retiring_ GUARDED_BY(mutex_) = 0;
   bool wake_due_ GUARDED_BY(mutex_) = false;  // a ticket ended and the waiters were not told yet
   TimePoint wake_since_ GUARDED_BY(mutex_);
-  std::vector<std::unique_ptr<Ticket>> slots_ GUARDED_BY(mutex_);
-  uint32_t free_head_ GUARDED_BY(mutex_);  // intrusive lists of slot numbers
-  uint32_t run_head_ GUARDED_BY(mutex_);
-  uint32_t run_tail_ GUARDED_BY(mutex_);
+  std::vector<std::unique_ptr<Ticket>> tickets_ GUARDED_BY(mutex_);
+  Ticket* free_ GUARDED_BY(mutex_) = nullptr;  // linked through Ticket::next
+  Ticket* first_runnable_ GUARDED_BY(mutex_) = nullptr;
+  Ticket* last_runnable_ GUARDED_BY(mutex_) = nullptr;
   uint32_t runnable_ GUARDED_BY(mutex_) = 0;
   uint64_t sequence_ GUARDED_BY(mutex_) = 0;
   uint64_t live_ GUARDED_BY(mutex_) = 0;
