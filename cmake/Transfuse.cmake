@@ -2,18 +2,20 @@
 
 add_library(transfuse_flags INTERFACE)
 target_compile_options(transfuse_flags INTERFACE
-  -Wall -Wextra -Wshadow -Wconversion -Wsign-conversion -Wnon-virtual-dtor -Werror=return-type -Werror=unused-result)
+  -Wall -Wextra -Wshadow -Wconversion -Wsign-conversion -Wnon-virtual-dtor
+  -Werror=return-type -Werror=unused-result)
 if(CMAKE_CXX_COMPILER_ID MATCHES Clang)
   target_compile_options(transfuse_flags INTERFACE -Wthread-safety -Werror=thread-safety)
 endif()
 if(TRANSFUSE_SANITIZE)
-  add_compile_options(-fsanitize=${TRANSFUSE_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all)
+  add_compile_options(
+    -fsanitize=${TRANSFUSE_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all)
   add_link_options(-fsanitize=${TRANSFUSE_SANITIZE})
 endif()
 
 # transfuse_folder(<path under src> [USES <folders>] [LINK <libraries>])
 #   src/<path>/*.cc        -> library tf_<path>
-#   src/<path>/*_test.cc   -> test program tf_<path>_test (label unit, or property for *_property_test.cc)
+#   src/<path>/*_test.cc   -> test program tf_<path>_test (label unit)
 #   src/<path>/*_bench.cc  -> micro-benchmark tf_<path>_bench, also run once, tiny, as a test
 function(transfuse_folder path)
   cmake_parse_arguments(arg "" "" "USES;LINK" ${ARGN})
@@ -43,16 +45,18 @@ function(transfuse_folder path)
   endif()
   if(TRANSFUSE_BENCH AND benches)
     add_executable(tf_${name}_bench ${benches})
-    target_link_libraries(tf_${name}_bench PRIVATE tf_${name} benchmark::benchmark_main transfuse_flags)
+    target_link_libraries(tf_${name}_bench PRIVATE
+      tf_${name} benchmark::benchmark_main transfuse_flags)
     if(TRANSFUSE_TESTS)
       add_test(NAME bench.tf_${name}_bench COMMAND tf_${name}_bench --benchmark_min_time=0.001)
-      set_tests_properties(bench.tf_${name}_bench PROPERTIES LABELS bench ENVIRONMENT TRANSFUSE_BENCH_TINY=1)
+      set_tests_properties(bench.tf_${name}_bench PROPERTIES
+        LABELS bench ENVIRONMENT TRANSFUSE_BENCH_TINY=1)
     endif()
   endif()
 endfunction()
 
 # transfuse_tests(<program> SOURCES <files> [LINK <libraries>] [LABELS <labels>])
-# A skipped GoogleTest is shown as skipped by ctest. Files named *_property_test.cc get the label property.
+# A skipped GoogleTest is shown as skipped by ctest.
 function(transfuse_tests program)
   cmake_parse_arguments(arg "" "TIMEOUT" "SOURCES;LINK;LABELS" ${ARGN})
   if(NOT arg_LABELS)
@@ -62,9 +66,11 @@ function(transfuse_tests program)
     set(arg_TIMEOUT 300)
   endif()
   add_executable(${program} ${arg_SOURCES})
-  target_link_libraries(${program} PRIVATE ${arg_LINK} GTest::gmock GTest::gtest_main transfuse_flags)
+  target_link_libraries(${program} PRIVATE
+    ${arg_LINK} GTest::gmock GTest::gtest_main transfuse_flags)
   gtest_discover_tests(${program} DISCOVERY_MODE PRE_TEST
-    PROPERTIES LABELS "${arg_LABELS}" TIMEOUT ${arg_TIMEOUT} SKIP_REGULAR_EXPRESSION "\\[  SKIPPED \\]")
+    PROPERTIES LABELS "${arg_LABELS}" TIMEOUT ${arg_TIMEOUT}
+               SKIP_REGULAR_EXPRESSION "\\[  SKIPPED \\]")
 endfunction()
 
 # src/rpc: the only folder that sees gRPC. Proto files are compiled into the build tree.
