@@ -158,14 +158,22 @@ bool fill_before(const Fill& a, const Fill& b) {
   return compare(a.element_strides, b.element_strides) < 0;
 }
 
-// Sorts `specs` by name; returns the new position of each old one.
+// The order in which `specs` ascend by name. `guess` is taken where it is right: parameters often
+// bear the names of the tensors and come in their order.
 template <typename Spec>
-std::vector<uint32_t> sort_by_name(std::vector<Spec>& specs) {
+std::vector<uint32_t> order_by_name(const std::vector<Spec>& specs,
+                                    const std::vector<uint32_t>& guess) {
+  const auto before = [&](uint32_t a, uint32_t b) { return specs[a].name < specs[b].name; };
+  if (guess.size() == specs.size() && std::ranges::is_sorted(guess, before)) return guess;
   std::vector<uint32_t> order(specs.size());
   std::iota(order.begin(), order.end(), 0U);
-  const auto before = [&](uint32_t a, uint32_t b) { return specs[a].name < specs[b].name; };
-  if (std::ranges::is_sorted(order, before)) return order;
-  std::ranges::sort(order, before);
+  if (!std::ranges::is_sorted(order, before)) std::ranges::sort(order, before);
+  return order;
+}
+
+// Brings `specs` into `order`; returns the new position of each old one.
+template <typename Spec>
+std::vector<uint32_t> reorder(std::vector<Spec>& specs, const std::vector<uint32_t>& order) {
   std::vector<Spec> sorted;
   std::vector<uint32_t> position(specs.size());
   sorted.reserve(specs.size());
@@ -289,8 +297,10 @@ Result<Layout> LayoutAssembly::assemble(LayoutParts&& parts, std::string* encodi
   TRANSFUSE_ASSIGN_OR_RETURN(content->tile_bytes, check_and_trim_tiles(parts));
   TRANSFUSE_RETURN_IF_ERROR(check_and_trim_fills(parts));
 
-  const auto tensor_position = sort_by_name(parts.tensors);
-  const auto parameter_position = sort_by_name(parts.parameters);
+  const auto tensor_order = order_by_name(parts.tensors, {});
+  const auto parameter_order = order_by_name(parts.parameters, tensor_order);
+  const auto tensor_position = reorder(parts.tensors, tensor_order);
+  const auto parameter_position = reorder(parts.parameters, parameter_order);
   for (Tile& tile : parts.tiles) {
     tile.tensor = tensor_position[tile.tensor];
     tile.parameter = parameter_position[tile.parameter];

@@ -1,16 +1,15 @@
 // Layout and LayoutBuilder: an immutable description and the collector that makes one.
 #include <fmt/format.h>
+#include <xxhash.h>
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
 #include <string>
 #include <string_view>
-#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -38,49 +37,55 @@ std::string describe(const ParameterSpec& parameter) {
                      parameter.element_count);
 }
 
-// Specs in order of arrival, found by name without a second copy of the names.
+// Specs in order of arrival, found by name without a second copy of the names: an open-addressing
+// table of handles, at most half full.
 template <typename Spec>
 class SpecTable {
  public:
-  explicit SpecTable(std::vector<Spec>& specs)
-      : specs_(&specs), index_(0, Hash{&specs}, Equal{&specs}) {}
+  explicit SpecTable(std::vector<Spec>& specs) : specs_(&specs), slots_(16) {}
 
   // The handle; `conflict` is set where the name is known with other contents.
   uint32_t add(const Spec& spec, std::optional<Error>& conflict) {
-    if (const auto at = index_.find(std::string_view(spec.name)); at != index_.end()) {
-      const Spec& known = (*specs_)[*at];
+    const uint64_t hash = XXH3_64bits(spec.name.data(), spec.name.size());
+    const auto check = static_cast<uint32_t>(hash >> 32);
+    size_t at = hash & (slots_.size() - 1);
+    for (; slots_[at].used; at = (at + 1) & (slots_.size() - 1)) {
+      if (slots_[at].check != check) continue;
+      const Spec& known = (*specs_)[slots_[at].handle];
+      if (known.name != spec.name) continue;
       if (!(known == spec) && !conflict) {
         conflict = Error{ErrorCode::kInvalidArgument,
                          describe(known) + " was added again as " + describe(spec)};
       }
-      return *at;
+      return slots_[at].handle;
     }
     const auto handle = static_cast<uint32_t>(specs_->size());
     specs_->push_back(spec);
-    index_.insert(handle);
+    slots_[at] = Slot{.handle = handle, .check = check, .used = true};
+    if (specs_->size() * 2 > slots_.size()) grow();
     return handle;
   }
 
  private:
-  struct Hash {
-    using is_transparent = void;
-    const std::vector<Spec>* specs;
-    size_t operator()(std::string_view name) const { return std::hash<std::string_view>{}(name); }
-    size_t operator()(uint32_t handle) const { return (*this)((*specs)[handle].name); }
+  struct Slot {
+    uint32_t handle = 0;
+    uint32_t check = 0;  // upper half of the hash: most other names are told apart without a look
+    bool used = false;
   };
-  struct Equal {
-    using is_transparent = void;
-    const std::vector<Spec>* specs;
-    bool operator()(uint32_t a, uint32_t b) const { return a == b; }
-    bool operator()(std::string_view name, uint32_t handle) const {
-      return name == (*specs)[handle].name;
+
+  void grow() {
+    slots_.assign(slots_.size() * 2, Slot{});
+    for (uint32_t handle = 0; handle < specs_->size(); ++handle) {
+      const std::string& name = (*specs_)[handle].name;
+      const uint64_t hash = XXH3_64bits(name.data(), name.size());
+      size_t at = hash & (slots_.size() - 1);
+      while (slots_[at].used) at = (at + 1) & (slots_.size() - 1);
+      slots_[at] = Slot{.handle = handle, .check = static_cast<uint32_t>(hash >> 32), .used = true};
     }
-    bool operator()(uint32_t handle, std::string_view name) const {
-      return name == (*specs)[handle].name;
-    }
-  };
+  }
+
   std::vector<Spec>* specs_;
-  std::unordered_set<uint32_t, Hash, Equal> index_;
+  std::vector<Slot> slots_;
 };
 
 }  // namespace

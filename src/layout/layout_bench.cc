@@ -39,7 +39,7 @@ std::vector<Entry> experts() {
   return entries;
 }
 
-Layout build(const std::vector<Entry>& entries) {
+LayoutBuilder collect(const std::vector<Entry>& entries) {
   LayoutBuilder builder;
   for (const Entry& entry : entries) {
     const auto t = builder.tensor(entry.tensor);
@@ -49,15 +49,28 @@ Layout build(const std::vector<Entry>& entries) {
       builder.tile(t, box, p, box.offset[0] * entry.tensor.shape[1]);
     }
   }
-  return builder.build().value();
+  return builder;
 }
+
+Layout build(const std::vector<Entry>& entries) { return collect(entries).build().value(); }
 
 void BM_BuildAndDigest(benchmark::State& state) {
   const auto entries = experts();
-  for (auto _ : state) benchmark::DoNotOptimize(build(entries).digest());
+  for (auto _ : state) {
+    state.PauseTiming();
+    LayoutBuilder builder = collect(entries);
+    state.ResumeTiming();
+    benchmark::DoNotOptimize(builder.build().value().digest());
+  }
   state.counters["tensors"] = static_cast<double>(entries.size());
 }
 BENCHMARK(BM_BuildAndDigest)->Unit(benchmark::kMillisecond);
+
+void BM_Collect(benchmark::State& state) {
+  const auto entries = experts();
+  for (auto _ : state) benchmark::DoNotOptimize(collect(entries));
+}
+BENCHMARK(BM_Collect)->Unit(benchmark::kMillisecond);
 
 void BM_Encode(benchmark::State& state) {
   const Layout layout = build(experts());
