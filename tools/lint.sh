@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Everything that is checked without running the code; all checks run, the exit code is their sum.
+# Usage: tools/lint.sh [file.cc ...]   (clang-tidy only on the named files)
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+jobs="$(nproc)"
+database=build/lint
+failed=()
+
+check() {  # <name> <command...>
+  local name=$1 start=$SECONDS
+  shift
+  if "$@"; then
+    echo "lint: $name ok ($((SECONDS - start)) s)"
+  else
+    echo "lint: $name FAILED ($((SECONDS - start)) s)"
+    failed+=("$name")
+  fi
+}
+
+# Tracked and new files that git does not ignore.
+files() { git ls-files -co --exclude-standard -- "$@" | while read -r f; do [[ -f $f ]] && echo "$f"; done; }
+
+format() { files '*.cc' '*.h' | xargs clang-format-19 --dry-run -Werror; }
+
+# A compilation database made by clang, so that both clang tools understand every flag. Generated
+# protobuf headers must exist before a file that includes them is read.
+configure() {
+  cmake --preset clang -B "$database" -DTRANSFUSE_PYTHON=ON \
+    -DPython_EXECUTABLE="$PWD/.venv/bin/python" -DTRANSFUSE_BENCH=ON >"$database.log" 2>&1 ||
+    { tail -n 20 "$database.log"; return 1; }
+  if grep -q 'generated/.*pb.h' "$database/build.ninja"; then
+    ninja -C "$database" -t targets all | sed -n 's/^\(generated\/.*\.pb\.h\):.*/\1/p' |
+      xargs -r ninja -C "$database" >"$database.log" 2>&1 || { tail -n 20 "$database.log"; return 1; }
+  fi
+}
+
+sources() {
+  if [[ $# -gt 0 ]]; then printf '%s\n' "$@"; else
+    files 'src/*.cc' 'apps/*.cc' 'bench/*.cc' 'python/*.cc' | grep -v '_test\.cc$'
+  fi
+}
+
+clang_tidy() {
+  sources "$@" | nice xargs -n 1 -P "$jobs" clang-tidy-19 -p "$database" --quiet 2> >(
+    grep -vE '^[0-9]+ warnings? (generated|treated)' >&2)
+}
+
+# -Wthread-safety is an error in the clang preset's flags; the syntax is enough to check it.
+thread_safety() {
+  .venv/bin/python tools/thread_safety.py "$database/compile_commands.json" "$jobs"
+}
+
+check tidy python3 tools/tidy.py
+check ruff .venv/bin/ruff check --no-cache .
+check ruff-format .venv/bin/ruff format --no-cache --check .
+check mypy .venv/bin/mypy --cache-dir build/mypy
+if command -v clang-tidy-19 clang-format-19 clang++-19 >/dev/null; then
+  mkdir -p build
+  check clang-format format
+  check configure configure
+  check thread-safety thread_safety
+  check clang-tidy clang_tidy "$@"
+else
+  echo "lint: clang 19 is not installed: formatting, clang-tidy and thread safety were left out"
+  [[ -z "${CI:-}" ]] || failed+=("clang 19 is missing")
+fi
+
+if [[ ${#failed[@]} -gt 0 ]]; then
+  echo "lint: failed: ${failed[*]}"
+  exit 1
+fi
+echo "lint: clean"
