@@ -30,14 +30,36 @@ constexpr uint64_t kStageElements = 512;
 // are still there for the neighbouring rows.
 constexpr uint64_t kTransposeElements = 128;
 
-CopyPath detect_path() { return CopyPath::kPortable; }
+CopyPath detect_path() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    return CopyPath::kAvx512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return CopyPath::kAvx2;
+#endif
+  return CopyPath::kPortable;
+}
 
 std::atomic<CopyPath>& chosen_path() {
   static std::atomic<CopyPath> path{best_copy_path()};
   return path;
 }
 
-const RowKernels& rows() { return kPortableRows; }
+const RowKernels& rows() {
+#if defined(__x86_64__)
+  switch (chosen_path().load(std::memory_order_relaxed)) {
+    case CopyPath::kAvx512:
+      return kAvx512Rows;
+    case CopyPath::kAvx2:
+      return kAvx2Rows;
+    case CopyPath::kPortable:
+      break;
+  }
+#endif
+  return kPortableRows;
+}
 
 // One level of the walk; source and target in bytes.
 struct Level {

@@ -31,5 +31,9 @@ struct RowKernels {
 };
 
 extern const RowKernels kPortableRows;
+#if defined(__x86_64__)
+extern const RowKernels kAvx2Rows;    // needs AVX2 and F16C
+extern const RowKernels kAvx512Rows;  // needs AVX-512 F, BW, VL and DQ
+#endif
 
 }  // namespace transfuse
