@@ -1,53 +1,70 @@
-// The writer's and the reader's half of a generation word: how a torn read is found.
+// The generation of a source: two words beside the weights that tell a reader of another process,
+// or of this one, whether what it read is of one version.
 //
-// Writer: begin (counter odd), fence, write the data, fence, end (counter even). Reader: load the
-// counter, read the data, load it again. If both loads give the same even counter, then no write of
-// the data lies between them:
-//  - begin: the odd store comes before every later store of the data (release fence after it), so a
-//  reader that sees any new data
-//    and then, ordered by an acquire fence, loads the counter, sees the odd value or a later one;
-//  - end: every store of the data comes before the even store (release), so a reader that loads the
-//  even value first (acquire)
-//    sees all the data of that generation.
-// Streaming stores are not ordered by a release store on x86: end() issues an sfence before it.
+// Writer: begin (counter odd), write the weights, end (counter even). Reader: load, read the
+// weights, load again. Two loads of one even counter mean that no write lies between them:
+//  - the odd store comes before every store of the weights, so a reader that saw any of those finds
+//    the odd counter, or a later one, in its second load;
+//  - every store of the weights comes before the even store, so a reader that found it in its first
+//    load sees all of them.
+// Full fences order streaming stores too: on x86 a locked instruction drains the write-combining
+// buffers; on Arm it is a `dmb ish`.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 
-#if defined(__x86_64__)
-#include <emmintrin.h>
+#if defined(__SANITIZE_THREAD__)
+#define TRANSFUSE_TSAN 1
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define TRANSFUSE_TSAN 1
+#endif
 #endif
 
 namespace transfuse {
 
-inline void store_fence() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
-  std::atomic_thread_fence(std::memory_order_release);
-}
+// In registered memory, 8-byte aligned. The counter is odd while the weights are being written.
+struct GenerationWords {
+  uint64_t incarnation = 0;
+  uint64_t counter = 0;
+};
+static_assert(sizeof(GenerationWords) == 16);
+static_assert(std::atomic_ref<uint64_t>::is_always_lock_free);
 
-// `odd` must be above the counter's value.
-inline void seqlock_begin(uint64_t& counter, uint64_t odd) {
-  std::atomic_ref<uint64_t>(counter).store(odd, std::memory_order_relaxed);
+// ThreadSanitizer does not model fences, and the counter's own ordering is enough for it.
+inline void full_fence() {
+#if !defined(TRANSFUSE_TSAN)
   std::atomic_thread_fence(std::memory_order_seq_cst);
+#endif
 }
 
-inline void seqlock_end(uint64_t& counter, uint64_t even) {
-  store_fence();
-  std::atomic_ref<uint64_t>(counter).store(even, std::memory_order_release);
+// Before the first store to the weights. An odd counter (the last write was given up) stays as it
+// is. One writer at a time.
+inline void begin_generation(GenerationWords& words) {
+  std::atomic_ref<uint64_t> counter(words.counter);
+  counter.store(counter.load(std::memory_order_relaxed) | 1, std::memory_order_seq_cst);
+  full_fence();
 }
 
-// Before the data is read; the acquire keeps later reads after it.
-inline uint64_t seqlock_load_first(uint64_t& counter) {
-  return std::atomic_ref<uint64_t>(counter).load(std::memory_order_acquire);
+// After the last store to the weights; returns the counter that readers are to find. Weights that
+// other threads wrote must have been handed over to this one (joined, locked) before.
+inline uint64_t end_generation(GenerationWords& words) {
+  std::atomic_ref<uint64_t> counter(words.counter);
+  const uint64_t even = (counter.load(std::memory_order_relaxed) | 1) + 1;
+  full_fence();
+  counter.store(even, std::memory_order_seq_cst);
+  return even;
 }
 
-// After the data was read; the fence keeps earlier reads before it.
-inline uint64_t seqlock_load_second(uint64_t& counter) {
-  std::atomic_thread_fence(std::memory_order_acquire);
-  return std::atomic_ref<uint64_t>(counter).load(std::memory_order_relaxed);
+// Ordered before every later read of this thread; a second load after the weights were read is
+// ordered after them.
+inline GenerationWords load_generation(GenerationWords& words) {
+  full_fence();
+  GenerationWords loaded;
+  loaded.counter = std::atomic_ref<uint64_t>(words.counter).load(std::memory_order_acquire);
+  loaded.incarnation = std::atomic_ref<uint64_t>(words.incarnation).load(std::memory_order_acquire);
+  return loaded;
 }
 
 }  // namespace transfuse

@@ -44,9 +44,9 @@ Result<std::unique_ptr<ServedWeights>> ServedWeights::open(Transport& transport,
                                                            const ServedWeightsOptions& options) {
   std::unique_ptr<ServedWeights> weights(
       new ServedWeights(transport, control, layout, std::move(memory), options));
-  TRANSFUSE_ASSIGN_OR_RETURN(weights->control_region_, transport.allocate(2 * sizeof(uint64_t)));
-  weights->words()[0] = weights->incarnation_;
-  seqlock_begin(weights->words()[1], 1);
+  TRANSFUSE_ASSIGN_OR_RETURN(weights->control_region_, transport.allocate(sizeof(GenerationWords)));
+  weights->words().incarnation = weights->incarnation_;
+  begin_generation(weights->words());
   return weights;
 }
 
@@ -56,8 +56,8 @@ ServedWeights::~ServedWeights() {
   if (control_region_) begin_write();
 }
 
-uint64_t* ServedWeights::words() const {
-  return reinterpret_cast<uint64_t*>(control_region_->bytes().data());
+GenerationWords& ServedWeights::words() const {
+  return *reinterpret_cast<GenerationWords*>(control_region_->bytes().data());
 }
 
 Result<std::string> ServedWeights::descriptor(const std::string& token) {
@@ -98,8 +98,7 @@ void ServedWeights::begin_write() {
     table->wanted = false;
     word(header_of(*table->region)->counter).store(0, std::memory_order_release);
   }
-  if (counter_ % 2 == 0) ++counter_;
-  seqlock_begin(words()[1], counter_);
+  begin_generation(words());
   while (chunks_in_flight_ > 0) changed_.wait(mutex_);
 }
 
@@ -107,8 +106,7 @@ Generation ServedWeights::end_write() {
   const MutexLock lock(mutex_);
   TRANSFUSE_CHECK(writing_);
   writing_ = false;
-  ++counter_;
-  seqlock_end(words()[1], counter_);
+  counter_ = end_generation(words());
   drop_stale_tables();
   if (options_.keep_tables_fresh) {
     for (const auto& table : tables_) want(*table);
@@ -248,7 +246,6 @@ void ServedWeights::sum_loop() {
     --table->chunks_in_flight;
     if (table->wanted && table->next_chunk == chunks.size() && table->chunks_in_flight == 0) {
       table->wanted = false;
-      store_fence();
       word(header->counter).store(counter_, std::memory_order_release);
     }
     if (chunks_in_flight_ == 0) changed_.notify_all();

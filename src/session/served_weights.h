@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "base/mutex.h"
+#include "base/seqlock.h"
 #include "session/copies.h"
 #include "session/memory.h"
 #include "transfuse/control.h"
@@ -86,7 +87,7 @@ class ServedWeights {
   Table* next_table() REQUIRES(mutex_);
   void sum_chunk(const Table& table, const Chunk& chunk) const;
   void drop_stale_tables() REQUIRES(mutex_);
-  uint64_t* words() const;  // the generation in registered memory
+  GenerationWords& words() const;  // in registered memory
 
   Transport& transport_;
   Control& control_;
@@ -101,8 +102,8 @@ class ServedWeights {
 
   Mutex mutex_;
   CondVar changed_;
-  bool writing_ GUARDED_BY(mutex_) = true;  // nothing published yet
-  uint64_t counter_ GUARDED_BY(mutex_) = 1;
+  bool writing_ GUARDED_BY(mutex_) = true;   // nothing published yet
+  uint64_t counter_ GUARDED_BY(mutex_) = 0;  // of the last end_write()
   uint32_t chunks_in_flight_ GUARDED_BY(mutex_) = 0;
   std::vector<std::unique_ptr<Table>> tables_ GUARDED_BY(mutex_);
 };
