@@ -1,0 +1,311 @@
+// Versions, leases and membership as a pure state machine: calls and times in, replies and notices
+// out.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <set>
+#include <span>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "control/layout_store.h"
+#include "transfuse/control.h"
+#include "transfuse/deadline.h"
+#include "transfuse/layout.h"
+#include "transfuse/result.h"
+
+namespace transfuse {
+
+// Chosen by the front end for each waiting call, never used twice.
+enum class WaiterId : uint64_t {};
+
+struct TableLimits {
+  uint64_t first_id = 1;  // of members and leases: another range after every restart, so that an id
+                          // of a dead coordinator is never taken for one of this
+  size_t members = 65536;
+  size_t waiters = 65536;
+  size_t leases_per_member = 16;
+  size_t waiters_per_member = 16;
+  size_t tables_per_member = 64;
+  size_t finished_versions = 64;  // remembered per model
+  uint64_t descriptor_bytes = uint64_t{16} << 20;
+  uint64_t all_descriptor_bytes = uint64_t{1} << 30;
+  uint64_t table_descriptor_bytes = uint64_t{1} << 20;
+  Duration suspect_grace = std::chrono::milliseconds(500);
+  LayoutLimits layouts;
+};
+
+// What a member knew when its coordinator died, told to the next one.
+struct Resume {
+  uint64_t id = 0;              // its number before
+  uint64_t last_published = 0;  // the highest number it has published
+  uint64_t readable = 0;        // what it offers now, 0 while writing
+  Generation generation{};      // of `readable`
+  uint64_t writing = 0;         // between begin_write() and publish()
+  uint64_t landed = 0;          // target: what it holds
+};
+
+struct JoinRequest {
+  Registration registration;
+  uint64_t owner = 0;  // the connection that answers for it, see suspect()
+  Duration ttl = std::chrono::seconds(5);
+  Duration lease_ttl = std::chrono::seconds(60);
+  std::optional<Resume> resume{};  // set: a live member of the same incarnation is taken over
+};
+
+// -- effects: what the front end has to tell whom --
+struct LeaseReply {
+  WaiterId waiter{};
+  Result<Lease> result;
+  uint64_t roster = 0;  // see LeaseTable::roster()
+};
+struct DrainReply {
+  WaiterId waiter{};
+  Result<DrainOutcome> result;
+};
+struct TableReply {
+  WaiterId waiter{};
+  Result<std::string> result;
+};
+struct VersionChanged {
+  VersionInfo version;
+};
+struct MemberNotice {
+  uint64_t member = 0;
+  uint64_t owner = 0;
+  MemberEvent event;
+};
+using Effect = std::variant<LeaseReply, DrainReply, TableReply, VersionChanged, MemberNotice>;
+
+struct TableStats {
+  size_t members = 0;
+  size_t models = 0;
+  size_t versions = 0;
+  size_t leases = 0;
+  size_t waiters = 0;
+  size_t tables = 0;
+  size_t timers = 0;
+  size_t layouts = 0;
+  uint64_t layout_bytes = 0;
+  uint64_t descriptor_bytes = 0;
+  bool operator==(const TableStats&) const = default;
+};
+
+// A version is OPEN from the first begin_write(), READY when all expected sources have published
+// it, and ends RETIRED or ABORTED. Only a READY version has leases. Nothing here blocks, reads a
+// clock or does I/O; a waiting call is answered by exactly one effect, at its deadline at the
+// latest (tick). Memory is bounded by TableLimits. Used from one thread at a time.
+//
+// What a publisher keeps is `in_place`: beginning to write closes what the source offered. Snapshot
+// retention (a ring of slots) belongs into begin_write(): it would drain the readers of the slot
+// that is written next instead of those of the newest version, and leave that one READY.
+class LeaseTable {
+ public:
+  explicit LeaseTable(const TableLimits& limits = {});
+  LeaseTable(const LeaseTable&) = delete;
+  LeaseTable& operator=(const LeaseTable&) = delete;
+
+  LayoutStore& layouts() { return layouts_; }
+  const LayoutStore& layouts() const { return layouts_; }
+
+  // -- members --
+  // kNotFound: the layout was not put. kAlreadyExists: a live member has the name, or the model has
+  // all its sources. kInvalidArgument: names, counts, or source_count differs from that of the live
+  // sources.
+  Result<uint64_t> join(const JoinRequest& request, TimePoint now);
+  Result<void> leave(uint64_t member, TimePoint now);
+  // Keeps members and leases alive. Returns those that are not members (any more).
+  std::vector<uint64_t> beat(std::span<const uint64_t> members, std::span<const LeaseId> leases,
+                             TimePoint now);
+  // The connection `owner` broke: its members die after a short grace unless they beat again.
+  void suspect(uint64_t owner, TimePoint now);
+  // As if the time to live of a member had run out.
+  void lose(uint64_t member, std::string_view why, TimePoint now);
+  // The coordinator itself stood still: silence until now is held against nobody.
+  void forgive(TimePoint now);
+
+  Result<std::shared_ptr<const std::string>> describe(uint64_t member, uint64_t incarnation) const;
+  std::vector<MemberInfo> members(std::string_view model) const;    // "": of all models
+  std::vector<VersionInfo> versions(std::string_view model) const;  // "": of all models
+  // Changes with every source that joins or goes: who knows it knows the sources.
+  uint64_t roster(std::string_view model) const;
+
+  // -- sources -- answered by a DrainReply
+  void begin_write(WaiterId waiter, uint64_t source, uint64_t version, TimePoint deadline,
+                   TimePoint now);
+  Result<void> publish(uint64_t source, uint64_t version, const Generation& generation,
+                       TimePoint now);
+  Result<void> abort_version(uint64_t source, uint64_t version, std::string_view reason,
+                             TimePoint now);
+
+  // -- targets -- answered by a LeaseReply
+  void acquire(WaiterId waiter, uint64_t target, const VersionRequest& request, TimePoint deadline,
+               TimePoint now);
+  // kNotFound: `target` holds no such lease (any more). `landed` is noted all the same.
+  Result<void> release(uint64_t target, LeaseId lease, uint64_t version, bool landed,
+                       TimePoint now);
+
+  // -- fingerprint tables -- get_table() is answered by a TableReply
+  Result<void> request_table(uint64_t from, uint64_t holder, const TableRequest& request);
+  Result<void> put_table(uint64_t holder, const Digest& plan_key, std::string_view descriptor);
+  void get_table(WaiterId waiter, uint64_t holder, const Digest& plan_key, TimePoint deadline,
+                 TimePoint now);
+  // Requests that the members of `owner` have not answered: told again after a broken connection.
+  void repeat_requests(uint64_t owner);
+
+  // The caller of a waiting call is gone; no reply follows.
+  void cancel(WaiterId waiter, TimePoint now);
+
+  // Ends what is due. To be called no later than next_deadline().
+  void tick(TimePoint now);
+  std::optional<TimePoint> next_deadline() const;
+  std::vector<Effect> take_effects();
+  TableStats stats() const;
+
+ private:
+  enum class TimerKind : uint8_t { kMember, kLease, kWaiter };
+  using Timer = std::tuple<TimePoint, TimerKind, uint64_t>;
+
+  struct FingerprintTable {
+    TableRequest request;
+    std::set<uint64_t> requesters;
+    std::optional<std::string> descriptor;
+    std::set<uint64_t> waiters;
+    uint64_t last_used = 0;  // count of uses, for eviction
+  };
+  struct Member {
+    uint64_t id = 0;
+    Registration registration;  // without its descriptor
+    std::shared_ptr<const std::string> descriptor;
+    uint64_t owner = 0;
+    Duration ttl{};
+    Duration lease_ttl{};
+    TimePoint last_beat;
+    TimePoint expires;
+    TimePoint timer;  // when it is looked at next, at most `expires`
+    bool suspect = false;
+    uint64_t last_published = 0;
+    uint64_t readable = 0;
+    Generation generation;
+    uint64_t writing = 0;
+    uint64_t landed = 0;
+    std::optional<uint64_t> drain;  // waiter of begin_write()
+    std::set<uint64_t> leases;
+    std::set<uint64_t> waiters;
+    std::map<Digest, FingerprintTable> tables;
+    std::set<std::pair<uint64_t, Digest>> requested;  // tables of others: (holder, plan)
+  };
+  struct Participant {    // of a version, by name
+    uint64_t member = 0;  // 0: gone
+    uint64_t incarnation = 0;
+    bool published = false;
+    Generation generation{};
+  };
+  struct Version {
+    VersionState state = VersionState::kOpen;
+    uint32_t source_count = 0;
+    bool closing = false;  // READY, but a source waits to write
+    bool lost = false;     // finished because a source was lost: may come back with it
+    std::string reason;
+    std::map<std::string, Participant> participants;
+    std::set<uint64_t> leases;
+    std::set<uint64_t> drains;
+  };
+  struct Model {
+    std::map<uint64_t, Version> versions;
+    std::map<std::string, uint64_t, std::less<>> sources;
+    std::map<std::string, uint64_t, std::less<>> targets;
+    std::set<uint64_t> waiters;  // acquire()
+    uint64_t floor = 0;          // highest finished version that was forgotten
+    uint64_t roster = 0;
+  };
+  struct HeldLease {
+    uint64_t holder = 0;
+    std::string model;
+    uint64_t version = 0;
+    TimePoint renewed;
+    TimePoint timer;
+  };
+  enum class WaiterKind : uint8_t { kDrain, kLease, kTable };
+  struct Waiter {
+    WaiterKind kind = WaiterKind::kLease;
+    uint64_t member = 0;  // who waits; kTable: the holder
+    TimePoint started;
+    TimePoint deadline;
+    VersionRequest request{};  // kLease; kDrain: the version to be written
+    uint64_t drained = 0;      // kDrain: the version that is drained
+    uint32_t revoked = 0;
+    Digest plan_key{};
+  };
+
+  // lease_table.cc
+  Result<void> check_join(const JoinRequest& request) const;
+  Result<void> check_source_join(const Registration& wanted, uint64_t replaced) const;
+  std::optional<uint64_t> find_named(const Registration& wanted) const;
+  void take_over(Member& member, const JoinRequest& request, TimePoint now);
+  uint64_t admit(const JoinRequest& request, TimePoint now);
+  void renew(Member& member, TimePoint now);
+  void set_member_timer(Member& member, TimePoint at);
+  void remove_member(uint64_t id, std::string_view why, TimePoint now);
+  void erase_model_if_empty(std::string_view name);
+  MemberInfo info(const Member& member) const;
+  Member* find_member(uint64_t id, MemberRole role);
+  Error no_member(uint64_t id) const;
+  uint64_t new_id() { return next_id_++; }
+
+  // lease_table_versions.cc
+  Result<void> check_begin(const Member& source, uint64_t version) const;
+  void open_version(Member& source, uint64_t version);
+  void finish_begin(uint64_t waiter_id, TimePoint now);
+  void maybe_ready(const std::string& model, uint64_t version, TimePoint now);
+  void finish_version(const std::string& model, uint64_t version, VersionState state,
+                      std::string_view reason, TimePoint now);
+  void resume_source(Member& source, const Resume& resume, TimePoint now);
+  bool revive(const Member& source, uint64_t version);
+  void drop_versions_of(const Registration& restarted, TimePoint now);
+  void source_gone(const Member& source, std::string_view why, TimePoint now);
+  bool passed_by_live_source(const Model& model, uint64_t version, uint64_t except) const;
+  uint32_t revoke_leases(Version& version);
+  void end_lease(uint64_t lease, TimePoint now);
+  void drained_if_empty(const std::string& model, uint64_t version, TimePoint now);
+  VersionInfo info(const std::string& model, uint64_t number, const Version& version) const;
+  void changed(const std::string& model, uint64_t number, const Version& version);
+  std::optional<uint64_t> choose(const Model& model, const VersionRequest& request) const;
+  std::optional<Error> never(const std::string& name, const Model& model,
+                             const VersionRequest& request) const;
+  bool try_grant(uint64_t waiter_id, TimePoint now);
+  void serve_waiters(const std::string& model, TimePoint now);
+  std::string who_is_missing(const std::string& name, const Model& model,
+                             const VersionRequest& request) const;
+
+  // lease_table_waiters.cc
+  void add_waiter(uint64_t id, Waiter waiter);
+  void remove_waiter(uint64_t id);
+  void expire_waiter(uint64_t id, TimePoint now);
+  void fail_waiter(uint64_t id, const Error& error);
+  void forget_requests(Member& requester);
+  void evict_table(Member& holder);
+
+  TableLimits limits_;
+  LayoutStore layouts_;
+  std::map<uint64_t, Member> members_;
+  std::map<uint64_t, std::set<uint64_t>> owners_;  // owner -> members
+  std::map<std::string, Model, std::less<>> models_;
+  std::map<uint64_t, HeldLease> leases_;
+  std::map<uint64_t, Waiter> waiters_;
+  std::set<Timer> timers_;
+  std::vector<Effect> effects_;
+  uint64_t next_id_ = 1;
+  uint64_t rosters_ = 0;
+  uint64_t table_uses_ = 0;
+  uint64_t descriptor_bytes_ = 0;
+};
+
+}  // namespace transfuse
