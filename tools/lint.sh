@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Everything that is checked without running the code; all checks run, the exit code is their sum.
-# Usage: tools/lint.sh [file.cc ...]   (clang-tidy only on the named files)
+# Usage: tools/lint.sh [--fix] [FILE.cc ...]
+#   FILE.cc  only clang-tidy, only on these files
+#   --fix    let clang-tidy and clang-format repair what they can in these files
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,20 +22,24 @@ check() {  # <name> <command...>
 }
 
 # Tracked and new files that git does not ignore.
-files() { git ls-files -co --exclude-standard -- "$@" | while read -r f; do [[ -f $f ]] && echo "$f"; done; }
+files() {
+  git ls-files -co --exclude-standard -- "$@" | while read -r file; do
+    if [[ -f $file ]]; then echo "$file"; fi
+  done
+}
 
 format() { files '*.cc' '*.h' | xargs clang-format-19 --dry-run -Werror; }
 
 # A compilation database made by clang, so that both clang tools understand every flag. Generated
 # protobuf headers must exist before a file that includes them is read.
 configure() {
-  cmake --preset clang -B "$database" -DTRANSFUSE_PYTHON=ON \
-    -DPython_EXECUTABLE="$PWD/.venv/bin/python" -DTRANSFUSE_BENCH=ON >"$database.log" 2>&1 ||
-    { tail -n 20 "$database.log"; return 1; }
-  if grep -q 'generated/.*pb.h' "$database/build.ninja"; then
-    ninja -C "$database" -t targets all | sed -n 's/^\(generated\/.*\.pb\.h\):.*/\1/p' |
-      xargs -r ninja -C "$database" >"$database.log" 2>&1 || { tail -n 20 "$database.log"; return 1; }
-  fi
+  local log="$database.log"
+  {
+    cmake --preset clang -B "$database" -DTRANSFUSE_PYTHON=ON -DTRANSFUSE_BENCH=ON \
+      -DPython_EXECUTABLE="$PWD/.venv/bin/python" &&
+      ninja -C "$database" -t targets all | sed -n 's/^\(generated\/.*\.pb\.h\):.*/\1/p' |
+      xargs -r ninja -C "$database"
+  } >"$log" 2>&1 || { tail -n 20 "$log"; return 1; }
 }
 
 sources() {
@@ -44,13 +50,28 @@ sources() {
 
 clang_tidy() {
   sources "$@" | nice xargs -n 1 -P "$jobs" clang-tidy-19 -p "$database" --quiet 2> >(
-    grep -vE '^[0-9]+ warnings? (generated|treated)' >&2)
+    grep -vE '^[0-9]+ (warnings?|errors?) ' >&2)
+}
+
+fix() {
+  local file
+  for file in "$@"; do
+    clang-tidy-19 -p "$database" --quiet --fix "$file"
+    clang-format-19 -i "$file"
+  done
 }
 
 # -Wthread-safety is an error in the clang preset's flags; the syntax is enough to check it.
 thread_safety() {
   .venv/bin/python tools/thread_safety.py "$database/compile_commands.json" "$jobs"
 }
+
+if [[ $# -gt 0 ]]; then
+  mkdir -p build
+  configure || exit 1
+  if [[ $1 == --fix ]]; then shift; fix "$@"; else clang_tidy "$@"; fi
+  exit
+fi
 
 check tidy python3 tools/tidy.py
 check ruff .venv/bin/ruff check --no-cache .
@@ -61,7 +82,7 @@ if command -v clang-tidy-19 clang-format-19 clang++-19 >/dev/null; then
   check clang-format format
   check configure configure
   check thread-safety thread_safety
-  check clang-tidy clang_tidy "$@"
+  check clang-tidy clang_tidy
 else
   echo "lint: clang 19 is not installed: formatting, clang-tidy and thread safety were left out"
   [[ -z "${CI:-}" ]] || failed+=("clang 19 is missing")
