@@ -130,7 +130,8 @@ Digest plan_key(const Digest& target, std::span<const Digest> sources,
 struct Assignment {
   std::vector<uint32_t> choice;      // per run: flattened member index
   std::vector<uint32_t> holder;      // per run: index into Plan::holders()
-  std::vector<uint64_t> load_bytes;  // per flattened member
+  std::vector<uint64_t> load_bytes;    // per flattened member
+  std::vector<uint32_t> first_member;  // per source layout: its first flattened member
 };
 Result<void> assign(const Plan& plan, std::span<const uint32_t> member_counts, uint64_t spread,
                     Assignment& out);
