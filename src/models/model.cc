@@ -1,0 +1,68 @@
+// Catalogs and layouts: joins what a family declares with what a framework makes of it.
+#include <fmt/format.h>
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "models/family.h"
+#include "transfuse/layout.h"
+#include "transfuse/model.h"
+#include "transfuse/result.h"
+
+namespace transfuse {
+namespace {
+
+Result<Layout> layout_of(const Model& model, const ParallelSpec& spec, int64_t rank) {
+  TRANSFUSE_ASSIGN_OR_RETURN(const Framework* framework, find_framework(spec.family));
+  return framework->make_layout(model, spec, rank);
+}
+
+}  // namespace
+
+Result<Model> make_model(const ModelConfig& config) {
+  TRANSFUSE_RETURN_IF_ERROR(check_model_config(config));
+  TRANSFUSE_ASSIGN_OR_RETURN(const ModelFamily* family, find_model_family(config.architecture));
+  Model model{.config = config, .tensors = family->tensors(config)};
+  TRANSFUSE_CHECK(static_cast<int64_t>(model.tensors.size()) == family->tensor_count(config));
+  return model;
+}
+
+Result<Catalog> make_catalog(const ModelConfig& config) {
+  TRANSFUSE_ASSIGN_OR_RETURN(Model model, make_model(config));
+  Catalog catalog;
+  catalog.reserve(model.tensors.size());
+  for (ModelTensor& tensor : model.tensors) {
+    catalog.push_back(TensorSpec{std::move(tensor.name), config.dtype, tensor.shape});
+  }
+  return catalog;
+}
+
+Result<Layout> make_layout(const ModelConfig& config, const ParallelSpec& spec, int64_t rank) {
+  TRANSFUSE_RETURN_IF_ERROR(check_parallel_spec(spec));
+  if (rank < 0 || rank >= spec.rank_count()) {
+    return Error{ErrorCode::kInvalidArgument,
+                 fmt::format("rank {} of a {} spec: expected 0 to {}", rank, spec.family,
+                             spec.rank_count() - 1)};
+  }
+  TRANSFUSE_ASSIGN_OR_RETURN(const Model model, make_model(config));
+  return layout_of(model, spec, rank % (spec.tp * spec.dp));
+}
+
+Result<std::vector<Layout>> make_layouts(const ModelConfig& config, const ParallelSpec& spec) {
+  TRANSFUSE_RETURN_IF_ERROR(check_parallel_spec(spec));
+  TRANSFUSE_ASSIGN_OR_RETURN(const Model model, make_model(config));
+  const int64_t replica_ranks = spec.tp * spec.dp;
+  std::vector<Layout> layouts;
+  for (int64_t rank = 0; rank < spec.rank_count(); ++rank) {
+    if (rank >= replica_ranks) {
+      layouts.push_back(layouts[static_cast<size_t>(rank - replica_ranks)]);
+      continue;
+    }
+    TRANSFUSE_ASSIGN_OR_RETURN(Layout layout, layout_of(model, spec, rank));
+    layouts.push_back(std::move(layout));
+  }
+  return layouts;
+}
+
+}  // namespace transfuse

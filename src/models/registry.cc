@@ -1,0 +1,52 @@
+// The model families and frameworks there are: one row each.
+#include <array>
+#include <span>
+#include <string>
+#include <string_view>
+
+#include "models/family.h"
+#include "transfuse/result.h"
+
+namespace transfuse {
+namespace {
+
+constexpr std::array<const ModelFamily*, 2> kFamilies = {&kQwen3, &kQwen3Moe};
+constexpr std::array<const Framework*, 3> kFrameworks = {&kHf, &kFsdp, &kVllm};
+
+template <typename Row>
+std::string join(std::span<const Row* const> rows, std::string_view Row::* name) {
+  std::string text;
+  for (const Row* row : rows) {
+    if (!text.empty()) text += ", ";
+    text += row->*name;
+  }
+  return text;
+}
+
+}  // namespace
+
+std::span<const ModelFamily* const> model_families() { return kFamilies; }
+
+Result<const ModelFamily*> find_model_family(std::string_view architecture) {
+  for (const ModelFamily* family : kFamilies) {
+    if (family->architecture == architecture) return family;
+  }
+  return Error{ErrorCode::kUnsupported,
+               "model_type \"" + std::string(architecture) +
+                   "\" is not described here; there are " +
+                   join(model_families(), &ModelFamily::architecture) +
+                   ". A layout taken from a live module works for any model"};
+}
+
+std::span<const Framework* const> frameworks() { return kFrameworks; }
+
+Result<const Framework*> find_framework(std::string_view name) {
+  for (const Framework* framework : kFrameworks) {
+    if (framework->name == name) return framework;
+  }
+  return Error{ErrorCode::kInvalidArgument, "parallel spec: family \"" + std::string(name) +
+                                                "\" is not known: expected one of " +
+                                                join(frameworks(), &Framework::name)};
+}
+
+}  // namespace transfuse
