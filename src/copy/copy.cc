@@ -47,7 +47,7 @@ std::atomic<CopyPath>& chosen_path() {
   return path;
 }
 
-const RowKernels& rows() {
+const RowKernels& row_kernels() {
 #if defined(__x86_64__)
   switch (chosen_path().load(std::memory_order_relaxed)) {
     case CopyPath::kAvx512:
@@ -99,7 +99,7 @@ bool is_cast(ElementOp op) { return op == ElementOp::kF32ToBF16 || op == Element
 class Walk {
  public:
   Walk(const StridedCopy& copy, bool write, bool sum)
-      : rows_(rows()),
+      : rows_(row_kernels()),
         op_(copy.op),
         source_bytes_(source_element_bytes(copy.op)),
         target_bytes_(target_element_bytes(copy.op)),
@@ -113,24 +113,19 @@ class Walk {
   uint64_t run(const StridedCopy& copy, const std::byte* source) {
     if (copy.element_count() == 0) return 0;
     const Level& outer = levels_[0];
-    const Level& middle = levels_[1];
     const Level& inner = levels_[2];
     const uint64_t step = inner_step();
     uint64_t total = 0;
     for (uint64_t first = 0; first < inner.count; first += step) {
       const uint64_t count = inner.count - first < step ? inner.count - first : step;
       for (uint64_t a = 0; a < outer.count; ++a) {
-        for (uint64_t b = 0; b < middle.count; ++b) {
-          const auto at = [&](int64_t Level::* stride) {
-            return static_cast<int64_t>(a) * (outer.*stride) +
-                   static_cast<int64_t>(b) * (middle.*stride) +
-                   static_cast<int64_t>(first) * (inner.*stride);
-          };
-          std::byte* target = write_ ? copy.target + at(&Level::target) : nullptr;
-          const uint64_t index =
-              sum_ ? copy.linear_index + static_cast<uint64_t>(at(&Level::index)) : 0;
-          total += row(source + at(&Level::source), target, count, index);
-        }
+        const auto at = [&](int64_t Level::* stride) {
+          return static_cast<int64_t>(a) * (outer.*stride) +
+                 static_cast<int64_t>(first) * (inner.*stride);
+        };
+        total +=
+            rows(source + at(&Level::source), write_ ? copy.target + at(&Level::target) : nullptr,
+                 count, copy.linear_index + static_cast<uint64_t>(at(&Level::index)));
       }
     }
     return total;
@@ -218,8 +213,40 @@ class Walk {
     return fit < count ? fit : count;
   }
 
+  // The middle level's rows: one block where they are contiguous and share their seed.
+  uint64_t rows(const std::byte* source, std::byte* target, uint64_t count, uint64_t index) {
+    const Level& middle = levels_[1];
+    const Level& inner = levels_[2];
+    const uint64_t last = index + (middle.count - 1) * static_cast<uint64_t>(middle.index) +
+                          (count - 1) * static_cast<uint64_t>(inner.index);
+    if (contiguous(count) && (!sum_ || last >> 32 == index >> 32)) {
+      if (sum_) seed_at(index);
+      return kernel({.source = source,
+                     .target = target,
+                     .count = count,
+                     .rows = middle.count,
+                     .source_pitch = middle.source,
+                     .target_pitch = middle.target,
+                     .place_pitch = static_cast<uint32_t>(middle.index) * kIndexFactor});
+    }
+    uint64_t total = 0;
+    for (uint64_t b = 0; b < middle.count; ++b) {
+      const auto row_index = static_cast<int64_t>(b);
+      total += row(source + row_index * middle.source,
+                   write_ ? target + row_index * middle.target : nullptr, count,
+                   index + b * static_cast<uint64_t>(middle.index));
+    }
+    return total;
+  }
+
+  bool contiguous(uint64_t count) const {
+    return count == 1 ||
+           (levels_[2].source == source_bytes_ && (!write_ || levels_[2].target == target_bytes_));
+  }
+
+  // One row, cut where the upper half of the linear index changes.
   uint64_t row(const std::byte* source, std::byte* target, uint64_t count, uint64_t index) {
-    if (!sum_) return part(source, target, count), 0;
+    if (!sum_) return part(source, target, count);
     uint64_t total = 0;
     while (count > 0) {
       const uint64_t n = same_high(index, count);
@@ -233,18 +260,18 @@ class Walk {
     return total;
   }
 
-  uint64_t kernel(const std::byte* source, std::byte* target, uint64_t count) {
+  uint64_t kernel(const RowBlock& block) {
     const auto op = static_cast<size_t>(op_);
-    if (!sum_) return rows_.copy[op](source, target, count), 0;
-    return (write_ ? rows_.copy_sum : rows_.sum)[op](source, target, count, seed_);
+    if (!sum_) return rows_.copy[op](block), 0;
+    return (write_ ? rows_.copy_sum : rows_.sum)[op](block, seed_);
   }
 
   // A row of one seed: directly where it is contiguous, through small buffers where it is not.
   uint64_t part(const std::byte* source, std::byte* target, uint64_t count) {
     const Level& inner = levels_[2];
-    const bool gather = count > 1 && inner.source != source_bytes_;
-    const bool scatter = write_ && count > 1 && inner.target != target_bytes_;
-    if (!gather && !scatter) return kernel(source, target, count);
+    if (contiguous(count)) return kernel({.source = source, .target = target, .count = count});
+    const bool gather = inner.source != source_bytes_;
+    const bool scatter = write_ && inner.target != target_bytes_;
     if (!sum_ && !is_cast(op_)) {
       move_elements(target_bytes_u(), source, inner.source, target, inner.target, count);
       return 0;
@@ -260,7 +287,9 @@ class Walk {
         move_elements(static_cast<uint32_t>(source_bytes_), from, inner.source, gathered.data(),
                       source_bytes_, n);
       }
-      total += kernel(gather ? gathered.data() : from, scatter ? scattered.data() : to, n);
+      total += kernel({.source = gather ? gathered.data() : from,
+                       .target = scatter ? scattered.data() : to,
+                       .count = n});
       if (scatter) {
         move_elements(target_bytes_u(), scattered.data(), target_bytes_, to, inner.target, n);
       }

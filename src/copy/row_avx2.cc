@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #define TRANSFUSE_TARGET __attribute__((target("avx2,f16c")))
 #define TRANSFUSE_VECTOR TRANSFUSE_TARGET __attribute__((always_inline)) inline
@@ -21,6 +22,21 @@ struct Vec {
   }
   TRANSFUSE_VECTOR static Vec all(uint32_t word) {
     return {_mm256_set1_epi32(static_cast<int>(word))};
+  }
+  // The words a, b, a, b, ...
+  TRANSFUSE_VECTOR static Vec pairs(uint32_t a, uint32_t b) {
+    return {_mm256_set1_epi64x(static_cast<long long>((uint64_t{b} << 32) | a))};
+  }
+  // The first `size_bytes` (1 to 32) of a vector; zero beyond.
+  TRANSFUSE_VECTOR static Vec load_first(const std::byte* from, uint64_t size_bytes) {
+    alignas(32) std::byte buffer[kBytes] = {};
+    std::memcpy(buffer, from, size_bytes);
+    return load(buffer);
+  }
+  TRANSFUSE_VECTOR void store_first(std::byte* to, uint64_t size_bytes) const {
+    alignas(32) std::byte buffer[kBytes];
+    store(buffer);
+    std::memcpy(to, buffer, size_bytes);
   }
   TRANSFUSE_VECTOR void store(std::byte* to) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v);

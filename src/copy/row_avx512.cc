@@ -25,6 +25,17 @@ struct Vec {
   TRANSFUSE_VECTOR static Vec all(uint32_t word) {
     return {_mm512_set1_epi32(static_cast<int>(word))};
   }
+  // The words a, b, a, b, ...
+  TRANSFUSE_VECTOR static Vec pairs(uint32_t a, uint32_t b) {
+    return {_mm512_set1_epi64(static_cast<long long>((uint64_t{b} << 32) | a))};
+  }
+  // The first `size_bytes` (1 to 64) of a vector; zero beyond.
+  TRANSFUSE_VECTOR static Vec load_first(const std::byte* from, uint64_t size_bytes) {
+    return {_mm512_maskz_loadu_epi8(~uint64_t{0} >> (64 - size_bytes), from)};
+  }
+  TRANSFUSE_VECTOR void store_first(std::byte* to, uint64_t size_bytes) const {
+    _mm512_mask_storeu_epi8(to, ~uint64_t{0} >> (64 - size_bytes), v);
+  }
   TRANSFUSE_VECTOR void store(std::byte* to) const { _mm512_storeu_si512(to, v); }
   TRANSFUSE_VECTOR void stream(std::byte* to) const {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(to), v);

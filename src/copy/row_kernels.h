@@ -19,12 +19,23 @@ struct RowSeed {
   uint32_t upper_second = 0;
 };
 
-// Indexed by ElementOp. Every kernel takes any alignment. `copy` and `copy_sum` write `count`
-// elements at `target`; `sum` ignores it. Sums are of the elements as written.
+// `rows` rows of `count` elements, from row to row `*_pitch` bytes apart, and `place_pitch` in the
+// fingerprint.
+struct RowBlock {
+  const std::byte* source = nullptr;
+  std::byte* target = nullptr;
+  uint64_t count = 0;
+  uint64_t rows = 1;
+  int64_t source_pitch = 0;
+  int64_t target_pitch = 0;
+  uint32_t place_pitch = 0;
+};
+
+// Indexed by ElementOp. Every kernel takes any alignment. `sum` writes nothing and ignores the
+// target. Sums are of the elements as written.
 struct RowKernels {
-  using Copy = void (*)(const std::byte* source, std::byte* target, uint64_t count);
-  using Sum = uint64_t (*)(const std::byte* source, std::byte* target, uint64_t count,
-                           const RowSeed& seed);
+  using Copy = void (*)(const RowBlock& block);
+  using Sum = uint64_t (*)(const RowBlock& block, const RowSeed& seed);
   Copy copy[kElementOpCount];
   Sum copy_sum[kElementOpCount];
   Sum sum[kElementOpCount];

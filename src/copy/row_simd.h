@@ -16,10 +16,12 @@ namespace transfuse {
 namespace {
 
 // Rows from this size on are written past the caches: the target is not read again soon, and a
-// streaming store does not fetch the line first. Measured with copy_bench: below it the partial
-// lines at both ends cost more than the fetches.
-constexpr uint64_t kStreamBytes = 2048;
+// streaming store does not fetch the line first. Below it ordinary stores were faster in
+// copy_bench.
+constexpr uint64_t kStreamBytes = 1024;
 constexpr uint64_t kLineBytes = 64;
+// The hardware follows a row, but not the jump to the next one: so many bytes ahead are asked for.
+constexpr uint64_t kAheadBytes = 8192;
 
 // Elements below 4 bytes are taken from a vector word by word: phase j is the j-th element of every
 // word, so no shuffle is needed.
@@ -28,14 +30,21 @@ constexpr uint32_t kPhases = sizeof(T) < 4 ? 4 / sizeof(T) : 1;
 template <typename T>
 constexpr uint64_t kPerVector = Vec::kBytes / sizeof(T);
 
-// Number of the element that holds phase 0 of each word.
+// Number of the element that phase 0 of each word belongs to.
+template <typename T>
+struct WordElements {
+  alignas(64) uint32_t number[Vec::kBytes / 4];
+  constexpr WordElements() : number() {
+    for (uint32_t w = 0; w < Vec::kBytes / 4; ++w) {
+      number[w] = sizeof(T) == 8 ? w / 2 : w * kPhases<T>;
+    }
+  }
+};
+template <typename T>
+constexpr WordElements<T> kWordElements;
 template <typename T>
 TRANSFUSE_VECTOR Vec word_elements() {
-  alignas(64) uint32_t numbers[Vec::kBytes / 4];
-  for (uint32_t w = 0; w < Vec::kBytes / 4; ++w) {
-    numbers[w] = sizeof(T) == 8 ? w / 2 : w * kPhases<T>;
-  }
-  return Vec::load(reinterpret_cast<const std::byte*>(numbers));
+  return Vec::load(reinterpret_cast<const std::byte*>(kWordElements<T>.number));
 }
 
 // Element j of every word, zero-extended.
@@ -50,29 +59,29 @@ TRANSFUSE_VECTOR Vec phase(Vec raw) {
   }
 }
 
-// The running fingerprint of a row of T.
+// The running fingerprint of rows of T.
 template <typename T>
 struct Sum {
-  Vec place;    // of phase 0
+  Vec start;    // place of phase 0 at the beginning of the row
+  Vec place;    // of phase 0, now
   Vec step;     // from one element to the next
   Vec advance;  // from one vector to the next
   Vec second;
   Vec products = Vec::all(0);  // 64-bit sums of value * weight
   Vec values = Vec::all(0);    // 32-bit sums of value: their weight's 33rd bit
 
-  TRANSFUSE_VECTOR explicit Sum(const RowSeed& seed) {
-    alignas(64) uint32_t places[Vec::kBytes / 4];
-    alignas(64) uint32_t seconds[Vec::kBytes / 4];
-    for (uint32_t w = 0; w < Vec::kBytes / 4; ++w) {
-      const bool upper = sizeof(T) == 8 && w % 2 == 1;
-      const uint32_t element = sizeof(T) == 8 ? w / 2 : w * kPhases<T>;
-      places[w] = (upper ? seed.upper_place : seed.place) + element * seed.step;
-      seconds[w] = upper ? seed.upper_second : seed.second;
-    }
-    place = Vec::load(reinterpret_cast<const std::byte*>(places));
-    second = Vec::load(reinterpret_cast<const std::byte*>(seconds));
-    step = Vec::all(seed.step);
-    advance = Vec::all(seed.step * static_cast<uint32_t>(kPerVector<T>));
+  TRANSFUSE_VECTOR explicit Sum(const RowSeed& seed)
+      : start(sizeof(T) == 8 ? Vec::pairs(seed.place, seed.upper_place) : Vec::all(seed.place)),
+        step(Vec::all(seed.step)),
+        advance(Vec::all(seed.step * static_cast<uint32_t>(kPerVector<T>))),
+        second(sizeof(T) == 8 ? Vec::pairs(seed.second, seed.upper_second)
+                              : Vec::all(seed.second)) {
+    start = start + step.times(word_elements<T>());
+    place = start;
+  }
+  TRANSFUSE_VECTOR void next_row(uint32_t place_pitch) {
+    start = start + Vec::all(place_pitch);
+    place = start;
   }
 
   TRANSFUSE_VECTOR void mix(Vec at, Vec value) {
@@ -122,165 +131,185 @@ struct Sum {
 template <typename T>
 struct NoSum {
   TRANSFUSE_VECTOR explicit NoSum(const RowSeed& /*seed*/) {}
+  TRANSFUSE_VECTOR void next_row(uint32_t /*place_pitch*/) {}
   TRANSFUSE_VECTOR void add(Vec /*raw*/) {}
   TRANSFUSE_VECTOR void add_first(Vec /*raw*/, uint32_t /*count*/) {}
   TRANSFUSE_VECTOR uint64_t total() const { return 0; }
 };
 
-// Elements of T to go until `target` lies on a cache line; count or more if it never does.
+// What is moved: T as it is. A vector read is a vector written and summed.
 template <typename T>
+struct Plain {
+  using Word = T;  // what the sum sees
+  static constexpr uint64_t kSourceBytes = sizeof(T);
+  static constexpr uint64_t kTargetBytes = sizeof(T);
+
+  template <bool kWrite, bool kStream, typename S>
+  TRANSFUSE_VECTOR static void whole(const std::byte* source, std::byte* target, S& sum) {
+    const Vec raw = Vec::load(source);
+    if constexpr (kWrite) kStream ? raw.stream(target) : raw.store(target);
+    sum.add(raw);
+  }
+  // `count` elements, at most a vector of them.
+  template <bool kWrite, typename S>
+  TRANSFUSE_VECTOR static void part(const std::byte* source, std::byte* target, uint64_t count,
+                                    S& sum) {
+    const Vec raw = Vec::load_first(source, count * sizeof(T));
+    if constexpr (kWrite) raw.store_first(target, count * sizeof(T));
+    sum.add_first(raw, static_cast<uint32_t>(count));
+  }
+};
+
+// f32 to 16 bits. Two vectors read are one written; a word of the sum is one result.
+template <bool kBF16>
+struct Cast {
+  using Word = uint32_t;
+  static constexpr uint64_t kSourceBytes = 4;
+  static constexpr uint64_t kTargetBytes = 2;
+
+  TRANSFUSE_VECTOR static Vec words(Vec f32) { return kBF16 ? f32.to_bf16() : f32.to_f16(); }
+  template <bool kWrite, bool kStream, typename S>
+  TRANSFUSE_VECTOR static void whole(const std::byte* source, std::byte* target, S& sum) {
+    const Vec low = words(Vec::load(source));
+    const Vec high = words(Vec::load(source + Vec::kBytes));
+    if constexpr (kWrite) {
+      const Vec packed = Vec::pack(low, high);
+      kStream ? packed.stream(target) : packed.store(target);
+    }
+    sum.add(low);
+    sum.add(high);
+  }
+  template <bool kWrite, typename S>
+  TRANSFUSE_VECTOR static void part(const std::byte* source, std::byte* target, uint64_t count,
+                                    S& sum) {
+    constexpr uint64_t kHalf = Vec::kBytes / 4;
+    const uint64_t first = count < kHalf ? count : kHalf;
+    const Vec low = words(Vec::load_first(source, first * 4));
+    sum.add_first(low, static_cast<uint32_t>(first));
+    Vec high = low;
+    if (count > first) {
+      high = words(Vec::load_first(source + Vec::kBytes, (count - first) * 4));
+      sum.add_first(high, static_cast<uint32_t>(count - first));
+    }
+    if constexpr (kWrite) Vec::pack(low, high).store_first(target, count * 2);
+  }
+};
+
+// Elements to go until `target` lies on a cache line; `count` if it never does.
+template <uint64_t kTargetBytes>
 TRANSFUSE_VECTOR uint64_t head_elements(const std::byte* target, uint64_t count) {
   const uint64_t beyond = reinterpret_cast<uintptr_t>(target) % kLineBytes;
-  if (beyond % sizeof(T) != 0) return count;
-  return beyond == 0 ? 0 : (kLineBytes - beyond) / sizeof(T);
+  if (beyond % kTargetBytes != 0) return count;
+  return beyond == 0 ? 0 : (kLineBytes - beyond) / kTargetBytes;
 }
 
-// Fewer elements than a cache line holds.
-template <typename T, bool kWrite, typename S>
-TRANSFUSE_VECTOR void part_row(const std::byte*& source, std::byte*& target, uint64_t count,
-                               S& sum) {
-  while (count > 0) {
-    const uint64_t n = count < kPerVector<T> ? count : kPerVector<T>;
-    alignas(64) std::byte buffer[Vec::kBytes] = {};
-    std::memcpy(buffer, source, n * sizeof(T));
-    if constexpr (kWrite) {
-      std::memcpy(target, buffer, n * sizeof(T));
-      target += n * sizeof(T);
-    }
-    sum.add_first(Vec::load(buffer), static_cast<uint32_t>(n));
-    source += n * sizeof(T);
-    count -= n;
+// The row loops. `Move` is Plain or Cast, `S` the sum. Used from one thread.
+template <typename Move, bool kWrite, typename S>
+struct Rows {
+  static constexpr uint64_t kAtOnce = Vec::kBytes / Move::kTargetBytes;  // elements
+
+  const std::byte* source = nullptr;
+  std::byte* target = nullptr;
+  int64_t ahead = 0;  // bytes from where the source is to where it will be soon
+  uint64_t near = 0;  // elements before the end of a row
+
+  TRANSFUSE_VECTOR void skip(uint64_t count) {
+    source += count * Move::kSourceBytes;
+    if constexpr (kWrite) target += count * Move::kTargetBytes;
   }
-}
-
-template <typename T, bool kWrite, bool kStream, typename S>
-TRANSFUSE_VECTOR uint64_t whole_row(const std::byte*& source, std::byte*& target, uint64_t count,
-                                    S& sum) {
-  constexpr uint64_t kAtOnce = kLineBytes / Vec::kBytes;
-  for (; count >= kAtOnce * kPerVector<T>; count -= kAtOnce * kPerVector<T>) {
-    for (uint64_t v = 0; v < kAtOnce; ++v) {
-      const Vec raw = Vec::load(source);
-      if constexpr (kWrite) {
-        kStream ? raw.stream(target) : raw.store(target);
-        target += Vec::kBytes;
+  TRANSFUSE_VECTOR void part(uint64_t count, S& sum) {
+    for (; count > kAtOnce; count -= kAtOnce) {
+      Move::template part<kWrite>(source, target, kAtOnce, sum);
+      skip(kAtOnce);
+    }
+    if (count > 0) {
+      Move::template part<kWrite>(source, target, count, sum);
+      skip(count);
+    }
+  }
+  template <bool kStream>
+  TRANSFUSE_VECTOR uint64_t whole(uint64_t count, S& sum) {
+    for (; count >= kAtOnce; count -= kAtOnce) {
+      Move::template whole<kWrite, kStream>(source, target, sum);
+      skip(kAtOnce);
+    }
+    return count;
+  }
+  // The last `near` elements of a row ask for the beginning of the next one.
+  template <bool kStream>
+  TRANSFUSE_VECTOR void rest(uint64_t count, S& sum) {
+    if (count > near) count = near + whole<kStream>(count - near, sum);
+    for (; count >= kAtOnce; count -= kAtOnce) {
+      for (uint64_t at = 0; at < kAtOnce * Move::kSourceBytes; at += kLineBytes) {
+        _mm_prefetch(reinterpret_cast<const char*>(source + ahead) + at, _MM_HINT_T0);
       }
-      sum.add(raw);
-      source += Vec::kBytes;
+      Move::template whole<kWrite, kStream>(source, target, sum);
+      skip(kAtOnce);
     }
+    part(count, sum);
   }
-  return count;
-}
+  TRANSFUSE_VECTOR void row(uint64_t count, S& sum) {
+    if constexpr (kWrite) {
+      const uint64_t head = head_elements<Move::kTargetBytes>(target, count);
+      if (count * Move::kTargetBytes >= kStreamBytes && head < count) {
+        part(head, sum);
+        return rest<true>(count - head, sum);
+      }
+    }
+    rest<false>(count, sum);
+  }
+};
 
-template <typename T, bool kWrite, typename S>
-TRANSFUSE_TARGET uint64_t copy_row(const std::byte* source, std::byte* target, uint64_t count,
-                                   const RowSeed& seed) {
+template <typename Move, bool kWrite, typename S>
+TRANSFUSE_TARGET uint64_t walk_rows(const RowBlock& block, const RowSeed& seed) {
   S sum(seed);
-  if constexpr (kWrite) {
-    const uint64_t head = head_elements<T>(target, count);
-    if (count * sizeof(T) >= kStreamBytes && head < count) {
-      part_row<T, kWrite>(source, target, head, sum);
-      count = whole_row<T, kWrite, true>(source, target, count - head, sum);
-    }
+  Rows<Move, kWrite, S> rows;
+  constexpr uint64_t kNear = kAheadBytes / Move::kSourceBytes;
+  const bool is_long = block.count > kNear;
+  const uint64_t rows_ahead = is_long ? 1 : kNear / (block.count + 1) + 1;
+  const int64_t ahead =
+      static_cast<int64_t>(rows_ahead) * block.source_pitch -
+      (is_long ? static_cast<int64_t>((block.count - kNear) * Move::kSourceBytes) : 0);
+  for (uint64_t r = 0; r < block.rows; ++r) {
+    const auto row = static_cast<int64_t>(r);
+    rows.source = block.source + row * block.source_pitch;
+    if constexpr (kWrite) rows.target = block.target + row * block.target_pitch;
+    const bool more = r + rows_ahead < block.rows;
+    rows.ahead = more ? ahead : 0;
+    rows.near = more ? kNear : 0;
+    rows.row(block.count, sum);
+    sum.next_row(block.place_pitch);
   }
-  count = whole_row<T, kWrite, false>(source, target, count, sum);
-  part_row<T, kWrite>(source, target, count, sum);
   return sum.total();
 }
 
-// Plain copies move bytes, whatever the element.
-template <uint32_t kElementBytes>
-TRANSFUSE_TARGET void plain_row(const std::byte* source, std::byte* target, uint64_t count) {
-  const uint64_t size = count * kElementBytes;
-  if (size < kStreamBytes) {
-    std::memcpy(target, source, size);
+// Plain copies without a sum move bytes, whatever the element.
+template <uint64_t kElementBytes>
+TRANSFUSE_TARGET void copy_bytes(const RowBlock& block) {
+  RowBlock bytes = block;
+  bytes.count *= kElementBytes;
+  if (bytes.rows == 1 && bytes.count < kStreamBytes) {
+    std::memcpy(bytes.target, bytes.source, bytes.count);
     return;
   }
-  copy_row<uint8_t, true, NoSum<uint8_t>>(source, target, size, RowSeed{});
+  walk_rows<Plain<uint8_t>, true, NoSum<uint8_t>>(bytes, RowSeed{});
+}
+template <bool kBF16>
+TRANSFUSE_TARGET void cast_only(const RowBlock& block) {
+  walk_rows<Cast<kBF16>, true, NoSum<uint32_t>>(block, RowSeed{});
 }
 
-struct CastBF16 {
-  TRANSFUSE_VECTOR static Vec words(Vec f32) { return f32.to_bf16(); }
-};
-struct CastF16 {
-  TRANSFUSE_VECTOR static Vec words(Vec f32) { return f32.to_f16(); }
-};
-
-// Fewer elements than a cache line of 16-bit results holds. A word of the sum is one result.
-template <typename Cast, bool kWrite, typename S>
-TRANSFUSE_VECTOR void part_cast(const std::byte*& source, std::byte*& target, uint64_t count,
-                                S& sum) {
-  constexpr uint64_t kWords = kPerVector<uint32_t>;
-  while (count > 0) {
-    const uint64_t n = count < kWords ? count : kWords;
-    alignas(64) std::byte buffer[Vec::kBytes] = {};
-    std::memcpy(buffer, source, n * 4);
-    const Vec words = Cast::words(Vec::load(buffer));
-    sum.add_first(words, static_cast<uint32_t>(n));
-    if constexpr (kWrite) {
-      Vec::pack(words, words).store(buffer);
-      std::memcpy(target, buffer, n * 2);
-      target += n * 2;
-    }
-    source += n * 4;
-    count -= n;
-  }
-}
-
-template <typename Cast, bool kWrite, bool kStream, typename S>
-TRANSFUSE_VECTOR uint64_t whole_cast(const std::byte*& source, std::byte*& target, uint64_t count,
-                                     S& sum) {
-  constexpr uint64_t kPair = 2 * kPerVector<uint32_t>;
-  constexpr uint64_t kAtOnce = kLineBytes / Vec::kBytes;
-  for (; count >= kAtOnce * kPair; count -= kAtOnce * kPair) {
-    for (uint64_t v = 0; v < kAtOnce; ++v) {
-      const Vec low = Cast::words(Vec::load(source));
-      const Vec high = Cast::words(Vec::load(source + Vec::kBytes));
-      if constexpr (kWrite) {
-        const Vec packed = Vec::pack(low, high);
-        kStream ? packed.stream(target) : packed.store(target);
-        target += Vec::kBytes;
-      }
-      sum.add(low);
-      sum.add(high);
-      source += 2 * Vec::kBytes;
-    }
-  }
-  return count;
-}
-
-template <typename Cast, bool kWrite, typename S>
-TRANSFUSE_TARGET uint64_t cast_row(const std::byte* source, std::byte* target, uint64_t count,
-                                   const RowSeed& seed) {
-  S sum(seed);
-  if constexpr (kWrite) {
-    const uint64_t head = head_elements<uint16_t>(target, count);
-    if (count * 2 >= kStreamBytes && head < count) {
-      part_cast<Cast, kWrite>(source, target, head, sum);
-      count = whole_cast<Cast, kWrite, true>(source, target, count - head, sum);
-    }
-  }
-  count = whole_cast<Cast, kWrite, false>(source, target, count, sum);
-  part_cast<Cast, kWrite>(source, target, count, sum);
-  return sum.total();
-}
-
-template <typename Cast>
-TRANSFUSE_TARGET void plain_cast(const std::byte* source, std::byte* target, uint64_t count) {
-  cast_row<Cast, true, NoSum<uint32_t>>(source, target, count, RowSeed{});
-}
-
-template <bool kWrite, typename T>
-constexpr RowKernels::Sum kSumRow = copy_row<T, kWrite, Sum<T>>;
-template <bool kWrite, typename Cast>
-constexpr RowKernels::Sum kSumCast = cast_row<Cast, kWrite, Sum<uint32_t>>;
+template <typename Move, bool kWrite>
+constexpr RowKernels::Sum kSum = walk_rows<Move, kWrite, Sum<typename Move::Word>>;
 
 constexpr RowKernels kVectorRows = {
-    .copy = {plain_row<1>, plain_row<2>, plain_row<4>, plain_row<8>, plain_cast<CastBF16>,
-             plain_cast<CastF16>},
-    .copy_sum = {kSumRow<true, uint8_t>, kSumRow<true, uint16_t>, kSumRow<true, uint32_t>,
-                 kSumRow<true, uint64_t>, kSumCast<true, CastBF16>, kSumCast<true, CastF16>},
-    .sum = {kSumRow<false, uint8_t>, kSumRow<false, uint16_t>, kSumRow<false, uint32_t>,
-            kSumRow<false, uint64_t>, kSumCast<false, CastBF16>, kSumCast<false, CastF16>},
+    .copy = {copy_bytes<1>, copy_bytes<2>, copy_bytes<4>, copy_bytes<8>, cast_only<true>,
+             cast_only<false>},
+    .copy_sum = {kSum<Plain<uint8_t>, true>, kSum<Plain<uint16_t>, true>,
+                 kSum<Plain<uint32_t>, true>, kSum<Plain<uint64_t>, true>, kSum<Cast<true>, true>,
+                 kSum<Cast<false>, true>},
+    .sum = {kSum<Plain<uint8_t>, false>, kSum<Plain<uint16_t>, false>, kSum<Plain<uint32_t>, false>,
+            kSum<Plain<uint64_t>, false>, kSum<Cast<true>, false>, kSum<Cast<false>, false>},
 };
 
 }  // namespace
