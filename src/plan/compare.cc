@@ -70,6 +70,7 @@ void Comparison::compare_tensor(uint32_t tensor, const Visit& visit) {
             std::to_string(sources_.size()) + " source layouts, found in none");
     return;
   }
+  if (tensor + 1 < conflicting_.size()) prefetch_tiles(tensor + 1);
   for (const Tile& tile : tiles) {
     cells_.build(tile, index_.of(tensor));
     check_dtypes(tile);
@@ -85,6 +86,14 @@ void Comparison::compare_tensor(uint32_t tensor, const Visit& visit) {
     }
     if (full()) return;
     if (findings_.empty()) visit(tile, cells_);
+  }
+}
+
+// The sources' tiles of one tensor lie in as many places as there are sources.
+void Comparison::prefetch_tiles(uint32_t tensor) const {
+  for (const TileRange& range : index_.of(tensor)) {
+    const auto* line = reinterpret_cast<const std::byte*>(range.first);
+    for (size_t offset = 0; offset < sizeof(Tile); offset += 64) __builtin_prefetch(line + offset);
   }
 }
 

@@ -33,6 +33,7 @@ class Comparison {
   bool full() const { return findings_.size() >= limit_; }
   void find_shape_conflicts();
   void compare_tensor(uint32_t tensor, const Visit& visit);
+  void prefetch_tiles(uint32_t tensor) const;
   void check_dtypes(const Tile& tile);
   void add(FindingKind kind, const Tile& tile, const Bounds& bounds, std::string reason);
 

@@ -219,12 +219,15 @@ void Intersection::merge_neighbours() {
 }
 
 void Intersection::finish() {
-  std::sort(cells_.begin(), cells_.end(), [this](const Cell& a, const Cell& b) {
+  const auto before = [this](const Cell& a, const Cell& b) {
     if (a.bounds.low[axis_] != b.bounds.low[axis_]) {
       return a.bounds.low[axis_] < b.bounds.low[axis_];
     }
     return compare_corners(a.bounds, b.bounds, rank_) < 0;
-  });
+  };
+  if (!std::is_sorted(cells_.begin(), cells_.end(), before)) {
+    std::sort(cells_.begin(), cells_.end(), before);
+  }
   reach_.clear();
   for (const Cell& cell : cells_) {
     const int64_t high = cell.bounds.high[axis_];

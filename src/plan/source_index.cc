@@ -10,6 +10,8 @@
 namespace transfuse {
 namespace {
 
+constexpr uint32_t kAhead = 12;
+
 // Target tensors by name: open addressing over 64-bit hashes. Both sides are sorted by name, so the
 // tensor after the last match is tried before anything is hashed.
 class NameTable {
@@ -69,6 +71,11 @@ SourceIndex::SourceIndex(const Layout& target, std::span<const Layout> sources)
     const std::span<const TensorSpec> offered = sources[s].tensors();
     uint32_t expected = 0;
     for (uint32_t i = 0; i < offered.size(); ++i) {
+      // Names lie scattered on the heap: without this, waiting for them is most of a compilation.
+      if (i + kAhead < offered.size()) __builtin_prefetch(offered[i + kAhead].name.data());
+      if (expected + kAhead < wanted.size()) {
+        __builtin_prefetch(wanted[expected + kAhead].name.data());
+      }
       const std::optional<uint32_t> found = table.find(offered[i].name, expected);
       if (!found) continue;
       expected = *found + 1;
