@@ -76,9 +76,9 @@ class Peer {
 // the caller and stay valid and unchanged until the ticket has ended (landed, failed or cancelled).
 struct ReadRequest {
   const RemoteRegion* region = nullptr;
-  std::span<const StridedCopy> copies;
+  std::span<const StridedCopy> copies{};
   std::span<uint64_t>
-      fingerprints;  // empty, or one per copy: written where copies[i].fingerprint is set
+      fingerprints{};  // empty, or one per copy: written where copies[i].fingerprint is set
 };
 
 enum class TicketState : uint8_t {
@@ -108,7 +108,7 @@ struct TransportOptions {
   // request.
   bool allow_any_tracer = false;
   // Secret that a peer must present to be served; empty: none is asked for.
-  std::string token;
+  std::string token{};
 };
 
 // Thread-safe: every call may come from any thread. Submit, then poll; no callbacks.
