@@ -71,7 +71,9 @@ Received receive_message(int socket, std::span<char> buffer, bool fd_expected) {
   ssize_t size = 0;
   do {
     size = ::recvmsg(socket, &header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
-  } while (size < 0 && errno == EINTR);
+    // ECONNRESET comes once, where the other end closed without reading all; what it had said
+    // before follows.
+  } while (size < 0 && (errno == EINTR || errno == ECONNRESET));
   if (size < 0) {
     received.transfer = transfer_of(errno);
     return received;

@@ -19,8 +19,8 @@
 namespace transfuse::shm {
 namespace {
 
-constexpr size_t kMaxConnections = 1024;       // readers of one host; the rest are told so
-constexpr std::chrono::seconds kHelloTime{5};  // a connection that says nothing for so long goes
+constexpr size_t kMaxConnections = 512;        // readers of one host; the rest are told so
+constexpr std::chrono::seconds kHelloTime{2};  // a connection that says nothing for so long goes
 constexpr std::chrono::milliseconds kDescriptorPause{50};
 constexpr int kMessagesPerTurn = 16;  // so that one busy peer does not starve the others
 
