@@ -31,7 +31,7 @@ TEST(WarmRefit, I5_AllocatesNothingPerRunOrChunk) {
   Trainer trainer(*transport, *control, layouts("fsdp:dp=1,dtype=f32")[0], "trainer0", 1);
   ReceiverOptions options;
   options.plan.chunk_bytes = 128;
-  Engine engine(*transport, *control, layouts("vllm:tp=1")[0], options);
+  Engine engine(*transport, *control, layouts("vllm:tp=1")[0], "engine0", options);
   uint64_t runs = 0;
   uint64_t least = UINT64_MAX;
   for (uint64_t version = 1; version <= 8; ++version) {

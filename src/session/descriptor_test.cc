@@ -84,7 +84,9 @@ TEST(MemberDescriptor, EveryTruncationAndRandomBytesAreCorrupt) {
     for (int i = 0; i < 4; ++i)
       noise[random.below(noise.size())] = static_cast<char>(random.next());
     const auto decoded = decode_member_descriptor(noise, layout);
-    if (!decoded) EXPECT_EQ(decoded.error().code, ErrorCode::kCorrupt);
+    if (!decoded) {
+      EXPECT_EQ(decoded.error().code, ErrorCode::kCorrupt);
+    }
   }
 }
 

@@ -197,13 +197,11 @@ Result<void> RefitAttempt::ready_source(Candidate& candidate, Deadline deadline)
 Result<void> RefitAttempt::ready_sources(Deadline deadline, RefitReport& report) {
   while (true) {
     TRANSFUSE_RETURN_IF_ERROR(choose_sources());
+    index_runs();
     bool all_ready = true;
     for (uint32_t i = 0; i < candidates_.size(); ++i) {
       Candidate& candidate = candidates_[i];
-      if (candidate.excluded || candidate.generation_checked) continue;
-      const bool needed =
-          std::ranges::any_of(missing_, [&](uint32_t run) { return candidate_of_[run] == i; });
-      if (!needed) continue;
+      if (candidate.excluded || candidate.generation_checked || runs_of(i).empty()) continue;
       if (auto ready = ready_source(candidate, deadline); !ready) {
         exclude(i, std::move(ready).error(), report);
         all_ready = false;
@@ -431,6 +429,9 @@ Result<void> RefitAttempt::transfer(Deadline deadline, const std::atomic<bool>& 
     }
     if (cancelled) return Error{ErrorCode::kCancelled, "the refit was cancelled by the caller"};
   }
+  // What follows is a success: nothing may reach it unproved.
+  TRANSFUSE_CHECK(std::ranges::find(proved_, uint8_t{0}) == proved_.end());
+  TRANSFUSE_CHECK(options_.verify == Verify::kOff || report.verified_bytes == plan.size_bytes());
   report.size_bytes = plan.size_bytes();
   report.gigabytes_per_second =
       static_cast<double>(report.size_bytes) /

@@ -23,9 +23,9 @@ class Refit : public ::testing::Test {
   void start_trainers(std::string_view spec) {
     const auto all = layouts(spec);
     for (size_t i = 0; i < all.size(); ++i) {
-      trainers_.push_back(std::make_unique<Trainer>(*transport_, *control_, all[i],
-                                                    "trainer" + std::to_string(i),
-                                                    static_cast<uint32_t>(all.size())));
+      trainers_.push_back(std::make_unique<Trainer>(
+          *transport_, *control_, all[i], std::string("trainer").append(std::to_string(i)),
+          static_cast<uint32_t>(all.size())));
     }
   }
   void publish(uint64_t version) {
@@ -151,8 +151,7 @@ TEST_F(Refit, I8_SourceThatWroteWithoutAskingIsNeverASuccess) {
   auto report = engine.refit({}, 3000);
   ASSERT_FALSE(report);
   EXPECT_EQ(report.error().code, ErrorCode::kFingerprintMismatch);
-  EXPECT_NE(report.error().message.find("tensor 'model."), std::string::npos)
-      << report.error().message;
+  EXPECT_NE(report.error().message.find("tensor '"), std::string::npos) << report.error().message;
   EXPECT_EQ(engine.receiver->version(), 0u);
 }
 
@@ -253,15 +252,17 @@ TEST_F(Refit, I3_AHundredRefitsLeaveRegistrationsAsAfterTheSecond) {
     TransportStats now = transport_->stats();
     now.read_bytes = 0;
     if (version == 2) second = now;
-    if (version > 2) ASSERT_EQ(now, second) << "at version " << version;
+    if (version > 2) {
+      ASSERT_EQ(now, second) << "at version " << version;
+    }
   }
 }
 
 TEST_F(Refit, VerifyFindsTheTensorThatAnEngineLost) {
   start_trainers("fsdp:dp=2,dtype=f32");
   publish(1);
-  Engine good(*transport_, *control_, layouts("vllm:tp=2")[0], {.name = "engine0"});
-  Engine bad(*transport_, *control_, layouts("vllm:tp=2")[1], {.name = "engine1"});
+  Engine good(*transport_, *control_, layouts("vllm:tp=2")[0], "engine0");
+  Engine bad(*transport_, *control_, layouts("vllm:tp=2")[1], "engine1");
   ASSERT_TRUE(good.refit());
   ASSERT_TRUE(bad.refit());
   auto report = verify_model(*transport_, *control_, "model", Deadline::after_ms(10000));

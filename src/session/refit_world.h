@@ -149,9 +149,10 @@ struct Trainer {
 };
 
 struct Engine {
-  Engine(Transport& transport, Control& control, const Layout& layout, ReceiverOptions options = {})
+  Engine(Transport& transport, Control& control, const Layout& layout, std::string name = "engine0",
+         ReceiverOptions options = {})
       : parameters(layout) {
-    if (options.name.empty()) options.name = "engine0";
+    options.name = std::move(name);
     parameters.poison(std::byte{0xEE});
     receiver = value_or_fail(
         Receiver::open(transport, control, layout, parameters.memory(), options), "receiver");

@@ -20,7 +20,7 @@ constexpr size_t kMaxTables = 32;
 // Readers ask again every kTableRenewalVersions (see source_link.h); four missed renewals end a
 // table.
 constexpr uint32_t kTableVersions = 64;
-constexpr int64_t kEventSliceMs = 200;
+constexpr int64_t kEventSliceMs = 50;  // how late stop_serving() is seen
 
 TableHeader* header_of(const LocalRegion& region) {
   return reinterpret_cast<TableHeader*>(region.bytes().data());
