@@ -236,10 +236,12 @@ class LocalPeer final : public Peer {
   std::shared_ptr<Exposed> exposed_;  // shared with the peer's transport and the registry
 };
 
+constexpr std::string_view kPrefix = "local:";
+
 class LocalTransport final : public Transport {
  public:
   explicit LocalTransport(const TransportOptions& options)
-      : endpoint_("local:" + std::to_string(random_identity())),
+      : endpoint_(std::string(kPrefix) + std::to_string(random_identity())),
         exposed_(std::make_shared<Exposed>(options.token)),
         queue_({.threads = options.threads}) {
     registry().add(endpoint_, exposed_);
@@ -269,6 +271,11 @@ class LocalTransport final : public Transport {
 
   Result<std::unique_ptr<Peer>> connect(std::string_view endpoint, std::string_view token,
                                         Deadline /*deadline*/) override {
+    if (!endpoint.starts_with(kPrefix)) {
+      return Error{ErrorCode::kInvalidArgument,
+                   "connect: expected an endpoint of a local transport, found \"" +
+                       std::string(endpoint) + "\""};
+    }
     auto exposed = registry().find(endpoint);
     if (exposed == nullptr) {
       return Error{ErrorCode::kUnavailable,

@@ -1,0 +1,95 @@
+// The slow truth about copies, for tests: element by element, with casts by arithmetic on numbers.
+// Shares no code with the engine that it judges.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "transfuse/copy.h"
+
+namespace transfuse {
+
+// Casts by arithmetic, not by bits: the nearest value of the format, ties to the even one.
+inline uint16_t slow_bf16(uint32_t bits) {
+  const auto value = std::bit_cast<float>(bits);
+  if (std::isnan(value)) return 0x7FC0;
+  if (std::isinf(value)) return static_cast<uint16_t>(bits >> 16);
+  const double wide = value;
+  const auto below = static_cast<uint16_t>(bits >> 16);  // towards zero
+  const auto above = static_cast<uint16_t>(below + 1);   // away from zero
+  const auto as_double = [](uint16_t b) {
+    // One step beyond the largest finite value counts as 2^128.
+    if ((b & 0x7FFF) == 0x7F80) return std::copysign(0x1p128, (b & 0x8000) != 0 ? -1.0 : 1.0);
+    return static_cast<double>(std::bit_cast<float>(static_cast<uint32_t>(b) << 16));
+  };
+  const double down = std::abs(wide - as_double(below));
+  const double up = std::abs(as_double(above) - wide);
+  if (down == up) return (below & 1) == 0 ? below : above;
+  return down < up ? below : above;
+}
+
+inline double f16_value(uint16_t bits) {
+  const int exponent = (bits >> 10) & 0x1F;
+  const int mantissa = bits & 0x3FF;
+  const double sign = (bits & 0x8000) != 0 ? -1.0 : 1.0;
+  if (exponent == 31) return sign * 0x1p16;  // as a neighbour of the largest finite value
+  if (exponent == 0) return sign * std::ldexp(mantissa, -24);
+  return sign * std::ldexp(1024 + mantissa, exponent - 25);
+}
+
+inline uint16_t slow_f16(uint32_t bits) {
+  const auto value = std::bit_cast<float>(bits);
+  if (std::isnan(value)) return 0x7E00;
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  const double magnitude = std::abs(static_cast<double>(value));
+  uint16_t low = 0;
+  uint16_t high = 0x7C00;
+  while (low < high) {  // the largest finite or infinite f16 that is not above
+    const auto middle = static_cast<uint16_t>((low + high + 1) / 2);
+    if (f16_value(middle) <= magnitude) {
+      low = middle;
+    } else {
+      high = static_cast<uint16_t>(middle - 1);
+    }
+  }
+  if (low == 0x7C00) return sign | 0x7C00;
+  const double down = magnitude - f16_value(low);
+  const double up = f16_value(static_cast<uint16_t>(low + 1)) - magnitude;
+  const bool take_next = up < down || (up == down && (low & 1) != 0);
+  return static_cast<uint16_t>(sign | (take_next ? low + 1 : low));
+}
+
+inline uint64_t slow_element(ElementOp op, const std::byte* from) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, from, source_element_bytes(op));
+  if (op == ElementOp::kF32ToBF16) return slow_bf16(static_cast<uint32_t>(bits));
+  if (op == ElementOp::kF32ToF16) return slow_f16(static_cast<uint32_t>(bits));
+  return bits;
+}
+
+// Writes into `target` (a shadow of copy.target) and returns the sum of element_fingerprint().
+inline uint64_t slow_copy(const StridedCopy& copy, const std::byte* source, std::byte* target) {
+  uint64_t sum = 0;
+  const uint32_t in = source_element_bytes(copy.op);
+  const uint32_t out = target_element_bytes(copy.op);
+  for (uint64_t a = 0; a < copy.count[0]; ++a) {
+    for (uint64_t b = 0; b < copy.count[1]; ++b) {
+      for (uint64_t c = 0; c < copy.count[2]; ++c) {
+        const auto at = [&](const int64_t* stride) {
+          return a * static_cast<uint64_t>(stride[0]) + b * static_cast<uint64_t>(stride[1]) +
+                 c * static_cast<uint64_t>(stride[2]);
+        };
+        const uint64_t bits = slow_element(copy.op, source + at(copy.source_stride) * in);
+        std::memcpy(target + at(copy.target_stride) * out, &bits, out);
+        sum += element_fingerprint(copy.fingerprint_key, copy.linear_index + at(copy.index_stride),
+                                   bits, out);
+      }
+    }
+  }
+  return sum;
+}
+
+}  // namespace transfuse
