@@ -311,6 +311,7 @@ Result<Layout> LayoutAssembly::assemble(LayoutParts&& parts, std::string* encodi
 
   content->tensors = std::move(parts.tensors);
   content->parameters = std::move(parts.parameters);
+  parts.tiles.shrink_to_fit();  // lives long, and a tile has 232 bytes
   content->tiles = std::move(parts.tiles);
   content->fills = std::move(parts.fills);
   std::string bytes =

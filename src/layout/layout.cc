@@ -22,7 +22,9 @@ namespace {
 
 template <typename Spec>
 std::optional<uint32_t> find_by_name(const std::vector<Spec>& specs, std::string_view name) {
-  const auto at = std::ranges::lower_bound(specs, name, {}, &Spec::name);
+  const auto at = std::lower_bound(
+      specs.begin(), specs.end(), name,
+      [](const Spec& spec, std::string_view wanted) { return spec.name < wanted; });
   if (at == specs.end() || at->name != name) return std::nullopt;
   return static_cast<uint32_t>(at - specs.begin());
 }

@@ -1,9 +1,9 @@
 // How long a layout of a 1T-class mixture of experts takes to build, digest, encode and decode.
 #include <benchmark/benchmark.h>
 
-#include <cstdint>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "transfuse/layout.h"

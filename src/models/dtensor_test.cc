@@ -2,7 +2,6 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <numeric>
@@ -123,7 +122,7 @@ TEST(DtensorBox, MatchesListsCutOneByOneOnThreeAxesOfOneDimension) {
   for (int64_t length = 0; length <= 30; ++length) {
     for (int64_t rank = 0; rank < 12; ++rank) {
       const std::vector<int64_t> at = {rank / 6, rank / 2 % 3, rank % 2};
-      const auto cut = [&](std::vector<size_t> order) {
+      const auto cut = [&](const std::vector<size_t>& order) {
         List rows = range(length);
         for (const size_t axis : order) rows = chunk(rows, mesh[axis], at[axis]);
         return rows;

@@ -7,7 +7,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
-#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -197,8 +196,8 @@ class Loader {
   std::map<std::string, Dims> shapes_;
 };
 
-// Rank t of T of vLLM, head by head and row by row.
-std::map<std::string, Content> vllm_contents(const ModelConfig& c, int64_t t, int64_t T) {
+// Rank t of tp of vLLM, head by head and row by row.
+std::map<std::string, Content> vllm_contents(const ModelConfig& c, int64_t t, int64_t tp) {
   const Loader load(shapes(c));
   std::map<std::string, Content> out;
   std::vector<std::string> vocabularies = {"model.embed_tokens.weight"};
@@ -207,7 +206,7 @@ std::map<std::string, Content> vllm_contents(const ModelConfig& c, int64_t t, in
     int64_t padded = c.vocab_size;
     while (padded % 64 != 0) ++padded;
     for (int64_t row = 0; row < padded; ++row) {
-      if (row * T / padded != t) continue;
+      if (row * tp / padded != t) continue;
       if (row < c.vocab_size) {
         load.rows_of(out[name], name, row, row + 1);
       } else {
@@ -225,7 +224,7 @@ std::map<std::string, Content> vllm_contents(const ModelConfig& c, int64_t t, in
     Content& qkv = out[at + "self_attn.qkv_proj.weight"];
     const int64_t d = c.head_dim;
     for (int64_t head = 0; head < c.num_attention_heads; ++head) {
-      if (head * T / c.num_attention_heads != t) continue;
+      if (head * tp / c.num_attention_heads != t) continue;
       load.rows_of(qkv, at + "self_attn.q_proj.weight", head * d, (head + 1) * d);
     }
     // A rank holds the KV heads that its query heads attend to.
@@ -234,20 +233,20 @@ std::map<std::string, Content> vllm_contents(const ModelConfig& c, int64_t t, in
       for (int64_t head = 0; head < c.num_key_value_heads; ++head) {
         bool needed = false;
         for (int64_t q = head * group; q < (head + 1) * group; ++q) {
-          needed = needed || q * T / c.num_attention_heads == t;
+          needed = needed || q * tp / c.num_attention_heads == t;
         }
         if (needed) load.rows_of(qkv, at + part, head * d, (head + 1) * d);
       }
     }
     const int64_t features = c.num_attention_heads * d;
     load.box(out[at + "self_attn.o_proj.weight"], at + "self_attn.o_proj.weight",
-             {0, c.hidden_size}, {t * features / T, (t + 1) * features / T});
+             {0, c.hidden_size}, {t * features / tp, (t + 1) * features / tp});
     for (const char* part : {"mlp.gate_proj.weight", "mlp.up_proj.weight"}) {
-      load.rows_of(out[at + "mlp.gate_up_proj.weight"], at + part, t * c.intermediate_size / T,
-                   (t + 1) * c.intermediate_size / T);
+      load.rows_of(out[at + "mlp.gate_up_proj.weight"], at + part, t * c.intermediate_size / tp,
+                   (t + 1) * c.intermediate_size / tp);
     }
     load.box(out[at + "mlp.down_proj.weight"], at + "mlp.down_proj.weight", {0, c.hidden_size},
-             {t * c.intermediate_size / T, (t + 1) * c.intermediate_size / T});
+             {t * c.intermediate_size / tp, (t + 1) * c.intermediate_size / tp});
   }
   return out;
 }

@@ -1,6 +1,7 @@
 // Catalogs and layouts: joins what a family declares with what a framework makes of it.
 #include <fmt/format.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <utility>
 #include <vector>

@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "models/family.h"
-#include "transfuse/layout.h"
 #include "transfuse/model.h"
 
 namespace transfuse {
