@@ -28,6 +28,8 @@ struct CommandContext {
 int report_failure(const Error& error, bool json);
 
 // Each adds one subcommand to `app` whose callback sets context.run; defined in command_<name>.cc.
+void add_bench_command(CLI::App& app, CommandContext& context);
 void add_doctor_command(CLI::App& app, CommandContext& context);
+void add_plan_command(CLI::App& app, CommandContext& context);
 
 }  // namespace transfuse

@@ -38,7 +38,9 @@ int run_command_line(int argc, char** argv) {
   app.footer(kFooter);
 
   CommandContext context;
+  add_bench_command(app, context);
   add_doctor_command(app, context);
+  add_plan_command(app, context);
 
   if (argc <= 1) {
     std::fputs(app.help().c_str(), stderr);

@@ -1,0 +1,105 @@
+// `transfuse bench`: measures this host, beside memcpy measured in the same run.
+#include <sys/utsname.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdint>
+#include <cstdio>
+#include <fstream>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <thread>
+
+#include "bench/measure.h"
+#include "command.h"
+#include "transfuse/result.h"
+
+namespace transfuse {
+namespace {
+
+std::string processor_name() {
+  std::ifstream file("/proc/cpuinfo");
+  for (std::string line; std::getline(file, line);) {
+    if (line.rfind("model name", 0) == 0) return line.substr(line.find(':') + 2);
+  }
+  return "unknown";
+}
+
+nlohmann::json describe_run(const bench::Options& options) {
+  utsname name{};
+  const bool known = uname(&name) == 0;
+  return {{"version", TRANSFUSE_VERSION},
+          {"processor", processor_name()},
+          {"cores", std::thread::hardware_concurrency()},
+          {"kernel", known ? std::string(name.sysname) + " " + name.release : "unknown"},
+          {"architecture", known ? name.machine : "unknown"},
+          {"repetitions", options.repetitions},
+          {"threads", options.threads},
+          {"qwen3_4b_layers_moved", options.layers},
+          {"tiny", options.tiny}};
+}
+
+int run_bench(const bench::Options& options, bool json) {
+  FILE* table = json ? stderr : stdout;  // with --json, stdout is one JSON object
+  std::fprintf(table, "%s\n", bench::table_head().c_str());
+  nlohmann::json figures = nlohmann::json::array();
+  const Result<void> outcome = bench::run_measurements(options, [&](const bench::Figure& figure) {
+    std::fprintf(table, "%s\n", bench::to_text(figure).c_str());
+    std::fflush(table);
+    figures.push_back(bench::to_json(figure));
+  });
+  if (!outcome) return report_failure(outcome.error(), json);
+  if (json) {
+    const nlohmann::json body = {{"run", describe_run(options)}, {"figures", figures}};
+    std::printf("%s\n", body.dump(1).c_str());
+  }
+  return kExitOk;
+}
+
+struct Arguments {
+  bench::Options options;
+  bool json = false;
+};
+
+}  // namespace
+
+void add_bench_command(CLI::App& app, CommandContext& context) {
+  auto arguments = std::make_shared<Arguments>();  // shared with the callback
+  bench::Options& options = arguments->options;
+  CLI::App* command =
+      app.add_subcommand("bench", "Measure plans, copies and refits beside memcpy on this host");
+  std::string names;
+  for (const bench::Measurement& m : bench::measurements()) {
+    names += "  " + std::string(m.name) + std::string(14 - std::string(m.name).size(), ' ') +
+             m.what + "\n";
+  }
+  command->add_option("--only", options.only, "Measurements by name, separated by commas")
+      ->delimiter(',');
+  command->add_option("--repetitions", options.repetitions, "Of every timing, interleaved")
+      ->check(CLI::Range(1, 1000))
+      ->capture_default_str();
+  command->add_option("--threads", options.threads, "0: one per core that this process may use")
+      ->capture_default_str();
+  command
+      ->add_option("--layers", options.layers,
+                   "Of the 36 of Qwen3-4B, where weights are moved (0.2 GB each, twice)")
+      ->check(CLI::Range(1, 36))
+      ->capture_default_str();
+  command->add_flag("--tiny", options.tiny, "A few seconds: only shows that it runs");
+  command->add_flag("--json", arguments->json, "JSON to stdout, the table to stderr");
+  command->footer("Measurements:\n" + names + R"(
+Columns: minimum, median and maximum of the repetitions.
+
+Examples:
+  transfuse bench
+  transfuse bench --only plan,fingerprint
+  transfuse bench --layers 2 --json > figures.json)");
+  command->callback([&context, arguments] {
+    context.run = [arguments] {
+      if (arguments->options.tiny) arguments->options.repetitions = 2;
+      return run_bench(arguments->options, arguments->json);
+    };
+  });
+}
+
+}  // namespace transfuse

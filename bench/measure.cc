@@ -1,0 +1,65 @@
+// The list of measurements, and how figures are summed up and shown.
+#include "measure.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+namespace transfuse::bench {
+
+Spread spread_of(std::vector<double> samples) {
+  if (samples.empty()) return {};
+  std::ranges::sort(samples);
+  const size_t middle = samples.size() / 2;
+  const double median =
+      samples.size() % 2 == 1 ? samples[middle] : (samples[middle - 1] + samples[middle]) / 2;
+  return {samples.front(), median, samples.back()};
+}
+
+const std::vector<Measurement>& measurements() {
+  static const std::vector<Measurement> list = {
+      {"plan", "T1: compiling a plan for one target rank, on one core", measure_plan},
+      {"fingerprint", "T8: fingerprints on the CPU, alone and in the copy", measure_fingerprint},
+  };
+  return list;
+}
+
+Result<void> run_measurements(const Options& options, const Sink& sink) {
+  for (const std::string& name : options.only) {
+    if (std::ranges::none_of(measurements(),
+                             [&](const Measurement& m) { return m.name == name; })) {
+      std::string known;
+      for (const Measurement& m : measurements()) known += fmt::format(" {}", m.name);
+      return Error{ErrorCode::kInvalidArgument,
+                   fmt::format("no measurement is called '{}'; there are:{}", name, known)};
+    }
+  }
+  for (const Measurement& measurement : measurements()) {
+    if (!options.only.empty() &&
+        std::ranges::find(options.only, measurement.name) == options.only.end())
+      continue;
+    TRANSFUSE_RETURN_IF_ERROR(measurement.run(options, sink));
+  }
+  return {};
+}
+
+nlohmann::json to_json(const Figure& figure) {
+  return {{"target", figure.target}, {"workload", figure.workload}, {"quantity", figure.quantity},
+          {"unit", figure.unit},     {"min", figure.value.min},     {"median", figure.value.median},
+          {"max", figure.value.max}, {"detail", figure.detail}};
+}
+
+std::string table_head() {
+  return fmt::format("{:<4} {:<52} {:<34} {:>10} {:>10} {:>10}", "", "workload", "quantity", "min",
+                     "median", "max");
+}
+
+std::string to_text(const Figure& figure) {
+  return fmt::format("{:<4} {:<52} {:<34} {:>10.4g} {:>10.4g} {:>10.4g} {}", figure.target,
+                     figure.workload, figure.quantity, figure.value.min, figure.value.median,
+                     figure.value.max, figure.unit);
+}
+
+}  // namespace transfuse::bench
