@@ -103,8 +103,8 @@ Result<void> RefitAttempt::plan_for(const Lease& lease, RefitReport& report) {
 
 // Bytes of a source that can no longer be proved are missing again.
 void RefitAttempt::forget_unproved(uint32_t candidate) {
-  for (const uint32_t run : runs_of(candidate)) {
-    if (!proved_[run]) landed_[run] = 0;
+  for (uint32_t run = 0; run < landed_.size(); ++run) {
+    if (candidate_of_[run] == candidate && !proved_[run]) landed_[run] = 0;
   }
   candidates_[candidate].proof_due = false;
 }
@@ -197,7 +197,7 @@ Result<void> RefitAttempt::ready_source(Candidate& candidate, Deadline deadline)
 Result<void> RefitAttempt::ready_sources(Deadline deadline, RefitReport& report) {
   while (true) {
     TRANSFUSE_RETURN_IF_ERROR(choose_sources());
-    index_runs();
+    index_runs(candidate_of_);
     bool all_ready = true;
     for (uint32_t i = 0; i < candidates_.size(); ++i) {
       Candidate& candidate = candidates_[i];
@@ -243,15 +243,15 @@ Result<void> RefitAttempt::prepare(const Lease& lease, Deadline deadline, RefitR
   return {};
 }
 
-// Runs by the source that is to serve them: a counting sort over candidate_of_.
-void RefitAttempt::index_runs() {
+// Groups runs by a candidate each: a counting sort.
+void RefitAttempt::index_runs(std::span<const uint32_t> candidate_of) {
   first_run_of_.assign(candidates_.size() + 1, 0);
-  for (const uint32_t candidate : candidate_of_) ++first_run_of_[candidate + 1];
+  for (const uint32_t candidate : candidate_of) ++first_run_of_[candidate + 1];
   for (size_t i = 1; i < first_run_of_.size(); ++i) first_run_of_[i] += first_run_of_[i - 1];
-  runs_by_candidate_.resize(candidate_of_.size());
+  runs_by_candidate_.resize(candidate_of.size());
   next_place_.assign(first_run_of_.begin(), first_run_of_.end());
-  for (uint32_t run = 0; run < candidate_of_.size(); ++run) {
-    runs_by_candidate_[next_place_[candidate_of_[run]]++] = run;
+  for (uint32_t run = 0; run < candidate_of.size(); ++run) {
+    runs_by_candidate_[next_place_[candidate_of[run]]++] = run;
   }
 }
 
@@ -346,58 +346,83 @@ void RefitAttempt::prove_landed(Deadline deadline, RefitReport& report) {
   }
 }
 
+// `expected` are the sums of `candidate`, which vouches for its runs_of(). Runs that differ are
+// missing again; the candidate is blamed only for what it delivered itself (I12).
 void RefitAttempt::compare_sums(uint32_t candidate, std::span<const uint64_t> expected,
                                 RefitReport& report) {
   const Plan& plan = copies_->plan();
-  Candidate& source = candidates_[candidate];
-  std::optional<Error> first;
+  std::optional<Error> own;
   uint64_t mismatched = 0;
   for (const uint32_t run : runs_of(candidate)) {
-    const uint64_t bytes = copies_->target_bytes(plan.runs()[run]);
     if (sums_[run] == expected[run]) {
-      report.verified_bytes += bytes;
+      report.verified_bytes += copies_->target_bytes(plan.runs()[run]);
       continue;
     }
     landed_[run] = proved_[run] = 0;
-    ++mismatched;
-    if (first) continue;
-    first = Error{
+    const bool delivered_it = candidate_of_[run] == candidate;
+    mismatched += delivered_it;
+    if (!delivered_it || own) continue;
+    own = Error{
         ErrorCode::kFingerprintMismatch,
         fmt::format("tensor '{}' box {} from source '{}': fingerprint {:016x} expected, {:016x} "
                     "arrived",
                     plan.target().tensors()[plan.runs()[run].tensor].name,
-                    plan.box_of(plan.runs()[run]).to_string(), source.info.name, expected[run],
-                    sums_[run])};
+                    plan.box_of(plan.runs()[run]).to_string(), candidates_[candidate].info.name,
+                    expected[run], sums_[run])};
   }
-  if (!first) return;
-  if (mismatched > 1) first->message += fmt::format(" (and {} more runs)", mismatched - 1);
-  retry_or_exclude(candidate, std::move(*first), source.mismatches, report);
+  if (!own) return;
+  if (mismatched > 1) own->message += fmt::format(" (and {} more runs)", mismatched - 1);
+  retry_or_exclude(candidate, std::move(*own), candidates_[candidate].mismatches, report);
 }
 
-// Compares what arrived with what each source says it holds. Runs that differ are missing again.
+// Says which candidate's table each run is compared with: that of its source or, if the source was
+// given up after it delivered, that of another holder.
+Result<void> RefitAttempt::choose_vouchers() {
+  voucher_of_ = candidate_of_;
+  const bool orphans = std::ranges::any_of(
+      candidates_, [](const Candidate& candidate) { return candidate.excluded.has_value(); });
+  if (orphans) {
+    TRANSFUSE_RETURN_IF_ERROR(choose_sources());
+    for (uint32_t run = 0; run < voucher_of_.size(); ++run) {
+      if (candidates_[candidate_of_[run]].excluded) {
+        voucher_of_[run] = members_[assignment_.choice[run]];
+      }
+    }
+  }
+  index_runs(voucher_of_);
+  return {};
+}
+
+// Compares what arrived with what the sources say they hold. Runs that differ are missing again.
 Result<void> RefitAttempt::verify(Deadline deadline, RefitReport& report) {
   report.verified_bytes = 0;
+  TRANSFUSE_RETURN_IF_ERROR(choose_vouchers());
   for (uint32_t i = 0; i < candidates_.size(); ++i) {
     Candidate& candidate = candidates_[i];
-    if (runs_of(i).empty() || candidate.excluded) continue;
-    auto table = candidate.link->read_table(member_, table_request(), candidate.info.generation,
-                                            expected_, deadline, options_.no_progress_ms);
-    if (!table) {
-      // Bytes that cannot be verified are not those of the version: they are read again elsewhere.
-      for (const uint32_t run : runs_of(i)) landed_[run] = proved_[run] = 0;
-      if (table.error().code == ErrorCode::kDeadlineExceeded) {
-        retry_or_exclude(i, std::move(table).error(), candidate.stalls, report);
-      } else {
-        exclude(i, std::move(table).error(), report);
-      }
+    if (runs_of(i).empty()) continue;
+    Result<void> table;
+    if (!candidate.generation_checked) table = ready_source(candidate, deadline);
+    if (table) {
+      table = candidate.link->read_table(member_, table_request(), candidate.info.generation,
+                                         expected_, deadline, options_.no_progress_ms);
+    }
+    if (table) {
+      compare_sums(i, expected_, report);
       continue;
     }
-    compare_sums(i, expected_, report);
+    // Bytes that cannot be verified are not those of the version: they are read again elsewhere.
+    for (const uint32_t run : runs_of(i)) landed_[run] = proved_[run] = 0;
+    if (table.error().code == ErrorCode::kDeadlineExceeded) {
+      retry_or_exclude(i, std::move(table).error(), candidate.stalls, report);
+    } else {
+      exclude(i, std::move(table).error(), report);
+    }
   }
-  return deadline.passed() ? Result<void>(Error{ErrorCode::kDeadlineExceeded,
-                                                "the refit's deadline passed while fingerprints "
-                                                "were compared"})
-                           : Result<void>();
+  if (deadline.passed()) {
+    return Error{ErrorCode::kDeadlineExceeded,
+                 "the refit's deadline passed while fingerprints were compared"};
+  }
+  return {};
 }
 
 Result<void> RefitAttempt::transfer(Deadline deadline, const std::atomic<bool>& cancelled,

@@ -63,7 +63,8 @@ class RefitAttempt {
   void report_routes(RefitReport& report) const;
   void count_missing();
   void forget_unproved(uint32_t candidate);
-  void index_runs();
+  void index_runs(std::span<const uint32_t> candidate_of);
+  Result<void> choose_vouchers();
   std::span<const uint32_t> runs_of(uint32_t candidate) const;
   TableRequest table_request() const;
 
@@ -94,8 +95,9 @@ class RefitAttempt {
       missing_;  // runs that did not land, or landed unproved and lost their source
   std::vector<uint32_t> holder_of_;
   std::vector<uint32_t> candidate_of_;
-  std::vector<uint32_t> runs_by_candidate_;
-  std::vector<uint32_t> first_run_of_;  // per candidate, and one past the last
+  std::vector<uint32_t> voucher_of_;         // whose table each run is compared with
+  std::vector<uint32_t> runs_by_candidate_;  // grouped by source, while verifying by voucher
+  std::vector<uint32_t> first_run_of_;       // per candidate, and one past the last
   std::vector<uint32_t> next_place_;
   std::vector<uint8_t> landed_;  // bytes arrived
   std::vector<uint8_t> proved_;  // and a later good generation read of the source was made
