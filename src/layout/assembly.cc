@@ -311,7 +311,8 @@ Result<Layout> LayoutAssembly::assemble(LayoutParts&& parts, std::string* encodi
 
   content->tensors = std::move(parts.tensors);
   content->parameters = std::move(parts.parameters);
-  parts.tiles.shrink_to_fit();  // lives long, and a tile has 232 bytes
+  // Lives long, and a tile has 232 bytes; but less slack is not worth the copy.
+  if (parts.tiles.capacity() > parts.tiles.size() / 4 * 5) parts.tiles.shrink_to_fit();
   content->tiles = std::move(parts.tiles);
   content->fills = std::move(parts.fills);
   std::string bytes =
