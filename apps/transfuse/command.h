@@ -29,7 +29,9 @@ int report_failure(const Error& error, bool json);
 
 // Each adds one subcommand to `app` whose callback sets context.run; defined in command_<name>.cc.
 void add_bench_command(CLI::App& app, CommandContext& context);
+void add_demo_command(CLI::App& app, CommandContext& context);
 void add_doctor_command(CLI::App& app, CommandContext& context);
 void add_plan_command(CLI::App& app, CommandContext& context);
+void add_verify_command(CLI::App& app, CommandContext& context);
 
 }  // namespace transfuse

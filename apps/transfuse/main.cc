@@ -39,8 +39,10 @@ int run_command_line(int argc, char** argv) {
 
   CommandContext context;
   add_bench_command(app, context);
+  add_demo_command(app, context);
   add_doctor_command(app, context);
   add_plan_command(app, context);
+  add_verify_command(app, context);
 
   if (argc <= 1) {
     std::fputs(app.help().c_str(), stderr);

@@ -1,0 +1,45 @@
+// `transfuse demo`: hands over to the Python package, which has the trainers and the engine.
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "command.h"
+
+namespace transfuse {
+namespace {
+
+// The interpreter of the environment that `transfuse` was called in.
+int run(const std::vector<std::string>& arguments) {
+  const char* chosen = std::getenv("TRANSFUSE_PYTHON");
+  const std::string python = chosen == nullptr ? "python3" : chosen;
+  std::vector<std::string> command = {python, "-m", "transfuse.demo"};
+  command.insert(command.end(), arguments.begin(), arguments.end());
+  std::vector<char*> argv;
+  for (std::string& word : command) argv.push_back(word.data());
+  argv.push_back(nullptr);
+  execvp(python.c_str(), argv.data());
+  return report_failure(
+      {ErrorCode::kNotFound, "the demo needs Python with torch and transformers; '" + python +
+                                 "' could not be started: " + std::strerror(errno) +
+                                 " (set TRANSFUSE_PYTHON to the interpreter)"},
+      false);
+}
+
+}  // namespace
+
+void add_demo_command(CLI::App& app, CommandContext& context) {
+  CLI::App* command = app.add_subcommand(
+      "demo", "Two trainers refit a running inference process, on this machine (needs torch).");
+  command->prefix_command();
+  command->footer("All options go to the demo; `transfuse demo -- --help` lists them.");
+  command->callback(
+      [command, &context] { context.run = [command] { return run(command->remaining()); }; });
+}
+
+}  // namespace transfuse
