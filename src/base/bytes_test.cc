@@ -40,8 +40,8 @@ TEST(Bytes, ACountIsBoundedByWhatIsLeft) {
 }
 
 TEST(Bytes, AVarintOfMoreThan64BitsIsRefused) {
-  const std::string eleven(10, '\xFF');
-  ByteReader in(eleven + '\x7F');
+  const std::string eleven = std::string(10, '\xFF') + '\x7F';
+  ByteReader in(eleven);
   in.varint();
   EXPECT_FALSE(in.ok());
 }

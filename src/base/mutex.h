@@ -12,6 +12,7 @@
 #else
 #define TRANSFUSE_TSA(x)
 #endif
+#undef GUARDED_BY  // abseil, below gRPC, defines it too, with the same meaning
 #define GUARDED_BY(m) TRANSFUSE_TSA(guarded_by(m))
 #define REQUIRES(...) TRANSFUSE_TSA(requires_capability(__VA_ARGS__))
 #define EXCLUDES(...) TRANSFUSE_TSA(locks_excluded(__VA_ARGS__))
