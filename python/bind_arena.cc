@@ -1,0 +1,58 @@
+// Memory that Transfuse allocates, as a Python buffer.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "bind.h"
+#include "session.h"
+
+namespace transfuse::python {
+namespace {
+
+using namespace nanobind::literals;
+
+class Arena {
+ public:
+  Arena(uint64_t size_bytes, std::string job, std::optional<uint32_t> threads,
+        std::optional<bool> allow_any_tracer) {
+    const nb::gil_scoped_release unlocked;
+    const auto session = take(Session::open({.job = std::move(job),
+                                             .address = {},
+                                             .threads = threads,
+                                             .allow_any_tracer = allow_any_tracer}));
+    memory_ = take(session->allocate(size_bytes));
+  }
+  std::span<std::byte> bytes() const { return memory_->region->bytes(); }
+
+ private:
+  std::shared_ptr<ArenaMemory> memory_;  // shared with publishers and receivers that use it
+};
+
+int get_buffer(PyObject* object, Py_buffer* view, int flags) noexcept {
+  const std::span<std::byte> bytes = nb::inst_ptr<Arena>(object)->bytes();
+  return PyBuffer_FillInfo(view, object, bytes.data(), static_cast<Py_ssize_t>(bytes.size()), 0,
+                           flags);
+}
+
+PyType_Slot arena_slots[] = {{Py_bf_getbuffer, reinterpret_cast<void*>(get_buffer)}, {0, nullptr}};
+
+}  // namespace
+
+void bind_arena(nb::module_& m) {
+  nb::class_<Arena>(m, "NativeArena", nb::type_slots(arena_slots),
+                    "Zeroed shared memory that other processes read by mapping it: the best route "
+                    "on one host. A writable buffer; it lives as long as a view of it.")
+      .def(nb::init<uint64_t, std::string, std::optional<uint32_t>, std::optional<bool>>(),
+           "size_bytes"_a, nb::kw_only(), "job"_a = "default", "threads"_a = nb::none(),
+           "allow_any_tracer"_a = nb::none())
+      .def_prop_ro("size_bytes", [](const Arena& arena) { return arena.bytes().size(); })
+      .def("__len__", [](const Arena& arena) { return arena.bytes().size(); });
+}
+
+}  // namespace transfuse::python

@@ -1,0 +1,124 @@
+// What a refit, a write and a verification report.
+#include <nanobind/nanobind.h>
+#include <nanobind/operators.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+
+#include "bind.h"
+#include "transfuse/control.h"
+#include "transfuse/publisher.h"
+#include "transfuse/receiver.h"
+#include "transfuse/verify.h"
+
+namespace transfuse::python {
+namespace {
+
+using namespace nanobind::literals;
+
+void bind_refit(nb::module_& m) {
+  nb::class_<RefitPhases>(m, "RefitPhases", "Where the time of a refit went, in microseconds.")
+      .def_ro("discover_us", &RefitPhases::discover_us)
+      .def_ro("lease_us", &RefitPhases::lease_us)
+      .def_ro("transfer_us", &RefitPhases::transfer_us)
+      .def_ro("verify_us", &RefitPhases::verify_us)
+      .def_ro("commit_us", &RefitPhases::commit_us)
+      .def_ro("total_us", &RefitPhases::total_us);
+  nb::class_<RefitRoute>(m, "RefitRoute", "What came from one source, and how.")
+      .def_ro("source", &RefitRoute::source)
+      .def_ro("transport", &RefitRoute::transport)
+      .def_ro("route", &RefitRoute::route)
+      .def_ro("size_bytes", &RefitRoute::size_bytes)
+      .def_ro("run_count", &RefitRoute::run_count);
+  nb::class_<RefitStep>(m, "RefitStep", "A failure on the way, and what was done about it.")
+      .def_ro("code", &RefitStep::code)
+      .def_ro("source", &RefitStep::source)
+      .def_ro("what", &RefitStep::what)
+      .def("__repr__", [](const RefitStep& s) {
+        return "RefitStep(" + std::string(error_code_name(s.code)) + ", " + s.source + ", " +
+               s.what + ")";
+      });
+  nb::class_<RefitReport>(m, "RefitReport", "What one refit did.")
+      .def_ro("version", &RefitReport::version)
+      .def_ro("phases", &RefitReport::phases)
+      .def_ro("size_bytes", &RefitReport::size_bytes)
+      .def_ro("source_bytes", &RefitReport::source_bytes)
+      .def_ro("reread_bytes", &RefitReport::reread_bytes)
+      .def_ro("chunk_count", &RefitReport::chunk_count)
+      .def_ro("verified_bytes", &RefitReport::verified_bytes)
+      .def_ro("attempts", &RefitReport::attempts)
+      .def_ro("planned", &RefitReport::planned)
+      .def_ro("gigabytes_per_second", &RefitReport::gigabytes_per_second)
+      .def_ro("routes", &RefitReport::routes)
+      .def_ro("steps", &RefitReport::steps)
+      .def("to_json", &RefitReport::to_json)
+      .def("to_text", &RefitReport::to_text)
+      .def("__repr__", &RefitReport::to_text);
+  nb::class_<WriteTiming>(m, "WriteTiming", "How long begin_write() waited for readers.")
+      .def_ro("waited_us", &WriteTiming::waited_us)
+      .def_ro("revoked", &WriteTiming::revoked);
+}
+
+void bind_versions(nb::module_& m) {
+  nb::enum_<VersionState>(m, "VersionState", "Where a version is in its life.")
+      .value("OPEN", VersionState::kOpen)
+      .value("READY", VersionState::kReady)
+      .value("RETIRED", VersionState::kRetired)
+      .value("ABORTED", VersionState::kAborted);
+  nb::class_<VersionInfo>(m, "VersionInfo", "A version of a model as the coordinator knows it.")
+      .def_ro("model", &VersionInfo::model)
+      .def_ro("version", &VersionInfo::version)
+      .def_ro("state", &VersionInfo::state)
+      .def_ro("published", &VersionInfo::published)
+      .def_ro("source_count", &VersionInfo::source_count)
+      .def_ro("leases", &VersionInfo::leases)
+      .def_ro("reason", &VersionInfo::reason)
+      .def("__repr__", [](const VersionInfo& v) {
+        return "VersionInfo(" + v.model + " " + std::to_string(v.version) + " " +
+               std::string(version_state_name(v.state)) + ", published by " +
+               std::to_string(v.published) + " of " + std::to_string(v.source_count) + ")";
+      });
+  nb::enum_<MemberRole>(m, "MemberRole", "What a member of a job does.")
+      .value("SOURCE", MemberRole::kSource)
+      .value("TARGET", MemberRole::kTarget);
+  nb::class_<MemberInfo>(m, "MemberInfo", "A process that publishes or receives a model.")
+      .def_ro("role", &MemberInfo::role)
+      .def_ro("model", &MemberInfo::model)
+      .def_ro("name", &MemberInfo::name)
+      .def_ro("layout", &MemberInfo::layout)
+      .def_ro("version", &MemberInfo::version);
+}
+
+void bind_verdicts(nb::module_& m) {
+  nb::class_<BoxMismatch>(m, "BoxMismatch", "A box whose fingerprints differ.")
+      .def_ro("tensor", &BoxMismatch::tensor)
+      .def_ro("box", &BoxMismatch::box)
+      .def_ro("source_fingerprint", &BoxMismatch::source_fingerprint)
+      .def_ro("target_fingerprint", &BoxMismatch::target_fingerprint);
+  nb::class_<TargetVerdict>(m, "TargetVerdict", "One target against its sources.")
+      .def_ro("target", &TargetVerdict::target)
+      .def_ro("version", &TargetVerdict::version)
+      .def_ro("box_count", &TargetVerdict::box_count)
+      .def_ro("size_bytes", &TargetVerdict::size_bytes)
+      .def_ro("mismatches", &TargetVerdict::mismatches)
+      .def_ro("not_compared", &TargetVerdict::not_compared)
+      .def_prop_ro("matches", &TargetVerdict::matches);
+  nb::class_<VerifyReport>(m, "VerifyReport", "Every target of a model against its sources.")
+      .def_ro("model", &VerifyReport::model)
+      .def_ro("targets", &VerifyReport::targets)
+      .def_prop_ro("matches", &VerifyReport::matches)
+      .def("to_json", &VerifyReport::to_json)
+      .def("to_text", &VerifyReport::to_text)
+      .def("__repr__", &VerifyReport::to_text);
+}
+
+}  // namespace
+
+void bind_report(nb::module_& m) {
+  bind_refit(m);
+  bind_versions(m);
+  bind_verdicts(m);
+}
+
+}  // namespace transfuse::python

@@ -1,0 +1,301 @@
+// Publisher, Receiver and Control for Python: each with its job's transport and coordinator inside.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bind.h"
+#include "memory.h"
+#include "operation.h"
+#include "session.h"
+#include "transfuse/publisher.h"
+#include "transfuse/receiver.h"
+#include "transfuse/verify.h"
+
+namespace transfuse::python {
+namespace {
+
+using namespace nanobind::literals;
+
+constexpr int64_t kWatchSliceMs = 100;  // how late Ctrl-C is seen
+
+using Parameters = nb::typed<nb::dict, nb::str, nb::object>;
+
+// What a publisher or receiver stands on, in the order in which it is built up.
+struct Ground {
+  std::shared_ptr<Session> session;
+  std::vector<std::shared_ptr<ArenaMemory>> arenas;
+  ParameterOwners owners;
+
+  Ground(const SessionOptions& options, const Layout& layout, const Parameters& parameters,
+         bool writable) {
+    for (const auto& [name, object] : parameters)
+      owners.add(layout, nb::cast<std::string>(name), object, writable);
+    const nb::gil_scoped_release unlocked;
+    session = take(Session::open(options));
+    arenas = session->arenas();
+    std::erase_if(arenas, [this](const auto& arena) { return !is_used(*arena); });
+  }
+  std::vector<const LocalRegion*> regions() const {
+    std::vector<const LocalRegion*> regions;
+    for (const auto& arena : arenas) regions.push_back(arena->region.get());
+    return regions;
+  }
+
+ private:
+  bool is_used(const ArenaMemory& arena) const {
+    const std::span<std::byte> bytes = arena.region->bytes();
+    return std::ranges::any_of(owners.memory(), [&](const ParameterMemory& p) {
+      return p.data >= bytes.data() && p.data < bytes.data() + bytes.size();
+    });
+  }
+};
+
+// A Publisher or Receiver on its ground. Member order is the order of destruction, reversed: the
+// thread ends before what it works on, the memory stays to the end.
+template <typename Native>
+class Member {
+ public:
+  template <typename Options>
+  Member(const SessionOptions& session_options, const Layout& layout, const Parameters& parameters,
+         bool writable, Options options)
+      : name_(options.name), ground_(Ground(session_options, layout, parameters, writable)) {
+    options.arenas = ground_->regions();
+    native_ = take(thread_->run(
+        [session = ground_->session, layout, options, memory = ground_->owners.memory()] {
+          return open(*session, layout, memory, options);
+        }));
+  }
+  ~Member() { release(); }
+  Member(const Member&) = delete;
+  Member& operator=(const Member&) = delete;
+
+  Native& native() {
+    if (native_ == nullptr) throw Failure({ErrorCode::kUnavailable, "'" + name_ + "' is closed"});
+    return *native_;
+  }
+  OperationThread& thread() { return *thread_; }
+  void close() {
+    if (native_ == nullptr) return;
+    Native& open_native = *native_;
+    auto closed = thread_->run([&open_native] { return open_native.close(); });
+    release();
+    take(std::move(closed));
+  }
+
+ private:
+  template <typename Options>
+  static Result<std::unique_ptr<Native>> open(Session& session, const Layout& layout,
+                                              const std::vector<ParameterMemory>& memory,
+                                              const Options& options) {
+    TRANSFUSE_ASSIGN_OR_RETURN(Control * control, session.control());
+    return Native::open(session.transport(), *control, layout, memory, options);
+  }
+  void release() {
+    {
+      const nb::gil_scoped_release unlocked;
+      thread_.reset();
+      native_.reset();
+    }
+    ground_.reset();
+  }
+
+  std::string name_;
+  std::optional<Ground> ground_;
+  std::unique_ptr<Native> native_;
+  std::unique_ptr<OperationThread> thread_ = std::make_unique<OperationThread>();
+};
+
+SessionOptions session_options(std::string job, std::optional<std::string> address,
+                               std::optional<uint32_t> threads,
+                               std::optional<bool> allow_any_tracer) {
+  return {.job = std::move(job),
+          .address = std::move(address),
+          .threads = threads,
+          .allow_any_tracer = allow_any_tracer};
+}
+
+class PythonPublisher : public Member<Publisher> {
+ public:
+  using Member::Member;
+  WriteTiming begin_write(uint64_t version) {
+    Publisher& publisher = native();
+    return take(thread().run([&publisher, version] { return publisher.begin_write(version); }));
+  }
+  void publish(uint64_t version) {
+    Publisher& publisher = native();
+    take(thread().run([&publisher, version] { return publisher.publish(version); }));
+  }
+  void abort_write(const std::string& reason) {
+    Publisher& publisher = native();
+    take(thread().run([&publisher, reason] { return publisher.abort_write(reason); }));
+  }
+};
+
+class PythonReceiver : public Member<Receiver> {
+ public:
+  using Member::Member;
+  RefitReport refit(std::optional<uint64_t> exactly, std::optional<uint64_t> at_least,
+                    int64_t timeout_ms) {
+    if (exactly && at_least)
+      throw Failure({ErrorCode::kInvalidArgument, "refit: give `exactly` or `at_least`, not both"});
+    VersionRequest request;
+    if (exactly) request = {.kind = VersionRequest::Kind::kExactly, .version = *exactly};
+    if (at_least) request = {.kind = VersionRequest::Kind::kAtLeast, .version = *at_least};
+    Receiver& receiver = native();
+    const auto call = [&receiver, request, timeout_ms] {
+      return receiver.refit(request, Deadline::after_ms(timeout_ms));
+    };
+    return take(thread().run(call, [&receiver] { receiver.cancel(); }));
+  }
+};
+
+void bind_publisher(nb::module_& m) {
+  nb::class_<PythonPublisher>(m, "NativePublisher", "See transfuse.Publisher.")
+      .def(
+          "__init__",
+          [](PythonPublisher* self, const Layout& layout, const Parameters& parameters,
+             std::string name, std::string model, uint32_t source_count, int64_t drain_ms,
+             uint32_t fingerprint_threads, std::string job, std::optional<std::string> address,
+             std::optional<uint32_t> threads, std::optional<bool> allow_any_tracer) {
+            PublisherOptions options;
+            options.model = std::move(model);
+            options.name = std::move(name);
+            options.source_count = source_count;
+            options.drain_ms = drain_ms;
+            options.fingerprint_threads = fingerprint_threads;
+            new (self) PythonPublisher(
+                session_options(std::move(job), std::move(address), threads, allow_any_tracer),
+                layout, parameters, false, std::move(options));
+          },
+          "layout"_a, "parameters"_a, nb::kw_only(), "name"_a, "model"_a, "source_count"_a,
+          "drain_ms"_a, "fingerprint_threads"_a, "job"_a, "address"_a.none(), "threads"_a.none(),
+          "allow_any_tracer"_a.none())
+      .def("begin_write", &PythonPublisher::begin_write, "version"_a)
+      .def("publish", &PythonPublisher::publish, "version"_a)
+      .def("abort_write", &PythonPublisher::abort_write, "reason"_a)
+      .def_prop_ro("version", [](PythonPublisher& p) { return p.native().version(); })
+      .def("close", &PythonPublisher::close);
+}
+
+void bind_receiver(nb::module_& m) {
+  nb::enum_<Verify>(m, "Verify", "Whether a refit compares fingerprints.")
+      .value("FULL", Verify::kFull)
+      .value("OFF", Verify::kOff);
+  nb::class_<PythonReceiver>(m, "NativeReceiver", "See transfuse.Receiver.")
+      .def(
+          "__init__",
+          [](PythonReceiver* self, const Layout& layout, const Parameters& parameters,
+             std::string name, std::string model, Verify verify, uint64_t chunk_bytes,
+             uint64_t spread, int64_t no_progress_ms, uint32_t max_attempts, std::string job,
+             std::optional<std::string> address, std::optional<uint32_t> threads,
+             std::optional<bool> allow_any_tracer) {
+            ReceiverOptions options;
+            options.model = std::move(model);
+            options.name = std::move(name);
+            options.verify = verify;
+            options.plan.chunk_bytes = chunk_bytes;
+            options.spread = spread;
+            options.no_progress_ms = no_progress_ms;
+            options.max_attempts = max_attempts;
+            new (self) PythonReceiver(
+                session_options(std::move(job), std::move(address), threads, allow_any_tracer),
+                layout, parameters, true, std::move(options));
+          },
+          "layout"_a, "parameters"_a, nb::kw_only(), "name"_a, "model"_a, "verify"_a,
+          "chunk_bytes"_a, "spread"_a, "no_progress_ms"_a, "max_attempts"_a, "job"_a,
+          "address"_a.none(), "threads"_a.none(), "allow_any_tracer"_a.none())
+      .def("refit", &PythonReceiver::refit, nb::kw_only(), "exactly"_a.none(), "at_least"_a.none(),
+           "timeout_ms"_a)
+      .def_prop_ro("last_report", [](PythonReceiver& r) { return r.native().last_report(); })
+      .def_prop_ro("version", [](PythonReceiver& r) { return r.native().version(); })
+      .def("cancel", [](PythonReceiver& r) { r.native().cancel(); })
+      .def("close", &PythonReceiver::close);
+}
+
+// A stream of version changes, with the session that it belongs to.
+class PythonWatch {
+ public:
+  PythonWatch(std::shared_ptr<Session> session, std::unique_ptr<Watch> watch)
+      : session_(std::move(session)), watch_(std::move(watch)) {}
+  std::optional<VersionInfo> next(int64_t timeout_ms) {
+    const Deadline deadline = Deadline::after_ms(timeout_ms);
+    while (true) {
+      std::optional<VersionInfo> change;
+      {
+        const nb::gil_scoped_release unlocked;
+        change = take(watch_->next(deadline.earlier(Deadline::after_ms(kWatchSliceMs))));
+      }
+      if (PyErr_CheckSignals() != 0) throw nb::python_error();
+      if (change || deadline.passed()) return change;
+    }
+  }
+
+ private:
+  std::shared_ptr<Session> session_;  // shared with everything of the job; first: outlives watch_
+  std::unique_ptr<Watch> watch_;
+};
+
+// The control plane of a job, without being a member of it.
+class PythonControl {
+ public:
+  PythonControl(std::string job, std::optional<std::string> address) {
+    const nb::gil_scoped_release unlocked;
+    session_ = take(Session::open(session_options(std::move(job), std::move(address), {}, {})));
+    control_ = take(session_->control());
+  }
+  std::vector<VersionInfo> versions(const std::string& model) {
+    const nb::gil_scoped_release unlocked;
+    return take(control_->versions(model));
+  }
+  std::vector<MemberInfo> members(const std::string& model) {
+    const nb::gil_scoped_release unlocked;
+    return take(control_->members(model));
+  }
+  std::unique_ptr<PythonWatch> watch(const std::string& model) {
+    const nb::gil_scoped_release unlocked;
+    return std::make_unique<PythonWatch>(session_, take(control_->watch(model)));
+  }
+  VerifyReport verify(const std::string& model, int64_t timeout_ms) {
+    OperationThread thread;
+    return take(thread.run([session = session_, control = control_, model, timeout_ms] {
+      return verify_model(session->transport(), *control, model, Deadline::after_ms(timeout_ms));
+    }));
+  }
+
+ private:
+  std::shared_ptr<Session> session_;  // shared with everything of the job in this process
+  Control* control_ = nullptr;
+};
+
+void bind_control(nb::module_& m) {
+  nb::class_<PythonWatch>(m, "NativeWatch", "Changes of versions; see Control.watch().")
+      .def("next", &PythonWatch::next, "timeout_ms"_a,
+           "The next change, or None when the time is over.");
+  nb::class_<PythonControl>(m, "NativeControl", "See transfuse.Control.")
+      .def(nb::init<std::string, std::optional<std::string>>(), nb::kw_only(), "job"_a,
+           "address"_a.none())
+      .def("versions", &PythonControl::versions, "model"_a)
+      .def("members", &PythonControl::members, "model"_a)
+      .def("watch", &PythonControl::watch, "model"_a)
+      .def("verify", &PythonControl::verify, "model"_a, "timeout_ms"_a);
+}
+
+}  // namespace
+
+void bind_session(nb::module_& m) {
+  bind_publisher(m);
+  bind_receiver(m);
+  bind_control(m);
+}
+
+}  // namespace transfuse::python

@@ -1,0 +1,867 @@
+"""Native part of transfuse; use the package, not this module."""
+
+from collections.abc import Sequence
+import enum
+
+
+class ErrorCode(enum.Enum):
+    """Why an operation failed."""
+
+    INVALID_ARGUMENT = 0
+
+    LAYOUT_MISMATCH = 1
+
+    CORRUPT = 2
+
+    NOT_FOUND = 3
+
+    ALREADY_EXISTS = 4
+
+    PERMISSION_DENIED = 5
+
+    RESOURCE_EXHAUSTED = 6
+
+    UNAVAILABLE = 7
+
+    DEADLINE_EXCEEDED = 8
+
+    TORN_READ = 9
+
+    VERSION_GONE = 10
+
+    FINGERPRINT_MISMATCH = 11
+
+    POISONED = 12
+
+    CANCELLED = 13
+
+    UNSUPPORTED = 14
+
+MAX_RANK: int = 8
+
+class Dtype(enum.Enum):
+    """Element type of a tensor or parameter."""
+
+    F32 = 0
+
+    F16 = 1
+
+    BF16 = 2
+
+    F8E4M3 = 3
+
+    F8E5M2 = 4
+
+    I8 = 5
+
+    U8 = 6
+
+    I32 = 7
+
+    I64 = 8
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    @property
+    def text(self) -> str: ...
+
+    @staticmethod
+    def parse(name: str) -> Dtype:
+        """The dtype of a name such as 'f32', 'bf16', 'f8e4m3'."""
+
+def castable(source: Dtype, target: Dtype) -> bool:
+    """True if a refit may read `source` and write `target`."""
+
+class Box:
+    """Half-open box: dimension d covers [offset[d], offset[d] + length[d])."""
+
+    def __init__(self, offset: Sequence[int], length: Sequence[int]) -> None: ...
+
+    @staticmethod
+    def whole(shape: Sequence[int]) -> Box: ...
+
+    @property
+    def offset(self) -> tuple[int, ...]: ...
+
+    @property
+    def length(self) -> tuple[int, ...]: ...
+
+    @property
+    def element_count(self) -> int: ...
+
+    def intersect(self, other: Box) -> Box | None: ...
+
+    def __eq__(self, arg: object, /) -> bool: ...
+
+    def __hash__(self) -> int: ...
+
+    def __repr__(self) -> str: ...
+
+class TensorSpec:
+    """A tensor as the published checkpoint names it."""
+
+    def __init__(self, name: str, dtype: Dtype, shape: Sequence[int]) -> None: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dtype(self) -> Dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __eq__(self, arg: object, /) -> bool: ...
+
+    def __repr__(self) -> str: ...
+
+class ParameterSpec:
+    """A parameter as this process holds it: a span of storage elements."""
+
+    def __init__(self, name: str, dtype: Dtype, element_count: int) -> None: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dtype(self) -> Dtype: ...
+
+    @property
+    def element_count(self) -> int: ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    def __eq__(self, arg: object, /) -> bool: ...
+
+    def __repr__(self) -> str: ...
+
+class Tile:
+    """
+    Element i of `box` of a tensor lies at element_offset + sum(i * strides) of a parameter. Tensor and parameter are indices into their layout.
+    """
+
+    @property
+    def tensor(self) -> int: ...
+
+    @property
+    def parameter(self) -> int: ...
+
+    @property
+    def box(self) -> Box: ...
+
+    @property
+    def element_offset(self) -> int: ...
+
+    @property
+    def element_strides(self) -> tuple[int, ...]: ...
+
+    def __eq__(self, arg: object, /) -> bool: ...
+
+class Fill:
+    """Elements of a parameter that hold zeros and no catalog tensor."""
+
+    @property
+    def parameter(self) -> int: ...
+
+    @property
+    def element_offset(self) -> int: ...
+
+    @property
+    def length(self) -> tuple[int, ...]: ...
+
+    @property
+    def element_strides(self) -> tuple[int, ...]: ...
+
+    def __eq__(self, arg: object, /) -> bool: ...
+
+class Digest:
+    """Identity of a layout or plan, equal in every process."""
+
+    def __eq__(self, arg: object, /) -> bool: ...
+
+    def __lt__(self, arg: Digest, /) -> bool: ...
+
+    def __hash__(self) -> int: ...
+
+    def __str__(self) -> str: ...
+
+    def __repr__(self) -> str: ...
+
+class Layout:
+    """
+    Which boxes of which catalog tensors lie where in the parameters of one process. Immutable; holds no addresses; build it with LayoutBuilder.
+    """
+
+    def __init__(self) -> None: ...
+
+    @property
+    def tensors(self) -> list[TensorSpec]: ...
+
+    @property
+    def parameters(self) -> list[ParameterSpec]: ...
+
+    @property
+    def tiles(self) -> list[Tile]: ...
+
+    @property
+    def fills(self) -> list[Fill]: ...
+
+    def find_tensor(self, name: str) -> int | None:
+        """Index of a tensor in `tensors`, or None."""
+
+    def find_parameter(self, name: str) -> int | None:
+        """Index of a parameter in `parameters`, or None."""
+
+    @property
+    def digest(self) -> Digest: ...
+
+    @property
+    def tile_bytes(self) -> int: ...
+
+    @property
+    def parameter_bytes(self) -> int: ...
+
+    def encode(self) -> bytes:
+        """The compact wire form."""
+
+    @staticmethod
+    def decode(data: bytes) -> Layout:
+        """Reads the wire form; CorruptError if it is none."""
+
+    def __eq__(self, arg: object, /) -> bool: ...
+
+    def __hash__(self) -> int: ...
+
+    def __repr__(self) -> str: ...
+
+class LayoutBuilder:
+    """Collects a layout in any order; build() finds the errors."""
+
+    def __init__(self) -> None: ...
+
+    def tensor(self, name: str, dtype: Dtype, shape: Sequence[int]) -> int:
+        """Adds a catalog tensor and returns its handle."""
+
+    def parameter(self, name: str, dtype: Dtype, element_count: int) -> int:
+        """Adds a parameter of this process and returns its handle."""
+
+    def tile(self, tensor: int, box: Box, parameter: int, element_offset: int = 0, element_strides: Sequence[int] | None = None) -> None:
+        """
+        Says that a box of a tensor lies at an offset of a parameter; strides default to row-major over the box.
+        """
+
+    def fill(self, parameter: int, element_offset: int, length: Sequence[int], element_strides: Sequence[int] | None = None) -> None:
+        """Declares elements that hold zeros."""
+
+    def build(self) -> Layout: ...
+
+class FindingKind(enum.Enum):
+    """What is wrong between a target and its sources."""
+
+    GAP = 0
+
+    UNCOVERED = 1
+
+    OVERLAP = 2
+
+    DTYPE = 3
+
+    SHAPE = 4
+
+    UNKNOWN_TENSOR = 5
+
+class Finding:
+    """
+    One reason why no plan exists. `box` is in catalog coordinates where `tensor` is set, else in elements of `parameter`.
+    """
+
+    @property
+    def kind(self) -> FindingKind: ...
+
+    @property
+    def tensor(self) -> str: ...
+
+    @property
+    def parameter(self) -> str: ...
+
+    @property
+    def box(self) -> Box: ...
+
+    @property
+    def reason(self) -> str: ...
+
+    def __repr__(self) -> str: ...
+
+class Run:
+    """One strided run of one catalog tensor into one target parameter."""
+
+    @property
+    def target_offset(self) -> int: ...
+
+    @property
+    def linear_index(self) -> int: ...
+
+    @property
+    def count(self) -> tuple[int, int, int]: ...
+
+    @property
+    def tensor(self) -> int: ...
+
+    @property
+    def parameter(self) -> int: ...
+
+    @property
+    def target_pattern(self) -> int: ...
+
+    @property
+    def index_pattern(self) -> int: ...
+
+    @property
+    def element_count(self) -> int: ...
+
+class Holder:
+    """A distinct source layout that holds a run, and where."""
+
+    @property
+    def source_offset(self) -> int: ...
+
+    @property
+    def source_layout(self) -> int: ...
+
+    @property
+    def parameter(self) -> int: ...
+
+    @property
+    def source_pattern(self) -> int: ...
+
+class Chunk:
+    """A range of runs: the unit of work, progress and verification."""
+
+    @property
+    def first_run(self) -> int: ...
+
+    @property
+    def run_count(self) -> int: ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+class Plan:
+    """
+    Which bytes of which sources land where in one target. Immutable; compile() makes it.
+    """
+
+    @property
+    def chunks(self) -> list[Chunk]: ...
+
+    @property
+    def runs(self) -> list[Run]: ...
+
+    @property
+    def holders(self) -> list[Holder]: ...
+
+    def holders_of(self, run: Run) -> list[Holder]: ...
+
+    def pattern(self, index: int) -> tuple[int, int, int]:
+        """Strides of a pattern in elements, outermost first."""
+
+    @property
+    def target(self) -> Layout: ...
+
+    @property
+    def source_layouts(self) -> list[Layout]: ...
+
+    @property
+    def chunk_bytes(self) -> int: ...
+
+    @property
+    def key(self) -> Digest: ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    @property
+    def memory_bytes(self) -> int: ...
+
+    def box_of(self, run: Run) -> Box: ...
+
+class PairTraffic:
+    """Bytes from one source to one target (indices)."""
+
+    @property
+    def source(self) -> int: ...
+
+    @property
+    def target(self) -> int: ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    @property
+    def run_count(self) -> int: ...
+
+class RunLengthBucket:
+    """Pieces by contiguous bytes at the source."""
+
+    @property
+    def min_bytes(self) -> int: ...
+
+    @property
+    def piece_count(self) -> int: ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+class Explanation:
+    """What a set of plans costs, for people."""
+
+    @property
+    def sources(self) -> list[str]: ...
+
+    @property
+    def targets(self) -> list[str]: ...
+
+    @property
+    def pairs(self) -> list[PairTraffic]: ...
+
+    @property
+    def run_lengths(self) -> list[RunLengthBucket]: ...
+
+    @property
+    def total_bytes(self) -> int: ...
+
+    @property
+    def busiest_source_bytes(self) -> int: ...
+
+    @property
+    def busiest_target_bytes(self) -> int: ...
+
+    @property
+    def busiest_link(self) -> str: ...
+
+    def to_text(self) -> str: ...
+
+    def to_json(self) -> str: ...
+
+    def to_svg(self) -> str: ...
+
+def compile(target: Layout, sources: Sequence[Layout], chunk_bytes: int = 1048576) -> Plan:
+    """
+    Proves that the sources cover the target, and compiles the plan. LayoutMismatchError otherwise; diagnose() returns every reason.
+    """
+
+def diagnose(target: Layout, sources: Sequence[Layout], limit: int = 1000) -> list[Finding]:
+    """
+    Everything that is wrong between a target and its sources; empty if compile() succeeds.
+    """
+
+def plan_key(target: Digest, sources: Sequence[Digest], chunk_bytes: int = 1048576) -> Digest:
+    """The key that compile() would give, without compiling."""
+
+def explain(targets: Sequence[tuple[str, Plan]], sources: Sequence[tuple[str, Layout]]) -> Explanation:
+    """
+    Explains plans, given as (name, plan) pairs, over sources, given as (name, layout) pairs.
+    """
+
+class ModelConfig:
+    """What layouts need to know of an HF config.json."""
+
+    @property
+    def architecture(self) -> str: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def intermediate_size(self) -> int: ...
+
+    @property
+    def moe_intermediate_size(self) -> int: ...
+
+    @property
+    def num_hidden_layers(self) -> int: ...
+
+    @property
+    def num_attention_heads(self) -> int: ...
+
+    @property
+    def num_key_value_heads(self) -> int: ...
+
+    @property
+    def head_dim(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def num_experts(self) -> int: ...
+
+    @property
+    def tie_word_embeddings(self) -> bool: ...
+
+    @property
+    def dtype(self) -> Dtype: ...
+
+def parse_model_config(json: str) -> ModelConfig:
+    """Reads the text of an HF config.json."""
+
+def make_catalog(config: ModelConfig) -> list[TensorSpec]:
+    """The tensors of the published checkpoint, by HF name."""
+
+class ParallelSpec:
+    """Parallelism of one side, such as 'fsdp:dp=4' or 'vllm:tp=2'."""
+
+    @property
+    def family(self) -> str: ...
+
+    @property
+    def tp(self) -> int: ...
+
+    @property
+    def dp(self) -> int: ...
+
+    @property
+    def replicas(self) -> int: ...
+
+    @property
+    def dtype(self) -> Dtype: ...
+
+    @property
+    def rank_count(self) -> int: ...
+
+def parse_parallel_spec(text: str) -> ParallelSpec: ...
+
+def make_layouts(config: ModelConfig, spec: ParallelSpec) -> list[Layout]:
+    """One layout per rank, in the family's own rank order."""
+
+def make_layout(config: ModelConfig, spec: ParallelSpec, rank: int) -> Layout:
+    """
+    The layout of one rank, counted within the spec (never the world rank).
+    """
+
+class PlacementKind(enum.Enum):
+    """How a DTensor lies on one mesh axis."""
+
+    REPLICATE = 0
+
+    SHARD = 1
+
+    STRIDED_SHARD = 2
+
+class Placement:
+    """DTensor placement on one mesh axis."""
+
+    def __init__(self, kind: PlacementKind, dim: int = 0, split_factor: int = 1) -> None: ...
+
+    @property
+    def kind(self) -> PlacementKind: ...
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def split_factor(self) -> int: ...
+
+def dtensor_box(global_shape: Sequence[int], placements: Sequence[Placement], mesh_shape: Sequence[int], coordinate: Sequence[int]) -> Box:
+    """
+    The box of a DTensor that the process at a mesh coordinate holds, possibly empty.
+    """
+
+class NativeArena:
+    """
+    Zeroed shared memory that other processes read by mapping it: the best route on one host. A writable buffer; it lives as long as a view of it.
+    """
+
+    def __init__(self, size_bytes: int, *, job: str = 'default', threads: int | None = None, allow_any_tracer: bool | None = None) -> None: ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+class RefitPhases:
+    """Where the time of a refit went, in microseconds."""
+
+    @property
+    def discover_us(self) -> int: ...
+
+    @property
+    def lease_us(self) -> int: ...
+
+    @property
+    def transfer_us(self) -> int: ...
+
+    @property
+    def verify_us(self) -> int: ...
+
+    @property
+    def commit_us(self) -> int: ...
+
+    @property
+    def total_us(self) -> int: ...
+
+class RefitRoute:
+    """What came from one source, and how."""
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def transport(self) -> str: ...
+
+    @property
+    def route(self) -> str: ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    @property
+    def run_count(self) -> int: ...
+
+class RefitStep:
+    """A failure on the way, and what was done about it."""
+
+    @property
+    def code(self) -> ErrorCode: ...
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def what(self) -> str: ...
+
+    def __repr__(self) -> str: ...
+
+class RefitReport:
+    """What one refit did."""
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def phases(self) -> RefitPhases: ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    @property
+    def source_bytes(self) -> int: ...
+
+    @property
+    def reread_bytes(self) -> int: ...
+
+    @property
+    def chunk_count(self) -> int: ...
+
+    @property
+    def verified_bytes(self) -> int: ...
+
+    @property
+    def attempts(self) -> int: ...
+
+    @property
+    def planned(self) -> bool: ...
+
+    @property
+    def gigabytes_per_second(self) -> float: ...
+
+    @property
+    def routes(self) -> list[RefitRoute]: ...
+
+    @property
+    def steps(self) -> list[RefitStep]: ...
+
+    def to_json(self) -> str: ...
+
+    def to_text(self) -> str: ...
+
+    def __repr__(self) -> str: ...
+
+class WriteTiming:
+    """How long begin_write() waited for readers."""
+
+    @property
+    def waited_us(self) -> int: ...
+
+    @property
+    def revoked(self) -> int: ...
+
+class VersionState(enum.Enum):
+    """Where a version is in its life."""
+
+    OPEN = 0
+
+    READY = 1
+
+    RETIRED = 2
+
+    ABORTED = 3
+
+class VersionInfo:
+    """A version of a model as the coordinator knows it."""
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def state(self) -> VersionState: ...
+
+    @property
+    def published(self) -> int: ...
+
+    @property
+    def source_count(self) -> int: ...
+
+    @property
+    def leases(self) -> int: ...
+
+    @property
+    def reason(self) -> str: ...
+
+    def __repr__(self) -> str: ...
+
+class MemberRole(enum.Enum):
+    """What a member of a job does."""
+
+    SOURCE = 0
+
+    TARGET = 1
+
+class MemberInfo:
+    """A process that publishes or receives a model."""
+
+    @property
+    def role(self) -> MemberRole: ...
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def layout(self) -> Digest: ...
+
+    @property
+    def version(self) -> int: ...
+
+class BoxMismatch:
+    """A box whose fingerprints differ."""
+
+    @property
+    def tensor(self) -> str: ...
+
+    @property
+    def box(self) -> Box: ...
+
+    @property
+    def source_fingerprint(self) -> int: ...
+
+    @property
+    def target_fingerprint(self) -> int: ...
+
+class TargetVerdict:
+    """One target against its sources."""
+
+    @property
+    def target(self) -> str: ...
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def box_count(self) -> int: ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    @property
+    def mismatches(self) -> list[BoxMismatch]: ...
+
+    @property
+    def not_compared(self) -> str: ...
+
+    @property
+    def matches(self) -> bool: ...
+
+class VerifyReport:
+    """Every target of a model against its sources."""
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def targets(self) -> list[TargetVerdict]: ...
+
+    @property
+    def matches(self) -> bool: ...
+
+    def to_json(self) -> str: ...
+
+    def to_text(self) -> str: ...
+
+    def __repr__(self) -> str: ...
+
+class NativePublisher:
+    """See transfuse.Publisher."""
+
+    def __init__(self, layout: Layout, parameters: dict[str, object], *, name: str, model: str, source_count: int, drain_ms: int, fingerprint_threads: int, job: str, address: str | None, threads: int | None, allow_any_tracer: bool | None) -> None: ...
+
+    def begin_write(self, version: int) -> WriteTiming: ...
+
+    def publish(self, version: int) -> None: ...
+
+    def abort_write(self, reason: str) -> None: ...
+
+    @property
+    def version(self) -> int: ...
+
+    def close(self) -> None: ...
+
+class Verify(enum.Enum):
+    """Whether a refit compares fingerprints."""
+
+    FULL = 0
+
+    OFF = 1
+
+class NativeReceiver:
+    """See transfuse.Receiver."""
+
+    def __init__(self, layout: Layout, parameters: dict[str, object], *, name: str, model: str, verify: Verify, chunk_bytes: int, spread: int, no_progress_ms: int, max_attempts: int, job: str, address: str | None, threads: int | None, allow_any_tracer: bool | None) -> None: ...
+
+    def refit(self, *, exactly: int | None, at_least: int | None, timeout_ms: int) -> RefitReport: ...
+
+    @property
+    def last_report(self) -> RefitReport: ...
+
+    @property
+    def version(self) -> int: ...
+
+    def cancel(self) -> None: ...
+
+    def close(self) -> None: ...
+
+class NativeWatch:
+    """Changes of versions; see Control.watch()."""
+
+    def next(self, timeout_ms: int) -> VersionInfo | None:
+        """The next change, or None when the time is over."""
+
+class NativeControl:
+    """See transfuse.Control."""
+
+    def __init__(self, *, job: str, address: str | None) -> None: ...
+
+    def versions(self, model: str) -> list[VersionInfo]: ...
+
+    def members(self, model: str) -> list[MemberInfo]: ...
+
+    def watch(self, model: str) -> NativeWatch: ...
+
+    def verify(self, model: str, timeout_ms: int) -> VerifyReport: ...

@@ -1,0 +1,68 @@
+"""The layout of a module sharded with FSDP2 (fully_shard) or any DTensor parallelism."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement as TorchPlacement
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from transfuse._module_layout import Holding, build_layout, named_tensors
+from transfuse._transfuse import Box, Layout, Placement, PlacementKind, dtensor_box
+from transfuse.errors import UnsupportedError
+
+
+def layout(
+    model: torch.nn.Module, *, buffers: bool = False, aliases: bool = False
+) -> tuple[Layout, dict[str, torch.Tensor]]:
+    """The layout of what this process holds of every parameter, and the memory to bind it to.
+
+    Where a parameter lies follows from its own device mesh and this process's coordinate on it,
+    never from the world rank. Parameters that are no DTensors are whole here. FSDP modules that are
+    gathered at the moment are resharded first: what is published is the sharded storage. Tied
+    weights, `aliases`, `buffers` and the returned tensors are as in transfuse.hf.layout().
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    holdings = []
+    for name, tensor in named_tensors(model, buffers=buffers, aliases=aliases):
+        shape = tuple(tensor.shape)
+        if not isinstance(tensor, DTensor):
+            holdings.append(Holding(name, tensor.detach(), shape, Box.whole(shape)))
+            continue
+        box = box_of(name, tensor)
+        if box is not None:
+            holdings.append(Holding(name, tensor.to_local().detach(), shape, box))
+    return build_layout(holdings)
+
+
+def box_of(name: str, tensor: DTensor) -> Box | None:
+    """The box that this process holds of a DTensor; None where it is not on the tensor's mesh."""
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return None
+    # Torch cuts and gathers by rank in the axis's process group, which is ordered by world rank; a
+    # mesh in another order names other places than the data has.
+    places = [mesh.get_local_rank(axis) for axis in range(mesh.ndim)]
+    if places != list(coordinate):
+        message = (
+            f"{name}: the coordinate {tuple(coordinate)} of this process on its mesh is not its "
+            f"place {tuple(places)} in the groups: list the ranks of every mesh axis ascending"
+        )
+        raise UnsupportedError(message)
+    placements = [_placement(name, placement) for placement in tensor.placements]
+    return dtensor_box(tuple(tensor.shape), placements, list(mesh.shape), coordinate)
+
+
+def _placement(name: str, placement: TorchPlacement) -> Placement:
+    if isinstance(placement, _StridedShard):
+        return Placement(PlacementKind.STRIDED_SHARD, placement.dim, int(placement.split_factor))
+    if isinstance(placement, Shard):
+        return Placement(PlacementKind.SHARD, placement.dim)
+    if isinstance(placement, Replicate):
+        return Placement(PlacementKind.REPLICATE)
+    message = f"{name}: placement {placement} cannot be transferred; expected Shard or Replicate"
+    raise UnsupportedError(message)

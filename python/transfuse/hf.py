@@ -1,0 +1,29 @@
+"""The layout of a plain torch module, such as a transformers model: whole tensors by name."""
+
+from __future__ import annotations
+
+import torch
+
+from transfuse._module_layout import Holding, build_layout, named_tensors
+from transfuse._transfuse import Box, Layout
+from transfuse.errors import InvalidArgumentError
+
+
+def layout(
+    model: torch.nn.Module, *, buffers: bool = False, aliases: bool = False
+) -> tuple[Layout, dict[str, torch.Tensor]]:
+    """The layout of every named parameter, and the memory to bind it to.
+
+    Tied weights appear once, under the published name: a tied `lm_head.weight` is not in the
+    catalog. `aliases` offers them under all their names, for a target that holds them apart.
+    `buffers` adds the persistent ones. The returned tensors are flat views of the model's own
+    storage: pass them to Publisher or Receiver as `parameters`.
+    """
+    holdings = []
+    for name, tensor in named_tensors(model, buffers=buffers, aliases=aliases):
+        if hasattr(tensor, "device_mesh"):
+            message = f"{name}: is a DTensor; use transfuse.fsdp2.layout(model)"
+            raise InvalidArgumentError(message)
+        shape = tuple(tensor.shape)
+        holdings.append(Holding(name, tensor.detach(), shape, Box.whole(shape)))
+    return build_layout(holdings)

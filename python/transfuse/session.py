@@ -1,0 +1,225 @@
+"""Publisher, Receiver and Control: the two ends of a refit, and the view of a job from outside."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+
+from transfuse._transfuse import (
+    Layout,
+    MemberInfo,
+    NativeControl,
+    NativePublisher,
+    NativeReceiver,
+    RefitReport,
+    Verify,
+    VerifyReport,
+    VersionInfo,
+    WriteTiming,
+)
+
+DEFAULT_JOB = "default"
+_FOREVER_MS = 1 << 40
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(0, min(_FOREVER_MS, round(seconds * 1000)))
+
+
+class Publisher:
+    """Offers the weights of this process, version after version, where the trainer keeps them.
+
+    `parameters` names every parameter of `layout` once: a tensor (data_ptr), an array (DLPack) or a
+    buffer; contiguous CPU memory that stays where it is while the publisher lives. Between
+    begin_write() and publish() nobody reads; outside of it the caller must not write. Use it from
+    one thread at a time. Transport and coordinator of the job are opened inside and shared by
+    everything of the job in this process; `address` names a coordinator started by hand.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        parameters: Mapping[str, object],
+        *,
+        name: str,
+        model: str = "model",
+        source_count: int = 1,
+        drain_s: float = 30.0,
+        fingerprint_threads: int = 0,
+        job: str = DEFAULT_JOB,
+        address: str | None = None,
+        threads: int | None = None,
+        allow_any_tracer: bool | None = None,
+    ) -> None:
+        self._native = NativePublisher(
+            layout,
+            dict(parameters),
+            name=name,
+            model=model,
+            source_count=source_count,
+            drain_ms=_milliseconds(drain_s),
+            fingerprint_threads=fingerprint_threads,
+            job=job,
+            address=address,
+            threads=threads,
+            allow_any_tracer=allow_any_tracer,
+        )
+        self._close = weakref.finalize(self, self._native.close)
+
+    @property
+    def version(self) -> int:
+        """The version that was published last; 0 if none, or while one is written."""
+        return self._native.version
+
+    def begin_write(self, version: int) -> WriteTiming:
+        """Waits until nobody reads (drain_s, then readers are revoked). Versions rise."""
+        return self._native.begin_write(version)
+
+    def publish(self, version: int) -> None:
+        """Offers what was written. READY when all `source_count` sources have published it."""
+        self._native.publish(version)
+
+    def abort_write(self, reason: str) -> None:
+        """Gives up the version that is being written; the one before is gone too."""
+        self._native.abort_write(reason)
+
+    @contextlib.contextmanager
+    def write(self, version: int) -> Iterator[WriteTiming]:
+        """begin_write(), the body, publish(); an exception in the body aborts the version."""
+        timing = self.begin_write(version)
+        try:
+            yield timing
+        except BaseException as error:
+            self.abort_write(f"{type(error).__name__}: {error}")
+            raise
+        self.publish(version)
+
+    def close(self) -> None:
+        """Leaves the job and ends the registration of the memory. A second call does nothing."""
+        self._close()
+
+    def __enter__(self) -> Publisher:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Receiver:
+    """Brings versions into the parameters of this process, in place and proved.
+
+    `parameters` as for Publisher, writable. After a refit that failed in or after the transfer the
+    parameters hold no version until one succeeds. `spread` is this target's number among its peers.
+    Use it from one thread at a time; cancel() from any.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        parameters: Mapping[str, object],
+        *,
+        name: str,
+        model: str = "model",
+        verify: Verify = Verify.FULL,
+        chunk_bytes: int = 1 << 20,
+        spread: int = 0,
+        no_progress_s: float = 2.0,
+        max_attempts: int = 8,
+        job: str = DEFAULT_JOB,
+        address: str | None = None,
+        threads: int | None = None,
+        allow_any_tracer: bool | None = None,
+    ) -> None:
+        self._native = NativeReceiver(
+            layout,
+            dict(parameters),
+            name=name,
+            model=model,
+            verify=verify,
+            chunk_bytes=chunk_bytes,
+            spread=spread,
+            no_progress_ms=_milliseconds(no_progress_s),
+            max_attempts=max_attempts,
+            job=job,
+            address=address,
+            threads=threads,
+            allow_any_tracer=allow_any_tracer,
+        )
+        self._close = weakref.finalize(self, self._native.close)
+
+    @property
+    def version(self) -> int:
+        """What the parameters hold; 0: no version."""
+        return self._native.version
+
+    @property
+    def last_report(self) -> RefitReport:
+        """What the last refit did, also after it failed."""
+        return self._native.last_report
+
+    def refit(
+        self,
+        *,
+        exactly: int | None = None,
+        at_least: int | None = None,
+        timeout_s: float = 60.0,
+    ) -> RefitReport:
+        """Waits for a version that fits (without a wish: the newest) and brings it in.
+
+        Returns when every byte of the one version in the report is in place and proved; raises a
+        typed error otherwise. Call it at the engine's own safe point.
+        """
+        timeout_ms = _milliseconds(timeout_s)
+        return self._native.refit(exactly=exactly, at_least=at_least, timeout_ms=timeout_ms)
+
+    def cancel(self) -> None:
+        """A refit that runs in another thread ends with CancelledError."""
+        self._native.cancel()
+
+    def close(self) -> None:
+        """Leaves the job and lets the memory go. A second call does nothing."""
+        self._close()
+
+    def __enter__(self) -> Receiver:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Control:
+    """The members and versions of a job, seen without being a member of it."""
+
+    def __init__(self, *, job: str = DEFAULT_JOB, address: str | None = None) -> None:
+        self._native = NativeControl(job=job, address=address)
+
+    def versions(self, model: str = "") -> list[VersionInfo]:
+        """The versions of a model, or of all models."""
+        return self._native.versions(model)
+
+    def members(self, model: str = "") -> list[MemberInfo]:
+        """The live members of a model, or of all models."""
+        return self._native.members(model)
+
+    def watch(self, model: str, *, timeout_s: float = float("inf")) -> Iterator[VersionInfo]:
+        """Version changes of a model as they happen; ends when none came for `timeout_s`."""
+        watch = self._native.watch(model)
+        timeout_ms = _FOREVER_MS if timeout_s == float("inf") else _milliseconds(timeout_s)
+        while (change := watch.next(timeout_ms)) is not None:
+            yield change
+
+    def verify(self, model: str, *, timeout_s: float = 60.0) -> VerifyReport:
+        """Compares what the targets of a model hold with what its sources publish."""
+        return self._native.verify(model, _milliseconds(timeout_s))

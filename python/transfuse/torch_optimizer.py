@@ -1,0 +1,110 @@
+"""Publishes after every step of a torch optimizer, so that a forgotten call cannot happen."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+import torch
+
+from transfuse.errors import InvalidArgumentError
+from transfuse.session import Publisher
+
+
+class Attachment:
+    """The hooks of attach(); detach() or leaving the `with` block removes them."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, publisher: Publisher, every: int) -> None:
+        self._optimizer = optimizer
+        self._publisher = publisher
+        self._every = every
+        self._steps = 0
+        self._version = publisher.version
+        self._writing = False
+        self._addresses = _addresses(optimizer)
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    @property
+    def version(self) -> int:
+        """The last version that these hooks published, or that the publisher had before."""
+        return self._version
+
+    def publish_now(self) -> int:
+        """Publishes the weights as they are: the first version, or one between two steps."""
+        self._open()
+        return self._publish()
+
+    def detach(self) -> None:
+        """Removes the hooks; a version that is being written (every > 1) is published."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._writing:
+            self._publish()
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None and self._writing:
+            self._writing = False
+            self._publisher.abort_write(f"{kind.__name__}: {value}")
+        self.detach()
+
+    def _before(self, _optimizer: torch.optim.Optimizer, *_call: object) -> None:
+        self._open()
+
+    def _after(self, _optimizer: torch.optim.Optimizer, *_call: object) -> None:
+        self._steps += 1
+        if self._steps % self._every == 0:
+            self._publish()
+
+    def _open(self) -> None:
+        if not self._writing:
+            self._publisher.begin_write(self._version + 1)
+            self._writing = True
+
+    def _publish(self) -> int:
+        if _addresses(self._optimizer) != self._addresses:
+            self._writing = False
+            message = (
+                "a parameter of the optimizer has moved to other memory since attach(); "
+                "what is published lies at the old place: open a new Publisher"
+            )
+            self._publisher.abort_write(message)
+            raise InvalidArgumentError(message)
+        self._publisher.publish(self._version + 1)
+        self._writing = False
+        self._version += 1
+        return self._version
+
+
+def attach(optimizer: torch.optim.Optimizer, publisher: Publisher, *, every: int = 1) -> Attachment:
+    """Wraps every optimizer step into begin_write() and publish().
+
+    Before a step the hook waits for readers; after it, it publishes the next version. With
+    `every` = k a version is published after every k-th step, and from the first of these steps on
+    the version before cannot be read. The weights as they are now are not published: call
+    publish_now() for that.
+    """
+    if every < 1:
+        message = f"every: expected at least 1, found {every}"
+        raise InvalidArgumentError(message)
+    return Attachment(optimizer, publisher, every)
+
+
+def _addresses(optimizer: torch.optim.Optimizer) -> list[int]:
+    addresses = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            held = parameter.detach()
+            to_local = getattr(held, "to_local", None)
+            addresses.append((held if to_local is None else to_local()).data_ptr())
+    return addresses
