@@ -4,6 +4,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -20,16 +21,17 @@
 namespace transfuse::python {
 namespace {
 
-// TEMP-BEGIN
-Result<std::string> runtime_folder(const std::string& job) {
-  std::string p = "/tmp/transfuse-tmp-" + job;
-  mkdir(p.c_str(), 0700);
-  return p;
+// Every process has a coordinator of its own for now.
+Result<std::unique_ptr<Control>> open_control() { return open_local_control(); }
+
+Result<std::string> runtime_folder() {
+  const std::string path = "/tmp/transfuse-" + std::to_string(getuid());
+  if (mkdir(path.c_str(), S_IRWXU) != 0 && errno != EEXIST) {
+    return Error{ErrorCode::kPermissionDenied, "cannot make " + path};
+  }
+  return path;
 }
-Result<std::unique_ptr<Control>> open_control(const std::string&, const std::string&) {
-  return open_local_control();
-}
-// TEMP-END
+
 //  Sessions that are alive, by process and job: a forked child finds none of its parent's.
 std::mutex open_mutex;
 std::map<std::pair<pid_t, std::string>, std::weak_ptr<Session>>& open_sessions() {
@@ -54,7 +56,7 @@ Result<std::shared_ptr<Session>> Session::open(const SessionOptions& options) {
     TRANSFUSE_RETURN_IF_ERROR(session->join(options));
     return session;
   }
-  TRANSFUSE_ASSIGN_OR_RETURN(const std::string folder, runtime_folder(options.job));
+  TRANSFUSE_ASSIGN_OR_RETURN(const std::string folder, runtime_folder());
   TransportOptions transport_options;
   transport_options.threads = options.threads.value_or(0);
   transport_options.allow_any_tracer = options.allow_any_tracer.value_or(false);
@@ -93,7 +95,7 @@ Session::~Session() {
 Result<Control*> Session::control() {
   const std::lock_guard lock(mutex_);
   if (control_ == nullptr) {
-    TRANSFUSE_ASSIGN_OR_RETURN(control_, open_control(job_, address_.value_or("")));
+    TRANSFUSE_ASSIGN_OR_RETURN(control_, open_control());
   }
   return control_.get();
 }
