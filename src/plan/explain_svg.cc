@@ -165,10 +165,11 @@ class Picture {
     std::vector<std::string> labels;
     size_t busiest = SIZE_MAX;
 
-    Side(const std::vector<std::string>& names, const std::vector<uint64_t>& sums, double room) {
+    Side(const std::vector<std::string>& names, const std::vector<uint64_t>& sums, double room,
+         double largest) {
       group = (names.size() + kMaxMatrixSide - 1) / kMaxMatrixSide;
       count = (names.size() + group - 1) / group;
-      cell = std::clamp(room / static_cast<double>(count), 4.0, 22.0);
+      cell = std::clamp(room / static_cast<double>(count), 4.0, largest);
       bytes.resize(count);
       for (size_t i = 0; i < names.size(); ++i) bytes[i / group] += sums[i];
       for (size_t i = 0; i < count; ++i) {
@@ -190,8 +191,8 @@ class Picture {
   }
 
   void matrix() {
-    Side rows(e_.sources, sent_, 720);
-    Side columns(e_.targets, received_, 540);
+    Side rows(e_.sources, sent_, 720, 22);
+    Side columns(e_.targets, received_, 540, 48);
     for (size_t i = 0; i < e_.sources.size(); ++i) {
       if (source_is_busiest(i)) rows.busiest = i / rows.group;
     }
