@@ -22,6 +22,9 @@ const std::vector<Measurement>& measurements() {
   static const std::vector<Measurement> list = {
       {"plan", "T1: compiling a plan for one target rank, on one core", measure_plan},
       {"fingerprint", "T8: fingerprints on the CPU, alone and in the copy", measure_fingerprint},
+      {"refit", "T2, T3, T10: refits through shared memory beside memcpy", measure_refit},
+      {"tensors", "T4: 18,867 tensors against 398 of the same bytes", measure_tensor_count},
+      {"soak", "T11: a thousand refits leave nothing behind", measure_soak},
   };
   return list;
 }

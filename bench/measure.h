@@ -56,7 +56,10 @@ nlohmann::json to_json(const Figure& figure);
 std::string table_head();
 std::string to_text(const Figure& figure);  // one line of the table
 
-Result<void> measure_plan(const Options& options, const Sink& sink);         // T1
-Result<void> measure_fingerprint(const Options& options, const Sink& sink);  // T8
+Result<void> measure_plan(const Options& options, const Sink& sink);          // T1
+Result<void> measure_fingerprint(const Options& options, const Sink& sink);   // T8
+Result<void> measure_refit(const Options& options, const Sink& sink);         // T2, T3, T10
+Result<void> measure_tensor_count(const Options& options, const Sink& sink);  // T4
+Result<void> measure_soak(const Options& options, const Sink& sink);          // T11
 
 }  // namespace transfuse::bench

@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "bench/measure.h"
+#include "bench/source_process.h"
 #include "command.h"
 #include "transfuse/result.h"
 
@@ -61,6 +62,21 @@ struct Arguments {
   bool json = false;
 };
 
+void add_bench_source_command(CLI::App& app, CommandContext& context) {
+  auto text = std::make_shared<std::string>();
+  CLI::App* command = app.add_subcommand("bench-source", "A trainer rank of `bench`");
+  command->group("");  // not shown: `bench` starts it
+  command->add_option("specification", *text)->required();
+  command->callback([&context, text] {
+    context.run = [text] {
+      const auto spec = bench::decode_source_spec(*text);
+      if (!spec) return report_failure(spec.error(), false);
+      const auto outcome = bench::run_source(*spec);
+      return outcome ? static_cast<int>(kExitOk) : report_failure(outcome.error(), false);
+    };
+  });
+}
+
 }  // namespace
 
 void add_bench_command(CLI::App& app, CommandContext& context) {
@@ -94,6 +110,7 @@ Examples:
   transfuse bench
   transfuse bench --only plan,fingerprint
   transfuse bench --layers 2 --json > figures.json)");
+  add_bench_source_command(app, context);
   command->callback([&context, arguments] {
     context.run = [arguments] {
       if (arguments->options.tiny) arguments->options.repetitions = 2;
