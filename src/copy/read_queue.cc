@@ -6,10 +6,12 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <span>
@@ -93,11 +95,38 @@ struct ReadQueue::Batch {
   std::span<uint64_t> fingerprints;
 };
 
+namespace {
+
+// Control words (generations, headers) that their owner stores atomically while peers read them.
+constexpr uint64_t kMaxControlWords = 8;
+
+bool is_control_words(const StridedCopy& copy, const std::byte* source) {
+  return copy.op == ElementOp::kCopy8 && copy.count[0] == 1 && copy.count[1] == 1 &&
+         copy.count[2] <= kMaxControlWords && copy.source_stride[2] == 1 && !copy.fingerprint &&
+         reinterpret_cast<uintptr_t>(source) % alignof(uint64_t) == 0;
+}
+
+// Each word whole, and in order: what the owner wrote before a word is seen by who reads it.
+void read_control_words(const StridedCopy& copy, const std::byte* source) {
+  auto* const words = reinterpret_cast<uint64_t*>(const_cast<std::byte*>(source));
+  for (uint32_t i = 0; i < copy.count[2]; ++i) {
+    const uint64_t word = std::atomic_ref<uint64_t>(words[i]).load(std::memory_order_acquire);
+    std::memcpy(copy.target + static_cast<int64_t>(i) * copy.target_stride[2] * 8, &word, 8);
+  }
+}
+
+}  // namespace
+
 Result<void> MappedSource::read(std::span<const StridedCopy> copies,
                                 std::span<uint64_t> fingerprints,
                                 std::span<std::byte> /*scratch*/) const {
   for (size_t i = 0; i < copies.size(); ++i) {
-    const uint64_t sum = run_copy(copies[i], base_ + copies[i].source_offset_bytes);
+    const std::byte* const source = base_ + copies[i].source_offset_bytes;
+    if (is_control_words(copies[i], source)) {
+      read_control_words(copies[i], source);
+      continue;
+    }
+    const uint64_t sum = run_copy(copies[i], source);
     if (copies[i].fingerprint && !fingerprints.empty()) fingerprints[i] = sum;
   }
   return {};
