@@ -114,7 +114,8 @@ Result<void> emit(const Case& c, const std::string& workload, const Measured& me
       {"phases_full_fresh", phases(measured.full_fresh.last)},
       {"phases_first_refit", phases(measured.cold)}};
   const auto& copied = measured.memcpy_seconds;
-  sink({"T3", workload, fmt::format("refit / memcpy (target {})", c.target_ratio), "ratio",
+  const std::string target = c.target_ratio > 0 ? fmt::format(" (target {})", c.target_ratio) : "";
+  sink({"T3", workload, "refit / memcpy" + target, "ratio",
         spread_of(divided(copied, measured.off.seconds)), detail});
   sink({"T3", workload, "fingerprints full", "ratio",
         spread_of(divided(copied, measured.full.seconds)), detail});
@@ -154,6 +155,7 @@ Result<void> measure_refit(const Options& options, const Sink& sink) {
   constexpr Case kCases[] = {
       {"matched", "hf", "hf", SourceMemory::kMemfd, 0.95},
       {"mixed", "fsdp:dp=2", "vllm:tp=2", SourceMemory::kMemfd, 0.85},
+      {"gathered", "fsdp:dp=2", "hf", SourceMemory::kMemfd, 0},  // beside bench/by_hand.py
       {"matched", "hf", "hf", SourceMemory::kPrivate, 0},
       {"mixed", "fsdp:dp=2", "vllm:tp=2", SourceMemory::kPrivate, 0},
   };
