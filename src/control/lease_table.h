@@ -168,6 +168,8 @@ class LeaseTable {
   std::optional<TimePoint> next_deadline() const;
   std::vector<Effect> take_effects();
   TableStats stats() const;
+  size_t member_count() const { return members_.size(); }
+  bool is_member(uint64_t id) const { return members_.contains(id); }
 
  private:
   enum class TimerKind : uint8_t { kMember, kLease, kWaiter };

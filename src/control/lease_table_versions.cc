@@ -173,7 +173,6 @@ Result<void> LeaseTable::publish(uint64_t source, uint64_t version, const Genera
                              registration.name, version,
                              member->writing == 0 ? "nothing" : std::to_string(member->writing))};
   }
-  member->writing = 0;
   Model& model = models_.find(registration.model)->second;
   const auto found = model.versions.find(version);
   if (found == model.versions.end() || finished(found->second.state)) {
@@ -188,6 +187,7 @@ Result<void> LeaseTable::publish(uint64_t source, uint64_t version, const Genera
                             .incarnation = registration.incarnation,
                             .published = true,
                             .generation = generation};
+  member->writing = 0;
   member->last_published = version;
   member->readable = version;
   member->generation = generation;

@@ -1,0 +1,40 @@
+// Our types and error codes to the wire and back.
+#pragma once
+
+#include <grpcpp/support/status.h>
+
+#include "control/lease_table.h"
+#include "transfuse.pb.h"
+#include "transfuse/control.h"
+#include "transfuse/result.h"
+
+namespace transfuse {
+
+// An error that a coordinator answered with; without a detail of ours, gRPC itself failed.
+grpc::Status to_status(const Error& error, bool caller_unknown = false);
+grpc::Status to_status(const Result<void>& result);
+bool from_coordinator(const grpc::Status& status);
+bool caller_unknown(const grpc::Status& status);
+// `call` names what was tried, for errors of gRPC itself. The status is not OK.
+Error to_error(const grpc::Status& status, std::string_view call);
+
+wire::ErrorKind to_wire(ErrorCode code);
+Result<ErrorCode> from_wire(wire::ErrorKind kind);
+
+// from_wire() fails with kCorrupt where an enum lies outside what this build knows.
+void to_wire(const Digest& from, wire::Digest* to);
+Digest from_wire(const wire::Digest& from);
+void to_wire(const Generation& from, wire::Generation* to);
+Generation from_wire(const wire::Generation& from);
+void to_wire(const MemberInfo& from, wire::Member* to);
+Result<MemberInfo> from_wire(const wire::Member& from);
+void to_wire(const VersionInfo& from, wire::Version* to);
+Result<VersionInfo> from_wire(const wire::Version& from);
+void to_wire(const TableRequest& from, wire::TableRequest* to);
+TableRequest from_wire(const wire::TableRequest& from);
+void to_wire(const VersionRequest& from, wire::AcquireRequest* to);
+Result<VersionRequest> from_wire(const wire::AcquireRequest& from);
+void to_wire(const JoinRequest& from, wire::JoinRequest* to);
+Result<JoinRequest> from_wire(const wire::JoinRequest& from);
+
+}  // namespace transfuse

@@ -1,0 +1,126 @@
+// The test program, and what it is when it starts itself: `serve ...` a coordinator, `member` a
+// member that takes commands from standard input.
+#include <gtest/gtest.h>
+
+#include <cstdio>
+#include <iostream>
+#include <map>
+#include <sstream>
+#include <string>
+
+#include "rpc/member_process.h"
+#include "rpc/rpc.h"
+
+namespace transfuse {
+namespace {
+
+int run_serve(int argc, char** argv) {
+  ServeOptions options;
+  for (int i = 2; i < argc; ++i) {
+    const std::string name = argv[i];
+    if (name == "--detach") {
+      options.detach = true;
+      continue;
+    }
+    const std::string value = i + 1 < argc ? argv[++i] : "";
+    if (name == "--ready-fd") options.ready_fd = std::stoi(value);
+    if (name == "--embedded") options.embedded_folder = value;
+    if (name == "--job") options.job = value;
+    if (name == "--idle-exit-ms") options.idle_exit_ms = std::stoll(value);
+    if (name == "--socket") options.socket = value;
+    if (name == "--tcp") options.tcp = value;
+    if (name == "--token-file") options.token_file = value;
+  }
+  options.on_ready = [](const CoordinatorInfo& info) {
+    std::printf("%s\n", info.address.c_str());
+    std::fflush(stdout);
+  };
+  const auto served = serve(options);
+  if (served) return 0;
+  std::printf("%s\n", served.error().to_string().c_str());
+  return 1;
+}
+
+// Commands and answers are one line each.
+class MemberShell {
+ public:
+  explicit MemberShell(std::unique_ptr<Control> control) : control_(std::move(control)) {}
+
+  std::string run(const std::string& line) {
+    std::istringstream words(line);
+    std::string command;
+    words >> command;
+    if (command == "join") {
+      std::string role, name;
+      uint32_t count = 1;
+      words >> role >> name >> count;
+      auto joined = join_as(*control_, role == "source" ? MemberRole::kSource : MemberRole::kTarget,
+                            name, count);
+      if (!joined) return joined.error().to_string();
+      self_ = *joined;
+      return "ok";
+    }
+    uint64_t number = 0;
+    words >> number;
+    if (command == "write") return said(write_version(*control_, self_, number));
+    if (command == "begin") {
+      auto drained = control_->begin_write(self_, number, Deadline::after_ms(20000));
+      return drained ? "ok " + std::to_string(drained->revoked) : drained.error().to_string();
+    }
+    if (command == "publish") {
+      return said(control_->publish(self_, number, {.incarnation = 9, .counter = 2 * number}));
+    }
+    if (command == "acquire") {
+      auto lease = control_->acquire(self_, {VersionRequest::Kind::kAtLeast, number},
+                                     Deadline::after_ms(20000));
+      if (!lease) return lease.error().to_string();
+      lease_ = lease->id;
+      return "ok " + std::to_string(lease->version);
+    }
+    if (command == "release") return said(control_->release(lease_, true));
+    return "unknown command";
+  }
+
+ private:
+  static std::string said(const Result<void>& result) {
+    return result ? "ok" : result.error().to_string();
+  }
+  std::unique_ptr<Control> control_;
+  MemberId self_{};
+  LeaseId lease_{};
+};
+
+int run_member() {
+  ConnectOptions options;
+  options.runtime_folder = std::getenv("TRANSFUSE_TEST_FOLDER");
+  options.job = "test";
+  options.control.call_deadline_ms = 20000;
+  // So long that only a broken connection can be why a member is found dead.
+  options.control.member_ttl_ms = 600000;
+  auto control = connect_control(options);
+  std::printf("%s\n", control ? "ok" : control.error().to_string().c_str());
+  std::fflush(stdout);
+  if (!control) return 1;
+  const auto found = find_coordinator(options);
+  MemberShell shell(std::move(*control));
+  std::string line;
+  while (std::getline(std::cin, line)) {
+    const std::string answer =
+        line == "coordinator" ? (found ? std::to_string(found->pid) : found.error().to_string())
+                              : shell.run(line);
+    std::printf("%s\n", answer.c_str());
+    std::fflush(stdout);
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace transfuse
+
+int main(int argc, char** argv) {
+  const std::string mode = argc > 1 ? argv[1] : "";
+  if (mode == "serve") return transfuse::run_serve(argc, argv);
+  if (mode == "member") return transfuse::run_member();
+  testing::InitGoogleTest(&argc, argv);
+  return RUN_ALL_TESTS();
+}
