@@ -38,7 +38,8 @@ class ReadSource {
   ReadSource() = default;
 };
 
-// A source that is mapped in this process: run_copy() from `base`.
+// A source that is mapped in this process: run_copy() from `base`. Up to eight aligned 8-byte
+// elements without a fingerprint are control words: each is read whole, in order, with acquire.
 class MappedSource final : public ReadSource {
  public:
   MappedSource(const std::byte* base, uint64_t size_bytes) : base_(base), size_bytes_(size_bytes) {}

@@ -285,7 +285,10 @@ TEST(ReadQueue, RetireEndsAllTicketsOfASourceAndNobodyUsesItAfterwards) {
   std::vector<TicketId> tickets;
   for (const auto& copy : copies) tickets.push_back(*queue.submit(*gated, {&copy, 1}, {}));
   gated->wait_inside(2);
-  std::thread opener([&] { gated->open(); });
+  std::thread opener([&] {  // when retire() has begun: it ends the tickets that nobody works at
+    while (queue.poll(tickets.back()) == TicketState::kPending) std::this_thread::yield();
+    gated->open();
+  });
   queue.retire(*gated, {ErrorCode::kUnavailable, "closed"});
   opener.join();
   gated.reset();

@@ -59,10 +59,18 @@ struct Vec {
     return {_mm512_maskz_mov_epi32(_mm512_cmplt_epu32_mask(number.v, limit.v), v)};
   }
   TRANSFUSE_VECTOR uint64_t sum64() const {
-    return static_cast<uint64_t>(_mm512_reduce_add_epi64(v));
+    alignas(64) uint64_t lanes[8];
+    _mm512_store_si512(lanes, v);
+    uint64_t sum = 0;
+    for (const uint64_t lane : lanes) sum += lane;
+    return sum;
   }
   TRANSFUSE_VECTOR uint32_t sum32() const {
-    return static_cast<uint32_t>(_mm512_reduce_add_epi32(v));
+    alignas(64) uint32_t words[16];
+    _mm512_store_si512(words, v);
+    uint32_t sum = 0;
+    for (const uint32_t word : words) sum += word;
+    return sum;
   }
   TRANSFUSE_VECTOR __mmask16 nan_words() const {
     return _mm512_cmpgt_epu32_mask(_mm512_and_si512(v, _mm512_set1_epi32(0x7FFFFFFF)),
