@@ -1,3 +1,4 @@
+// Hello, requests and answers over one socket, and the life of the process behind it.
 #include "transport/shm/connection.h"
 
 #include <fmt/format.h>
@@ -10,10 +11,22 @@
 #include <cerrno>
 #include <chrono>
 #include <climits>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
 #include <utility>
+#include <variant>
 
+#include "base/mutex.h"
+#include "base/unique_fd.h"
+#include "transfuse/deadline.h"
+#include "transfuse/result.h"
+#include "transfuse/transport.h"
 #include "transport/shm/fd_message.h"
+#include "transport/shm/runtime_folder.h"
 #include "transport/shm/system_error.h"
+#include "transport/shm/wire.h"
 
 namespace transfuse::shm {
 namespace {

@@ -1,3 +1,4 @@
+// sendmsg and recvmsg with descriptors.
 #include "transport/shm/fd_message.h"
 
 #include <sys/socket.h>
@@ -5,6 +6,10 @@
 
 #include <cerrno>
 #include <cstring>
+#include <span>
+#include <string_view>
+#include <utility>
+#include "base/unique_fd.h"
 
 namespace transfuse::shm {
 namespace {

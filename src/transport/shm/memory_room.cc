@@ -1,6 +1,8 @@
 // What the host and the control groups of this process still allow it to take.
 #include <algorithm>
 #include <charconv>
+#include <cstddef>
+#include <cstdint>
 #include <fstream>
 #include <sstream>
 #include <string>

@@ -1,3 +1,4 @@
+// The table of regions and the thread that answers for it.
 #include "transport/shm/region_server.h"
 
 #include <fmt/format.h>
@@ -10,11 +11,23 @@
 #include <array>
 #include <cerrno>
 #include <chrono>
+#include <cstdint>
 #include <cstring>
+#include <memory>
+#include <string>
+#include <string_view>
 #include <utility>
+#include <variant>
+#include <vector>
 
+#include "base/mutex.h"
+#include "transfuse/deadline.h"
+#include "transfuse/result.h"
+#include "transfuse/transport.h"
 #include "transport/shm/fd_message.h"
+#include "transport/shm/runtime_folder.h"
 #include "transport/shm/system_error.h"
+#include "transport/shm/wire.h"
 
 namespace transfuse::shm {
 namespace {

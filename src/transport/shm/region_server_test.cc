@@ -10,16 +10,25 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #include "base/random.h"
+#include "transfuse/deadline.h"
+#include "transfuse/result.h"
+#include "transfuse/transport.h"
 #include "transport/shm/child_role.h"
 #include "transport/shm/connection.h"
 #include "transport/shm/fd_message.h"
+#include "transport/shm/runtime_folder.h"
 #include "transport/shm/shared_memory.h"
+#include "transport/shm/wire.h"
 
 namespace transfuse::shm {
 namespace {
@@ -151,6 +160,7 @@ TEST_F(RegionServerTest, SilentConnectionsDoNotKeepOthersOut) {
   limit.rlim_cur = std::max<rlim_t>(limit.rlim_cur, 2000);
   ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &limit), 0);
   std::vector<UniqueFd> silent;
+  silent.reserve(600);
   for (int i = 0; i < 600; ++i) silent.push_back(raw());
   std::string storage;
   EXPECT_EQ(refusal(silent.back(), storage)->code, ErrorCode::kResourceExhausted);

@@ -1,3 +1,4 @@
+// Socket files: made under a name that says they are ready, found dead by connecting.
 #include "transport/shm/runtime_folder.h"
 
 #include <dirent.h>
@@ -10,12 +11,19 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
 #include <ctime>
 #include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 #include "base/random.h"
+#include "base/unique_fd.h"
+#include "transfuse/deadline.h"
+#include "transfuse/result.h"
 #include "transport/shm/system_error.h"
 
 namespace transfuse::shm {

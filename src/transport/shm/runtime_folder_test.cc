@@ -10,8 +10,15 @@
 #include <unistd.h>
 
 #include <cstring>
+#include <ctime>
 #include <filesystem>
+#include <string>
+#include <utility>
+#include <vector>
 
+#include "base/unique_fd.h"
+#include "transfuse/deadline.h"
+#include "transfuse/result.h"
 #include "transport/shm/child_role.h"
 
 namespace transfuse::shm {

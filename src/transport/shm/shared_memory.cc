@@ -1,3 +1,4 @@
+// Reserving, sealing and mapping memfds.
 #include "transport/shm/shared_memory.h"
 
 #include <fcntl.h>
@@ -8,10 +9,15 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 #include "base/affinity.h"
+#include "transfuse/result.h"
 #include "transport/shm/system_error.h"
 
 namespace transfuse::shm {
@@ -52,12 +58,18 @@ void populate(std::byte* base, uint64_t size_bytes) {
   const uint64_t parts =
       std::clamp<uint64_t>(size_bytes / kPagesPerThread, 1, std::min<uint64_t>(cores, 8));
   const uint64_t part = (size_bytes / parts + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
+  const auto map_part = [=](uint64_t begin) {
+    ::madvise(base + begin, std::min(part, size_bytes - begin), kPopulateWrite);
+  };
   std::vector<std::thread> threads;
   for (uint64_t begin = part; begin < size_bytes; begin += part) {
-    threads.emplace_back(
-        [=] { ::madvise(base + begin, std::min(part, size_bytes - begin), kPopulateWrite); });
+    try {
+      threads.emplace_back(map_part, begin);
+    } catch (const std::system_error&) {  // no thread to be had
+      map_part(begin);
+    }
   }
-  ::madvise(base, std::min(part, size_bytes), kPopulateWrite);
+  map_part(0);
   for (std::thread& thread : threads) thread.join();
 }
 

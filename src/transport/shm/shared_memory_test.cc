@@ -9,10 +9,16 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <span>
+#include <string>
+#include <vector>
 
+#include "transfuse/result.h"
 #include "transport/shm/child_role.h"
 
 namespace transfuse::shm {

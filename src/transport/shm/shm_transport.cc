@@ -6,12 +6,17 @@
 
 #include <atomic>
 #include <cerrno>
+#include <cstddef>
+#include <cstdint>
 #include <memory>
-#include <optional>
+#include <span>
+#include <string>
 #include <utility>
 
 #include "base/mutex.h"
 #include "copy/read_queue.h"
+#include "transfuse/deadline.h"
+#include "transfuse/result.h"
 #include "transfuse/transport.h"
 #include "transport/shm/connection.h"
 #include "transport/shm/region_server.h"
@@ -19,6 +24,7 @@
 #include "transport/shm/shared_memory.h"
 #include "transport/shm/system_error.h"
 #include "transport/shm/vm_source.h"
+#include "transport/shm/wire.h"
 
 namespace transfuse {
 namespace shm {

@@ -11,10 +11,18 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
-#include <numeric>
+#include <memory>
+#include <span>
+#include <string>
 #include <thread>
+#include <vector>
 
+#include "transfuse/copy.h"
+#include "transfuse/deadline.h"
+#include "transfuse/result.h"
 #include "transfuse/transport.h"
 #include "transport/shm/child_role.h"
 
@@ -153,7 +161,7 @@ TEST_P(EitherKind, I3_ThousandOpensAndClosesLeaveNothingOnEitherSide) {
 }
 
 TEST_P(EitherKind, AProcessThatIsKilledIsNoticedAndEveryTicketEnds) {
-  const uint64_t size = 64 * kMiB;
+  const uint64_t size = 32 * kMiB;
   ServingProcess source(serving(GetParam(), size));
   const auto peer = connect(source);
   const auto region = peer->open_region({RegionId{source.regions[0].id}, size}, soon()).value();
@@ -260,6 +268,7 @@ TEST_F(ShmTransportTest, PassesThreeHundredDescriptorsWithoutMixingThemUp) {
   const auto peer = connect(source);
   std::vector<std::unique_ptr<RemoteRegion>> regions(300);
   std::vector<std::thread> threads;
+  threads.reserve(4);
   for (size_t t = 0; t < 4; ++t) {  // threads share a peer
     threads.emplace_back([&, t] {
       for (size_t i = t; i < 300; i += 4) {
@@ -363,7 +372,8 @@ pid_t take_number(pid_t pid, uint64_t address, uint64_t size_bytes) {
   arguments.set_tid_size = 1;
   const auto child = syscall(SYS_clone3, &arguments, sizeof arguments);
   if (child != 0) return child < 0 ? 0 : static_cast<pid_t>(child);
-  void* memory = mmap(reinterpret_cast<void*>(address), size_bytes, PROT_READ | PROT_WRITE,
+  void* const wanted = reinterpret_cast<void*>(address);  // NOLINT(performance-no-int-to-ptr)
+  void* memory = mmap(wanted, size_bytes, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
   if (memory == MAP_FAILED) _exit(1);
   alarm(60);
@@ -388,7 +398,7 @@ TEST_F(ShmTransportTest, I8_AnotherProcessWithTheSameNumberIsNotReadForTheFirst)
   for (int i = 0; i < 500 && impostor != 0 && !mapped; ++i) {
     std::byte seen{};
     iovec here{&seen, 1};
-    iovec there{reinterpret_cast<void*>(source.regions[0].address), 1};
+    iovec there{reinterpret_cast<void*>(source.regions[0].address), 1};  // NOLINT
     mapped = process_vm_readv(impostor, &here, 1, &there, 1, 0) == 1;
     if (!mapped) poll(nullptr, 0, 10);
   }

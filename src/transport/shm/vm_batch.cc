@@ -1,12 +1,19 @@
+// How copies become pieces of process_vm_readv calls.
 #include "transport/shm/vm_batch.h"
 
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
-#include <utility>
+#include <cstddef>
+#include <cstdint>
+#include <string>
 
 #include "copy/copy.h"
+#include "transfuse/copy.h"
+#include "transfuse/result.h"
+#include "transport/shm/connection.h"
 #include "transport/shm/system_error.h"
 
 namespace transfuse::shm {

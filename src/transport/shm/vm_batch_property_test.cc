@@ -3,11 +3,17 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <iostream>
+#include <string>
+#include <vector>
 
 #include "base/random.h"
 #include "copy/copy.h"
+#include "transfuse/copy.h"
+#include "transfuse/deadline.h"
 #include "transfuse/transport.h"
 #include "transport/shm/child_role.h"
 
@@ -120,7 +126,7 @@ TEST_P(RandomReads, LandExactlyTheElementsThatAModelWrites) {
 
   std::vector<std::byte> target(kTargetBytes);
   std::vector<std::byte> expected(kTargetBytes);
-  for (int round = 0; round < 60; ++round) {
+  for (int round = 0; round < 25; ++round) {
     std::vector<StridedCopy> copies;
     std::vector<uint64_t> sums;
     uint64_t used = 0;

@@ -1,9 +1,16 @@
+// A region of memory that another process owns.
 #include "transport/shm/vm_source.h"
 
 #include <fmt/format.h>
 
 #include <array>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
 
+#include "transfuse/copy.h"
+#include "transfuse/result.h"
 #include "transport/shm/vm_batch.h"
 
 namespace transfuse::shm {

@@ -1,10 +1,17 @@
+// Encoding and decoding of the messages.
 #include "transport/shm/wire.h"
 
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <variant>
 
 #include "base/bytes.h"
+#include "transfuse/result.h"
 
 namespace transfuse::shm {
 namespace {

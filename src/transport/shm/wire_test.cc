@@ -2,8 +2,13 @@
 #include "transport/shm/wire.h"
 
 #include <gtest/gtest.h>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
 
 #include "base/random.h"
+#include "transfuse/result.h"
 
 namespace transfuse::shm {
 namespace {
