@@ -8,10 +8,11 @@
 #include <cstdint>
 #include <cstdio>
 #include <fstream>
+#include <ios>
 #include <iterator>
 #include <memory>
 #include <nlohmann/json.hpp>
-#include <optional>
+#include <ratio>
 #include <string>
 #include <utility>
 #include <vector>
@@ -179,8 +180,10 @@ Result<int> run_plan(const Arguments& arguments) {
 
   std::vector<ExplainInput> inputs;
   std::vector<Digest> digests;
+  inputs.reserve(plans->size());
   for (size_t t = 0; t < plans->size(); ++t)
     inputs.push_back({targets.names[t], &(*plans)[t].plan});
+  digests.reserve(sources.layouts.size());
   for (const Layout& source : sources.layouts) digests.push_back(source.digest());
   TRANSFUSE_ASSIGN_OR_RETURN(const Explanation explanation,
                              explain(inputs, sources.names, digests));

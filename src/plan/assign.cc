@@ -1,12 +1,13 @@
 // Which replica serves each run in one cycle: whoever has least to do, ties rotated.
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "transfuse/layout.h"
 #include "transfuse/plan.h"
+#include "transfuse/result.h"
 
 namespace transfuse {
 namespace {

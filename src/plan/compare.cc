@@ -12,6 +12,10 @@
 
 #include "plan/bounds.h"
 #include "plan/coverage.h"
+#include "plan/intersect.h"
+#include "plan/source_index.h"
+#include "transfuse/layout.h"
+#include "transfuse/plan.h"
 
 namespace transfuse {
 

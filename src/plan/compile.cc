@@ -12,8 +12,11 @@
 #include "plan/compare.h"
 #include "plan/content.h"
 #include "plan/cut.h"
+#include "plan/intersect.h"
 #include "plan/lower.h"
+#include "transfuse/layout.h"
 #include "transfuse/plan.h"
+#include "transfuse/result.h"
 
 namespace transfuse {
 namespace {

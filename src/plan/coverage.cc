@@ -4,9 +4,12 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
+#include "transfuse/layout.h"
+#include "transfuse/plan.h"
 
 namespace transfuse {
 namespace {

@@ -9,6 +9,7 @@
 
 #include "plan/bounds.h"
 #include "plan/coverage.h"
+#include "transfuse/layout.h"
 
 namespace transfuse {
 namespace {

@@ -3,14 +3,14 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
-#include <optional>
 #include <span>
 #include <string>
-#include <string_view>
 #include <utility>
 #include <vector>
 
 #include "plan/coverage.h"
+#include "transfuse/layout.h"
+#include "transfuse/plan.h"
 
 namespace transfuse {
 namespace {

@@ -5,7 +5,10 @@
 #include <vector>
 
 #include "plan/compare.h"
+#include "plan/intersect.h"
+#include "transfuse/layout.h"
 #include "transfuse/plan.h"
+#include "transfuse/result.h"
 
 namespace transfuse {
 

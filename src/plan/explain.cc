@@ -4,13 +4,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
-#include <numeric>
 #include <span>
 #include <string>
 #include <vector>
 
-#include "plan/explain_format.h"
+#include "transfuse/layout.h"
 #include "transfuse/plan.h"
+#include "transfuse/result.h"
 
 namespace transfuse {
 namespace {

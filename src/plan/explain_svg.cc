@@ -84,6 +84,7 @@ class Picture {
                                      double height, double gap) {
     const double room = height - gap * static_cast<double>(bytes.size() - 1);
     std::vector<double> out;
+    out.reserve(bytes.size());
     for (const uint64_t b : bytes) out.push_back(std::max(1.0, room * share(b, total)));
     return out;
   }

@@ -4,7 +4,13 @@
 #include <algorithm>
 #include <compare>
 #include <cstddef>
+#include <cstdint>
+#include <span>
 #include <tuple>
+#include <vector>
+#include "plan/bounds.h"
+#include "plan/source_index.h"
+#include "transfuse/layout.h"
 
 namespace transfuse {
 namespace {

@@ -4,7 +4,11 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <utility>
+#include <span>
+#include "plan/bounds.h"
+#include "plan/intersect.h"
+#include "transfuse/layout.h"
+#include "transfuse/plan.h"
 
 namespace transfuse {
 namespace {

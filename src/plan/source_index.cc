@@ -3,9 +3,16 @@
 
 #include <xxhash.h>
 
+#include <algorithm>
 #include <bit>
+#include <cstddef>
+#include <cstdint>
 #include <optional>
+#include <span>
 #include <string_view>
+#include <utility>
+#include <vector>
+#include "transfuse/layout.h"
 
 namespace transfuse {
 namespace {
