@@ -24,6 +24,7 @@ class Arena {
     const nb::gil_scoped_release unlocked;
     const auto session = take(Session::open({.job = std::move(job),
                                              .address = {},
+                                             .token = {},
                                              .threads = threads,
                                              .allow_any_tracer = allow_any_tracer}));
     memory_ = take(session->allocate(size_bytes));
@@ -49,7 +50,7 @@ void bind_arena(nb::module_& m) {
                     "Zeroed shared memory that other processes read by mapping it: the best route "
                     "on one host. A writable buffer; it lives as long as a view of it.")
       .def(nb::init<uint64_t, std::string, std::optional<uint32_t>, std::optional<bool>>(),
-           "size_bytes"_a, nb::kw_only(), "job"_a = "default", "threads"_a = nb::none(),
+           "size_bytes"_a, nb::kw_only(), "job"_a = "", "threads"_a = nb::none(),
            "allow_any_tracer"_a = nb::none())
       .def_prop_ro("size_bytes", [](const Arena& arena) { return arena.bytes().size(); })
       .def("__len__", [](const Arena& arena) { return arena.bytes().size(); });

@@ -116,10 +116,11 @@ class Member {
 };
 
 SessionOptions session_options(std::string job, std::optional<std::string> address,
-                               std::optional<uint32_t> threads,
+                               std::optional<std::string> token, std::optional<uint32_t> threads,
                                std::optional<bool> allow_any_tracer) {
   return {.job = std::move(job),
           .address = std::move(address),
+          .token = std::move(token),
           .threads = threads,
           .allow_any_tracer = allow_any_tracer};
 }
@@ -166,20 +167,21 @@ void bind_publisher(nb::module_& m) {
           [](PythonPublisher* self, const Layout& layout, const Parameters& parameters,
              std::string name, std::string model, uint32_t source_count, int64_t drain_ms,
              uint32_t fingerprint_threads, std::string job, std::optional<std::string> address,
-             std::optional<uint32_t> threads, std::optional<bool> allow_any_tracer) {
+             std::optional<std::string> token, std::optional<uint32_t> threads,
+             std::optional<bool> allow_any_tracer) {
             PublisherOptions options;
             options.model = std::move(model);
             options.name = std::move(name);
             options.source_count = source_count;
             options.drain_ms = drain_ms;
             options.fingerprint_threads = fingerprint_threads;
-            new (self) PythonPublisher(
-                session_options(std::move(job), std::move(address), threads, allow_any_tracer),
-                layout, parameters, false, std::move(options));
+            new (self) PythonPublisher(session_options(std::move(job), std::move(address),
+                                                       std::move(token), threads, allow_any_tracer),
+                                       layout, parameters, false, std::move(options));
           },
           "layout"_a, "parameters"_a, nb::kw_only(), "name"_a, "model"_a, "source_count"_a,
-          "drain_ms"_a, "fingerprint_threads"_a, "job"_a, "address"_a.none(), "threads"_a.none(),
-          "allow_any_tracer"_a.none())
+          "drain_ms"_a, "fingerprint_threads"_a, "job"_a, "address"_a.none(), "token"_a.none(),
+          "threads"_a.none(), "allow_any_tracer"_a.none())
       .def("begin_write", &PythonPublisher::begin_write, "version"_a)
       .def("publish", &PythonPublisher::publish, "version"_a)
       .def("abort_write", &PythonPublisher::abort_write, "reason"_a)
@@ -197,8 +199,8 @@ void bind_receiver(nb::module_& m) {
           [](PythonReceiver* self, const Layout& layout, const Parameters& parameters,
              std::string name, std::string model, Verify verify, uint64_t chunk_bytes,
              uint64_t spread, int64_t no_progress_ms, uint32_t max_attempts, std::string job,
-             std::optional<std::string> address, std::optional<uint32_t> threads,
-             std::optional<bool> allow_any_tracer) {
+             std::optional<std::string> address, std::optional<std::string> token,
+             std::optional<uint32_t> threads, std::optional<bool> allow_any_tracer) {
             ReceiverOptions options;
             options.model = std::move(model);
             options.name = std::move(name);
@@ -207,13 +209,13 @@ void bind_receiver(nb::module_& m) {
             options.spread = spread;
             options.no_progress_ms = no_progress_ms;
             options.max_attempts = max_attempts;
-            new (self) PythonReceiver(
-                session_options(std::move(job), std::move(address), threads, allow_any_tracer),
-                layout, parameters, true, std::move(options));
+            new (self) PythonReceiver(session_options(std::move(job), std::move(address),
+                                                      std::move(token), threads, allow_any_tracer),
+                                      layout, parameters, true, std::move(options));
           },
           "layout"_a, "parameters"_a, nb::kw_only(), "name"_a, "model"_a, "verify"_a,
           "chunk_bytes"_a, "spread"_a, "no_progress_ms"_a, "max_attempts"_a, "job"_a,
-          "address"_a.none(), "threads"_a.none(), "allow_any_tracer"_a.none())
+          "address"_a.none(), "token"_a.none(), "threads"_a.none(), "allow_any_tracer"_a.none())
       .def("refit", &PythonReceiver::refit, nb::kw_only(), "exactly"_a.none(), "at_least"_a.none(),
            "timeout_ms"_a)
       .def_prop_ro("last_report", [](PythonReceiver& r) { return r.native().last_report(); })
@@ -248,9 +250,11 @@ class PythonWatch {
 // The control plane of a job, without being a member of it.
 class PythonControl {
  public:
-  PythonControl(std::string job, std::optional<std::string> address) {
+  PythonControl(std::string job, std::optional<std::string> address,
+                std::optional<std::string> token) {
     const nb::gil_scoped_release unlocked;
-    session_ = take(Session::open(session_options(std::move(job), std::move(address), {}, {})));
+    session_ = take(Session::open(
+        session_options(std::move(job), std::move(address), std::move(token), {}, {})));
     control_ = take(session_->control());
   }
   std::vector<VersionInfo> versions(const std::string& model) {
@@ -282,8 +286,8 @@ void bind_control(nb::module_& m) {
       .def("next", &PythonWatch::next, "timeout_ms"_a,
            "The next change, or None when the time is over.");
   nb::class_<PythonControl>(m, "NativeControl", "See transfuse.Control.")
-      .def(nb::init<std::string, std::optional<std::string>>(), nb::kw_only(), "job"_a,
-           "address"_a.none())
+      .def(nb::init<std::string, std::optional<std::string>, std::optional<std::string>>(),
+           nb::kw_only(), "job"_a, "address"_a.none(), "token"_a.none())
       .def("versions", &PythonControl::versions, "model"_a)
       .def("members", &PythonControl::members, "model"_a)
       .def("watch", &PythonControl::watch, "model"_a)

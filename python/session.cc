@@ -1,10 +1,8 @@
 // One session per job in this process, found again by its options.
 #include "session.h"
 
-#include <sys/stat.h>
 #include <unistd.h>
 
-#include <cerrno>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -14,6 +12,8 @@
 #include <utility>
 #include <vector>
 
+#include "rpc/rpc.h"
+#include "rpc/runtime_folder.h"
 #include "transfuse/control.h"
 #include "transfuse/result.h"
 #include "transfuse/transport.h"
@@ -21,18 +21,14 @@
 namespace transfuse::python {
 namespace {
 
-// Every process has a coordinator of its own for now.
-Result<std::unique_ptr<Control>> open_control() { return open_local_control(); }
-
-Result<std::string> runtime_folder() {
-  const std::string path = "/tmp/transfuse-" + std::to_string(getuid());
-  if (mkdir(path.c_str(), S_IRWXU) != 0 && errno != EEXIST) {
-    return Error{ErrorCode::kPermissionDenied, "cannot make " + path};
-  }
-  return path;
+// Where the sockets of this user's jobs lie, and those of their coordinators.
+Result<std::string> open_runtime_folder(const std::string& job) {
+  TRANSFUSE_ASSIGN_OR_RETURN(const RuntimePaths paths, runtime_paths("", job));
+  TRANSFUSE_RETURN_IF_ERROR(prepare_folder(paths.folder));
+  return paths.folder;
 }
 
-//  Sessions that are alive, by process and job: a forked child finds none of its parent's.
+// Sessions that are alive, by process and job: a forked child finds none of its parent's.
 std::mutex open_mutex;
 std::map<std::pair<pid_t, std::string>, std::weak_ptr<Session>>& open_sessions() {
   static std::map<std::pair<pid_t, std::string>, std::weak_ptr<Session>> sessions;
@@ -56,7 +52,7 @@ Result<std::shared_ptr<Session>> Session::open(const SessionOptions& options) {
     TRANSFUSE_RETURN_IF_ERROR(session->join(options));
     return session;
   }
-  TRANSFUSE_ASSIGN_OR_RETURN(const std::string folder, runtime_folder());
+  TRANSFUSE_ASSIGN_OR_RETURN(const std::string folder, open_runtime_folder(options.job));
   TransportOptions transport_options;
   transport_options.threads = options.threads.value_or(0);
   transport_options.allow_any_tracer = options.allow_any_tracer.value_or(false);
@@ -72,17 +68,20 @@ Session::Session(const SessionOptions& options, std::unique_ptr<Transport> trans
       allow_any_tracer_(options.allow_any_tracer.value_or(false)),
       owner_pid_(getpid()),
       transport_(std::move(transport)),
-      address_(options.address) {}
+      address_(options.address),
+      token_(options.token) {}
 
 Result<void> Session::join(const SessionOptions& options) {
   const std::lock_guard lock(mutex_);
   TRANSFUSE_RETURN_IF_ERROR(check_same(job_, "threads", options.threads, threads_));
   TRANSFUSE_RETURN_IF_ERROR(
       check_same(job_, "allow_any_tracer", options.allow_any_tracer, allow_any_tracer_));
-  if (address_) return check_same(job_, "address", options.address, *address_);
-  if (control_ != nullptr) return check_same(job_, "address", options.address, std::string());
-  address_ = options.address;
-  return {};
+  if (control_ == nullptr) {  // nobody has asked for it so far
+    if (!address_) address_ = options.address;
+    if (!token_) token_ = options.token;
+  }
+  TRANSFUSE_RETURN_IF_ERROR(check_same(job_, "token", options.token, token_.value_or("")));
+  return check_same(job_, "address", options.address, address_.value_or(""));
 }
 
 Session::~Session() {
@@ -95,7 +94,11 @@ Session::~Session() {
 Result<Control*> Session::control() {
   const std::lock_guard lock(mutex_);
   if (control_ == nullptr) {
-    TRANSFUSE_ASSIGN_OR_RETURN(control_, open_control());
+    ConnectOptions options;
+    options.address = address_.value_or("");
+    options.token = token_.value_or("");
+    options.job = job_;
+    TRANSFUSE_ASSIGN_OR_RETURN(control_, connect_control(options));
   }
   return control_.get();
 }

@@ -19,8 +19,9 @@ namespace transfuse::python {
 
 // What is not said is left as the process has it, or takes its default.
 struct SessionOptions {
-  std::string job = "default";
+  std::string job;                     // "": $TRANSFUSE_JOB or "default"
   std::optional<std::string> address;  // of a coordinator started by hand; empty: the job's own
+  std::optional<std::string> token;    // what a coordinator with a token file asks for
   std::optional<uint32_t> threads;     // see TransportOptions
   std::optional<bool> allow_any_tracer;
 };
@@ -62,6 +63,7 @@ class Session : public std::enable_shared_from_this<Session> {
   // Guarded by mutex_:
   std::mutex mutex_;
   std::optional<std::string> address_;
+  std::optional<std::string> token_;
   std::unique_ptr<Control> control_;
   std::vector<std::weak_ptr<ArenaMemory>> arenas_;
 };

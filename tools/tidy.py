@@ -23,7 +23,7 @@ TOP_FOLDERS = (
 )
 SKIPPED_FOLDERS = {"build", "results", "__pycache__", "node_modules", "third_party"}
 CPP = {".h", ".cc"}
-CODE = CPP | {".py", ".pyi", ".proto", ".cmake", ".sh"}
+CODE = CPP | {".py", ".proto", ".cmake", ".sh"}
 
 Finding = tuple[int, str]
 

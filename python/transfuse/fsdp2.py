@@ -10,7 +10,9 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from transfuse._module_layout import Holding, build_layout, named_tensors
 from transfuse._transfuse import Box, Layout, Placement, PlacementKind, dtensor_box
+from transfuse.arena import Arena, aligned
 from transfuse.errors import UnsupportedError
+from transfuse.session import DEFAULT_JOB
 
 
 def layout(
@@ -36,6 +38,41 @@ def layout(
         if box is not None:
             holdings.append(Holding(name, tensor.to_local().detach(), shape, box))
     return build_layout(holdings)
+
+
+def move_to_arena(model: torch.nn.Module, *, job: str = DEFAULT_JOB) -> Arena:
+    """Moves the sharded parameters into memory that readers map: the best route on one host.
+
+    Call it after fully_shard() and before the optimizer is made. FSDP2 itself pads shards that are
+    shorter than those of the other ranks and keeps them in memory of its own: they stay there, and
+    are read as the caller's memory. The values do not change.
+    """
+    dtensors = [p for p in model.parameters() if isinstance(p, DTensor)]
+    sizes = [aligned(p.to_local().nbytes) for p in dtensors]
+    arena = Arena(max(1, sum(sizes)), job=job)
+    moved: dict[int, torch.Tensor] = {}  # by parameter: a tied one is met more than once
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, DTensor):
+            return tensor
+        local = tensor.to_local()
+        place = moved.get(id(tensor))
+        if place is None:
+            place = arena.tensor(local.shape, local.dtype)
+            place.copy_(local)
+            moved[id(tensor)] = place
+        return DTensor.from_local(
+            place,
+            tensor.device_mesh,
+            tensor.placements,
+            run_check=False,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+        )
+
+    with torch.no_grad():
+        model._apply(move)
+    return arena
 
 
 def box_of(name: str, tensor: DTensor) -> Box | None:

@@ -6,7 +6,9 @@ import torch
 
 from transfuse._module_layout import Holding, build_layout, named_tensors
 from transfuse._transfuse import Box, Layout
+from transfuse.arena import Arena, aligned
 from transfuse.errors import InvalidArgumentError
+from transfuse.session import DEFAULT_JOB
 
 
 def layout(
@@ -27,3 +29,19 @@ def layout(
         shape = tuple(tensor.shape)
         holdings.append(Holding(name, tensor.detach(), shape, Box.whole(shape)))
     return build_layout(holdings)
+
+
+def move_to_arena(model: torch.nn.Module, *, job: str = DEFAULT_JOB) -> Arena:
+    """Moves the parameters into memory that readers map: the best route on one host.
+
+    Call it before the optimizer is made. Every parameter gets memory of its own, tied ones share
+    theirs. The values do not change.
+    """
+    parameters = list(model.parameters())
+    arena = Arena(max(1, sum(aligned(p.nbytes) for p in parameters)), job=job)
+    with torch.no_grad():
+        for parameter in parameters:
+            place = arena.tensor(parameter.shape, parameter.dtype)
+            place.copy_(parameter)
+            parameter.data = place
+    return arena

@@ -20,7 +20,7 @@ from transfuse._transfuse import (
     WriteTiming,
 )
 
-DEFAULT_JOB = "default"
+DEFAULT_JOB = ""  # $TRANSFUSE_JOB or "default"
 _FOREVER_MS = 1 << 40
 
 
@@ -35,7 +35,8 @@ class Publisher:
     buffer; contiguous CPU memory that stays where it is while the publisher lives. Between
     begin_write() and publish() nobody reads; outside of it the caller must not write. Use it from
     one thread at a time. Transport and coordinator of the job are opened inside and shared by
-    everything of the job in this process; `address` names a coordinator started by hand.
+    everything of the job in this process; `address` names a coordinator started by hand, `token`
+    is what it may ask for.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Publisher:
         fingerprint_threads: int = 0,
         job: str = DEFAULT_JOB,
         address: str | None = None,
+        token: str | None = None,
         threads: int | None = None,
         allow_any_tracer: bool | None = None,
     ) -> None:
@@ -63,6 +65,7 @@ class Publisher:
             fingerprint_threads=fingerprint_threads,
             job=job,
             address=address,
+            token=token,
             threads=threads,
             allow_any_tracer=allow_any_tracer,
         )
@@ -134,6 +137,7 @@ class Receiver:
         max_attempts: int = 8,
         job: str = DEFAULT_JOB,
         address: str | None = None,
+        token: str | None = None,
         threads: int | None = None,
         allow_any_tracer: bool | None = None,
     ) -> None:
@@ -149,6 +153,7 @@ class Receiver:
             max_attempts=max_attempts,
             job=job,
             address=address,
+            token=token,
             threads=threads,
             allow_any_tracer=allow_any_tracer,
         )
@@ -202,8 +207,10 @@ class Receiver:
 class Control:
     """The members and versions of a job, seen without being a member of it."""
 
-    def __init__(self, *, job: str = DEFAULT_JOB, address: str | None = None) -> None:
-        self._native = NativeControl(job=job, address=address)
+    def __init__(
+        self, *, job: str = DEFAULT_JOB, address: str | None = None, token: str | None = None
+    ) -> None:
+        self._native = NativeControl(job=job, address=address, token=token)
 
     def versions(self, model: str = "") -> list[VersionInfo]:
         """The versions of a model, or of all models."""

@@ -1,0 +1,1 @@
+"""`python -m transfuse.demo`: two FSDP2 trainers refit a running inference process, on one host."""
