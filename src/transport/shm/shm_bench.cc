@@ -1,5 +1,6 @@
 // Reading another process's memory over both routes, beside memcpy of the same bytes by as many
-// threads. Arguments: pieces, threads. TRANSFUSE_BENCH_TINY makes it small.
+// threads. Arguments: pieces, threads, and whether the source has them in another order.
+// TRANSFUSE_BENCH_TINY makes it small.
 #include <benchmark/benchmark.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -111,23 +112,29 @@ const Source& source() {
   return one;
 }
 
-// `count` pieces of equal size, in another order at the target than at the source, none of them
-// longer than a chunk.
-std::vector<StridedCopy> pieces(uint64_t count, std::byte* target) {
-  const uint64_t piece = size_bytes() / count / 64 * 64;
+// `count` pieces of equal size with a gap between them at the target, none of them longer than a
+// chunk. A plan has them in the order of the target, mostly that of the source too; `shuffled` is
+// the worst case, where neither prefetcher nor page tables help.
+std::vector<StridedCopy> pieces(uint64_t count, bool shuffled, std::byte* target) {
+  const uint64_t pitch = size_bytes() / count / 64 * 64;
+  const uint64_t piece = pitch - 64;
   std::vector<StridedCopy> copies;
   for (uint64_t i = 0; i < count; ++i) {
-    const uint64_t from = (i * 7919) % count;
+    const uint64_t from = shuffled ? (i * 7919) % count : i;
     for (uint64_t at = 0; at < piece; at += kChunkBytes) {
       StridedCopy copy;
       copy.source_offset_bytes = from * piece + at;
-      copy.target = target + i * piece + at;
+      copy.target = target + i * pitch + at;
       copy.count[2] = static_cast<uint32_t>(std::min(kChunkBytes, piece - at));
       copy.source_stride[2] = copy.target_stride[2] = 1;
       copies.push_back(copy);
     }
   }
   return copies;
+}
+
+std::vector<StridedCopy> pieces(const benchmark::State& state, std::byte* target) {
+  return pieces(static_cast<uint64_t>(state.range(0)), state.range(2) != 0, target);
 }
 
 uint64_t total_bytes(const std::vector<StridedCopy>& copies) {
@@ -144,7 +151,7 @@ void read_region(benchmark::State& state, const RegionDescriptor& descriptor) {
   auto peer = transport->connect(source().offer().endpoint, "", deadline).value();
   auto region = peer->open_region(descriptor, deadline).value();
   const std::span<std::byte> target = touched_memory(size_bytes(), 3);
-  const auto copies = pieces(static_cast<uint64_t>(state.range(0)), target.data());
+  const auto copies = pieces(state, target.data());
   const auto once = [&] {
     const TicketId ticket = transport->submit({region.get(), copies, {}}).value();
     TRANSFUSE_CHECK(transport->wait_any({&ticket, 1}, deadline));
@@ -162,7 +169,7 @@ void BM_ProcessVmReadv(benchmark::State& state) { read_region(state, source().of
 void BM_Memcpy(benchmark::State& state) {
   const std::span<std::byte> from = touched_memory(size_bytes(), 4);
   const std::span<std::byte> target = touched_memory(size_bytes(), 5);
-  const auto copies = pieces(static_cast<uint64_t>(state.range(0)), target.data());
+  const auto copies = pieces(state, target.data());
   const auto threads = static_cast<size_t>(state.range(1));
   const auto share = [&](size_t thread) {
     for (size_t i = copies.size() * thread / threads; i < copies.size() * (thread + 1) / threads;
@@ -183,12 +190,13 @@ void BM_Memcpy(benchmark::State& state) {
 }
 
 void shapes(benchmark::internal::Benchmark* benchmark) {
-  benchmark->ArgNames({"pieces", "threads"})
+  benchmark->ArgNames({"pieces", "threads", "shuffled"})
       ->UseRealTime()
       ->MeasureProcessCPUTime()
       ->Unit(benchmark::kMillisecond);
   for (const int64_t threads : {1, 2}) {
-    for (const int64_t count : {1, 398, 18867}) benchmark->Args({count, threads});
+    for (const int64_t count : {1, 398, 18867}) benchmark->Args({count, threads, 0});
+    benchmark->Args({18867, threads, 1});
   }
 }
 BENCHMARK(BM_Memcpy)->Apply(shapes);
