@@ -1,0 +1,239 @@
+"""The run: starts the processes, drives them step by step, judges the result, cleans up."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import transfuse
+from transfuse.demo.channel import Child, ChildFailedError, Message
+from transfuse.demo.screen import HEADER, Screen
+from transfuse.demo.settings import MODEL, TRAINERS, Settings
+
+STEPS_ALONE = 5
+START_S = 180.0  # importing torch and transformers in three processes on a small machine
+
+
+class Run:
+    """Trainers and engine of one demo. stop() ends them all, whatever state they are in."""
+
+    def __init__(self, settings: Settings, screen: Screen) -> None:
+        self.settings = settings
+        self.screen = screen
+        self.rows: list[dict[str, Any]] = []
+        self.samples: list[dict[str, Any]] = []
+        self.events: list[dict[str, Any]] = []
+        self._start = time.monotonic()
+        self._trainers: list[Child] = []
+        self._engine: Child | None = None
+        self._starting: float | None = None  # since when an engine is on its way
+        self._peak_bytes: dict[str, int] = {}
+
+    def open(self) -> None:
+        """Starts everybody and waits until they have joined."""
+        settings, folder = self.settings.to_json(), self.settings.path
+        for rank in range(TRAINERS):
+            module = "transfuse.demo.trainer"
+            child = Child(f"trainer{rank}", module, str(rank), settings, folder=folder)
+            self._trainers.append(child)
+        self._start_engine()
+        for trainer in self._trainers:
+            trainer.expect("ready", START_S)
+        assert self._engine is not None
+        ready = self._engine.expect("ready", START_S)
+        self._starting = None
+        count = ready["parameters"] / 1e6
+        self.screen.say(
+            f"{TRAINERS} FSDP2 trainers hold {count:.1f} million parameters in f32, sharded; "
+            "the engine holds them in bf16, whole."
+        )
+
+    def train(self) -> None:
+        """All steps; half-way the engine is killed and started again."""
+        self.screen.title("training; after every optimizer step the engine is refitted")
+        self.screen.say(HEADER)
+        self._refit_and_sample(step=0, published=1)
+        kill_at = max(1, self.settings.steps // 2)
+        for step in range(1, self.settings.steps + 1):
+            stepped = self._step()
+            published = int(stepped["version"])
+            row = {"step": step, "published": published, **_numbers(stepped)}
+            self.rows.append(row)
+            if step == kill_at:
+                self._kill_engine(step, published)
+            # The trainers go on without it, but not for so long that its return is not seen.
+            self._welcome_engine(step, wait=step >= kill_at + STEPS_ALONE)
+            if self._engine is not None and self._starting is None:
+                row.update(self._refit(published))
+            else:
+                row["note"] = "no engine: it was killed and is on its way back"
+            self.screen.row(row)
+            if "report" in row and step % self.settings.sample_every == 0:
+                self._sample(step)
+        if self._starting is not None:
+            self._welcome_engine(self.settings.steps, wait=True)
+            self._refit_and_sample(self.settings.steps, published)
+
+    def judge(self) -> dict[str, Any]:
+        """Compares the engine with the trainers' parameters, gathered and cast by torch alone."""
+        self.screen.title("the judge: the trainers' parameters, gathered and cast by torch alone")
+        reference, state = self.settings.path / "reference.pt", self.settings.path / "engine.pt"
+        for trainer in self._trainers:
+            trainer.send(do="reference", path=str(reference))
+        versions = {t.expect("reference", self._deadline)["version"] for t in self._trainers}
+        engine = self._live_engine()
+        engine.send(do="state", path=str(state))
+        versions.add(engine.expect("state", self._deadline)["version"])
+        if len(versions) != 1:
+            raise ChildFailedError(f"trainers and engine hold different versions: {versions}")
+        from transfuse.demo.judge import compare
+
+        verdict = compare(self.settings, reference, state)
+        verdict["version"] = versions.pop()
+        return verdict
+
+    def verify(self) -> str:
+        """What `transfuse verify` says about the live processes."""
+        report = transfuse.Control(job=self.settings.job).verify(MODEL, timeout_s=self._deadline)
+        if not report.matches:
+            raise ChildFailedError(f"fingerprints differ:\n{report.to_text()}")
+        return report.to_text().strip()
+
+    def explain(self) -> transfuse.Explanation:
+        """The plan between the real layouts of this run."""
+
+        def read(name: str) -> transfuse.Layout:
+            return transfuse.Layout.decode((self.settings.path / f"{name}.layout").read_bytes())
+
+        sources = [(f"trainer{rank}", read(f"trainer{rank}")) for rank in range(TRAINERS)]
+        plan = transfuse.compile(read("engine0"), [layout for _, layout in sources])
+        return transfuse.explain([("engine0", plan)], sources)
+
+    def report(self, verdict: dict[str, Any]) -> dict[str, Any]:
+        """Everything about the run as data."""
+        self._note_peaks()
+        warm = [r for r in self.rows if "phases_us" in r and not r["planned"]]
+        totals = sorted(row["phases_us"]["total"] / 1e3 for row in warm)
+        shares = sorted(row["gbps"] / row["memcpy_gbps"] for row in warm)
+        return {
+            "verdict": verdict,
+            "settings": json.loads(self.settings.to_json()),
+            "machine": {"cpu_count": len(self._cpus()), "python": platform.python_version()},
+            "seconds": time.monotonic() - self._start,
+            "peak_bytes": self._peak_bytes,
+            "warm_refit_ms_median": totals[len(totals) // 2] if totals else None,
+            "share_of_memcpy_median": shares[len(shares) // 2] if shares else None,
+            "events": self.events,
+            "samples": self.samples,
+            "steps": self.rows,
+        }
+
+    def stop(self) -> None:
+        """Ends every process that this run started."""
+        children = [*self._trainers, *([self._engine] if self._engine else [])]
+        for child in children:
+            child.stop(10.0)
+        self._trainers, self._engine = [], None
+
+    @property
+    def _deadline(self) -> float:
+        return self.settings.deadline_s
+
+    @staticmethod
+    def _cpus() -> set[int]:
+        import os
+
+        return os.sched_getaffinity(0)
+
+    def _start_engine(self) -> None:
+        settings, folder = self.settings.to_json(), self.settings.path
+        self._engine = Child("engine0", "transfuse.demo.engine", settings, folder=folder)
+        self._starting = time.monotonic()
+
+    def _live_engine(self) -> Child:
+        if self._engine is None or self._starting is not None:
+            raise ChildFailedError("the engine is not running")
+        return self._engine
+
+    def _step(self) -> Message:
+        for trainer in self._trainers:
+            trainer.send(do="step")
+        return [trainer.expect("stepped", self._deadline) for trainer in self._trainers][0]
+
+    def _refit(self, at_least: int) -> dict[str, Any]:
+        engine = self._live_engine()
+        engine.send(do="refit", at_least=at_least)
+        refitted = engine.expect("refitted", self._deadline + 10)
+        if not refitted["verified"]:
+            raise ChildFailedError(f"version {refitted['version']} arrived without fingerprints")
+        return {**_numbers(refitted), "planned": refitted["report"]["planned"]}
+
+    def _sample(self, step: int) -> None:
+        engine = self._live_engine()
+        engine.send(do="sample")
+        sampled = engine.expect("sampled", self._deadline)
+        text = sampled["text"].strip()
+        self.samples.append({"step": step, "version": sampled["version"], "text": text})
+        self.screen.sample(sampled["version"], text)
+
+    def _refit_and_sample(self, step: int, published: int) -> None:
+        self._refit(published)
+        self._sample(step)
+
+    def _kill_engine(self, step: int, published: int) -> None:
+        """In the middle of its work: a refit has just been asked for."""
+        engine = self._live_engine()
+        self._note_peaks()
+        engine.send(do="refit", at_least=published)
+        engine.kill()
+        self._event("killed", step, pid=engine.pid)
+        self.screen.say(f"      SIGKILL to the engine, process {engine.pid}; another one starts")
+        self._start_engine()
+
+    def _welcome_engine(self, step: int, *, wait: bool = False) -> None:
+        if self._engine is None or self._starting is None:
+            return
+        ready = self._engine.expect("ready", START_S) if wait else self._engine.poll()
+        if ready is None:
+            return
+        if ready["kind"] != "ready":
+            self._engine.expect("ready", 0.1)  # says what has happened to it
+        seconds = time.monotonic() - self._starting
+        self._starting = None
+        self._event("back", step, pid=self._engine.pid, seconds=seconds)
+        self.screen.say(
+            f"      the engine is back after {seconds:.1f} s, process {self._engine.pid}"
+        )
+
+    def _event(self, what: str, step: int, **more: Any) -> None:  # noqa: ANN401
+        self.events.append({"what": what, "step": step, **more})
+
+    def _note_peaks(self) -> None:
+        for child in [*self._trainers, *([self._engine] if self._engine else [])]:
+            peak = max(child.peak_bytes(), self._peak_bytes.get(child.name, 0))
+            self._peak_bytes[child.name] = peak
+
+
+def _numbers(message: Message) -> dict[str, Any]:
+    return {name: value for name, value in message.items() if name not in {"kind", "at"}}
+
+
+def write_results(run: Run, verdict: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Plots, plan picture, samples and report.json."""
+    from transfuse.demo.plots import draw_loss, draw_phases
+
+    out.mkdir(parents=True, exist_ok=True)
+    killed_at = next(event["step"] for event in run.events if event["what"] == "killed")
+    draw_loss(run.rows, killed_at, out / "loss.png")
+    draw_phases(run.rows, killed_at, out / "refit_phases.png")
+    explanation = run.explain()
+    (out / "plan.svg").write_text(explanation.to_svg())
+    (out / "plan.txt").write_text(explanation.to_text())
+    samples = (f"step {s['step']}, version {s['version']}:\n{s['text']}\n" for s in run.samples)
+    (out / "samples.txt").write_text("\n".join(samples))
+    report = run.report(verdict)
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    return report
