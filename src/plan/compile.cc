@@ -32,8 +32,7 @@ constexpr size_t kListedFindings = 5;
 class ChunkCutter {
  public:
   ChunkCutter(const Layout& target, uint64_t chunk_bytes)
-      : target_(target),
-        tensors_(target.tensors()),
+      : tensors_(target.tensors()),
         parameters_(target.parameters()),
         chunk_bytes_(chunk_bytes) {
     uint64_t boxes = 0;
@@ -83,7 +82,6 @@ class ChunkCutter {
     lowering_.begin_chunk();
   }
 
-  const Layout& target_;
   std::span<const TensorSpec> tensors_;
   std::span<const ParameterSpec> parameters_;
   uint64_t chunk_bytes_;

@@ -238,6 +238,11 @@ void BM_Qwen3_4B_Fsdp8ToTp4(benchmark::State& state) {
 }
 BENCHMARK(BM_Qwen3_4B_Fsdp8ToTp4)->Unit(benchmark::kMillisecond);
 
+void BM_Qwen3_4B_Fsdp64ToTp8(benchmark::State& state) {
+  measure(state, Engine(qwen3_4b(), 8, 1).rank(1), fsdp(qwen3_4b(), 64));
+}
+BENCHMARK(BM_Qwen3_4B_Fsdp64ToTp8)->Unit(benchmark::kMillisecond);
+
 void BM_Qwen3_30B_Fsdp2ToTp4(benchmark::State& state) {
   measure(state, Engine(qwen3_30b(), 4, 1).rank(1), fsdp(qwen3_30b(), 2));
 }

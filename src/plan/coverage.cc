@@ -84,9 +84,14 @@ bool tiles_the_line(std::span<const Footprint> footprints, int64_t element_count
 void check_parameter(const ParameterSpec& parameter, std::span<const TensorSpec> tensors,
                      std::span<Footprint> footprints, size_t limit,
                      std::vector<Finding>& findings) {
-  const auto by_min = [](const Footprint& a, const Footprint& b) { return a.min < b.min; };
+  // Tiles before fills, each in the layout's order, where they begin at one element.
+  const auto by_min = [](const Footprint& a, const Footprint& b) {
+    if (a.min != b.min) return a.min < b.min;
+    if ((a.tile == nullptr) != (b.tile == nullptr)) return a.tile != nullptr;
+    return a.tile != nullptr ? a.tile < b.tile : a.fill < b.fill;
+  };
   if (!std::is_sorted(footprints.begin(), footprints.end(), by_min)) {
-    std::stable_sort(footprints.begin(), footprints.end(), by_min);
+    std::sort(footprints.begin(), footprints.end(), by_min);
   }
   if (tiles_the_line(footprints, parameter.element_count)) return;
 
