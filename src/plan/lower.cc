@@ -272,14 +272,6 @@ bool Lowering::join(Run& last, const Run& added, int level) {
                   added.linear_index - last.linear_index, index)) {
     return false;
   }
-  // A level that neither run has must lie outside the levels that both have.
-  int64_t inner_span = 1;
-  for (int k = 0; k < level; ++k) {
-    inner_span += (int64_t{last.count[at(k)]} - 1) * target.level[at(k)];
-  }
-  if (both.first_count == 1 && both.second_count == 1 && target.level[at(level)] < inner_span) {
-    return false;
-  }
   joined_patterns_.clear();
   for (uint32_t h = 0; h < added.holder_count; ++h) {
     const Holder& mine = holders_[last.first_holder + h];

@@ -67,6 +67,12 @@ TEST(Lower, MergesRowsAtEqualDistanceIntoOneRun) {
   EXPECT_EQ(plan.runs()[0].count[2], 3u);
 }
 
+TEST(Lower, MergesInterleavedRowsIntoOneRun) {
+  const Layout interleaved =
+      layout_of({2, 8}, 16, {{{{0, 0}, {1, 8}}, 0, {16, 2}}, {{{1, 0}, {1, 8}}, 1, {16, 2}}});
+  EXPECT_EQ(checked(interleaved, {whole({2, 8})}).runs().size(), 1u);
+}
+
 TEST(Lower, DoesNotMergeWhatTouchesAtTheTargetOnly) {
   const Layout swapped =
       layout_of({4, 8}, 32, {{{{0, 0}, {2, 8}}, 16, {8, 1}}, {{{2, 0}, {2, 8}}, 0, {8, 1}}});
