@@ -39,8 +39,8 @@ void check_coverage(const Layout& target, size_t limit, std::vector<Finding>& fi
 bool proved_exact_as_boxes(std::span<const Footprint> cluster);
 
 // Element by element: appends a finding for every range that is not covered and for every footprint
-// that writes what an earlier one wrote. A span of more than 2^30 elements is not counted but
-// reported as a whole.
+// that writes what an earlier one wrote. More than 2^30 elements (or 2^31 writes) are not
+// counted but reported as a whole.
 void count_elements(const ParameterSpec& parameter, std::span<const TensorSpec> tensors,
                     std::span<const Footprint> cluster, size_t limit,
                     std::vector<Finding>& findings);

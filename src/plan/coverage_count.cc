@@ -151,8 +151,13 @@ void count_elements(const ParameterSpec& parameter, std::span<const TensorSpec> 
                     std::vector<Finding>& findings) {
   const int64_t origin = cluster[0].min;
   int64_t end = 0;
-  for (const Footprint& f : cluster) end = std::max(end, f.max + 1);
-  if (end - origin > kMaxCounted) {
+  int64_t writes = 0;  // far more than places where a tile overlaps itself
+  bool countable = true;
+  for (const Footprint& f : cluster) {
+    end = std::max(end, f.max + 1);
+    countable = countable && !__builtin_add_overflow(writes, f.element_count, &writes);
+  }
+  if (!countable || writes > 2 * kMaxCounted || end - origin > kMaxCounted) {
     Finding finding = uncovered(parameter, origin, end);
     finding.kind = FindingKind::kOverlap;
     finding.reason = "elements " + finding.box.to_string() + " of parameter \"" + parameter.name +

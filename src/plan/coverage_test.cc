@@ -105,6 +105,13 @@ TEST(Coverage, WhatIsTooLargeToCountIsReportedAsNotProved) {
   EXPECT_THAT(findings[0].reason, HasSubstr("not proved"));
 }
 
+TEST(Coverage, ATileThatWritesEverythingAMillionTimesIsNotCounted) {
+  const int64_t side = int64_t{1} << 20;
+  const auto findings = findings_of(filled(2 * side - 1, {{0, {side, side}, {1, 1}}}));
+  ASSERT_EQ(findings.size(), 1u);
+  EXPECT_THAT(findings[0].reason, HasSubstr("not proved"));
+}
+
 TEST(Coverage, AnEmptyParameterNeedsNothing) { EXPECT_TRUE(findings_of(filled(0, {})).empty()); }
 
 TEST(Coverage, StopsAtTheLimit) {
