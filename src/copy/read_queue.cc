@@ -13,7 +13,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <new>
 #include <span>
 #include <string>
 #include <thread>
@@ -188,12 +187,12 @@ void ReadQueue::work() {
     const Batch batch = take_batch();
     if (batch.ticket != nullptr) {
       mutex_.unlock();
-      Result<void> outcome =
+      const Result<void> outcome =
           batch.source->read(batch.copies, batch.fingerprints, {scratch.get(), scratch_bytes});
       copy_fence();
       const uint64_t bytes = target_bytes(batch.copies);
       mutex_.lock();
-      end_batch(batch, bytes, std::move(outcome));
+      end_batch(batch, bytes, outcome);
     } else if (stopping_) {
       return;
     } else {
@@ -220,7 +219,7 @@ ReadQueue::Batch ReadQueue::take_batch() {
                               : ticket->fingerprints.subspan(first, count)};
 }
 
-void ReadQueue::end_batch(const Batch& batch, uint64_t done_bytes, Result<void> outcome) {
+void ReadQueue::end_batch(const Batch& batch, uint64_t done_bytes, const Result<void>& outcome) {
   Ticket& ticket = *batch.ticket;
   --ticket.active;
   if (outcome) {

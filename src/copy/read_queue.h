@@ -104,7 +104,8 @@ class ReadQueue {
   void work();
   void start_threads() REQUIRES(mutex_);
   Batch take_batch() REQUIRES(mutex_);
-  void end_batch(const Batch& batch, uint64_t done_bytes, Result<void> outcome) REQUIRES(mutex_);
+  void end_batch(const Batch& batch, uint64_t done_bytes, const Result<void>& outcome)
+      REQUIRES(mutex_);
   // Ends the ticket if all its work is done or given up.
   void settle(Ticket& ticket) REQUIRES(mutex_);
   void stop(Ticket& ticket, const Error& error) REQUIRES(mutex_);

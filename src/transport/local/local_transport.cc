@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <span>
@@ -13,7 +14,6 @@
 
 #include "base/mutex.h"
 #include "base/random.h"
-#include "copy/copy.h"
 #include "copy/read_queue.h"
 #include "transfuse/copy.h"
 #include "transfuse/deadline.h"
