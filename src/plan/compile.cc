@@ -32,9 +32,7 @@ constexpr size_t kListedFindings = 5;
 class ChunkCutter {
  public:
   ChunkCutter(const Layout& target, uint64_t chunk_bytes)
-      : tensors_(target.tensors()),
-        parameters_(target.parameters()),
-        chunk_bytes_(chunk_bytes) {
+      : tensors_(target.tensors()), parameters_(target.parameters()), chunk_bytes_(chunk_bytes) {
     uint64_t boxes = 0;
     for (const Tile& tile : target.tiles()) {
       boxes += 1 + static_cast<uint64_t>(tile.box.element_count()) *
