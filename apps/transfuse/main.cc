@@ -42,6 +42,7 @@ int run_command_line(int argc, char** argv) {
   add_demo_command(app, context);
   add_doctor_command(app, context);
   add_plan_command(app, context);
+  add_serve_command(app, context);
   add_verify_command(app, context);
 
   if (argc <= 1) {
