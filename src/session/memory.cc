@@ -99,7 +99,7 @@ Result<BoundMemory> BoundMemory::open(Transport& transport, const Layout& layout
     std::byte* end = own[first].end;
     size_t last = first + 1;
     const auto touches = [&end](const Span& next) {
-      const auto page = reinterpret_cast<uintptr_t>(end) / kPageBytes;
+      const auto page = (reinterpret_cast<uintptr_t>(end) - 1) / kPageBytes;  // of the last byte
       return reinterpret_cast<uintptr_t>(next.begin) / kPageBytes <= page + 1;
     };
     while (last < own.size() && touches(own[last])) end = std::max(end, own[last++].end);

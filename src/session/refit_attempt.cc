@@ -113,7 +113,9 @@ void RefitAttempt::exclude(uint32_t candidate, Error error, RefitReport& report)
   Candidate& out = candidates_[candidate];
   report.steps.push_back({error.code, out.info.name, error.message + ": next source"});
   out.excluded = std::move(error);
-  if (out.link != nullptr) out.link->close();
+  // A source that has only moved on is read again under the next lease: what is open stays so.
+  const bool moved_on = out.excluded->code == ErrorCode::kTornRead;
+  if (out.link != nullptr && !moved_on) out.link->close();
   forget_unproved(candidate);
 }
 
@@ -202,6 +204,11 @@ Result<void> RefitAttempt::ready_sources(Deadline deadline, RefitReport& report)
     for (uint32_t i = 0; i < candidates_.size(); ++i) {
       Candidate& candidate = candidates_[i];
       if (candidate.excluded || candidate.generation_checked || runs_of(i).empty()) continue;
+      if (deadline.passed()) {
+        return Error{ErrorCode::kDeadlineExceeded,
+                     fmt::format("the refit's deadline passed before source '{}' was asked",
+                                 candidate.info.name)};
+      }
       if (auto ready = ready_source(candidate, deadline); !ready) {
         exclude(i, std::move(ready).error(), report);
         all_ready = false;
@@ -453,6 +460,11 @@ Result<void> RefitAttempt::transfer(Deadline deadline, const std::atomic<bool>& 
       report.reread_bytes += copies_->target_bytes(plan.runs()[run]);
     }
     if (cancelled) return Error{ErrorCode::kCancelled, "the refit was cancelled by the caller"};
+    if (deadline.passed()) {
+      return Error{ErrorCode::kDeadlineExceeded,
+                   fmt::format("the refit's deadline passed with {} of {} runs not proved",
+                               missing_.size(), plan.runs().size())};
+    }
   }
   // What follows is a success: nothing may reach it unproved.
   TRANSFUSE_CHECK(std::ranges::find(proved_, uint8_t{0}) == proved_.end());
@@ -474,10 +486,16 @@ void RefitAttempt::report_routes(RefitReport& report) const {
     if (route_of[candidate] == SIZE_MAX) {
       route_of[candidate] = report.routes.size();
       const uint32_t parameter = plan.holders()[holder_of_[run]].parameter;
-      const auto where = candidates_[candidate].link->where(parameter, Deadline::after_ms(0));
+      // Null: it was given up after it delivered, when it could not be reached again.
+      SourceLink* const link = candidates_[candidate].link;
+      std::string route = "closed";
+      if (link != nullptr) {
+        const auto where = link->where(parameter, Deadline::after_ms(0));
+        if (where) route = where->region->route();
+      }
       report.routes.push_back({.source = candidates_[candidate].info.name,
                                .transport = std::string(transport_.kind()),
-                               .route = where ? std::string(where->region->route()) : "closed",
+                               .route = std::move(route),
                                .size_bytes = 0,
                                .run_count = 0});
     }

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <thread>
 #include <utility>
 
 #include "fmt/format.h"
@@ -14,6 +15,7 @@ constexpr size_t kSlots = 32;
 constexpr size_t kCopiesPerTicket = 512;
 constexpr auto kWaitSlice = std::chrono::milliseconds(50);
 constexpr auto kCancelGrace = std::chrono::milliseconds(200);
+constexpr auto kCancelPause = std::chrono::milliseconds(1);  // of polling what was cancelled
 
 }  // namespace
 
@@ -44,6 +46,8 @@ bool Transfer::fill(const TransferOrder& order, Slot& slot) {
   slot.runs.clear();
   slot.bytes = 0;
   const RemoteRegion* region = nullptr;
+  // A region that is not open yet is asked for: a source that does not answer is a stalled one.
+  const Deadline limit = order.deadline.earlier(Deadline::after_ms(order.no_progress_ms));
   while (next_ < order.runs.size() && slot.copies.size() < kCopiesPerTicket &&
          slot.bytes < ticket_bytes) {
     const uint32_t number = order.runs[next_];
@@ -55,7 +59,7 @@ bool Transfer::fill(const TransferOrder& order, Slot& slot) {
     }
     const Run& run = plan.runs()[number];
     const Holder& holder = plan.holders()[order.holder[number]];
-    const auto where = order.links[link]->where(holder.parameter, order.deadline);
+    const auto where = order.links[link]->where(holder.parameter, limit);
     if (!where) {
       fail_link(link, where.error());
       continue;
@@ -158,15 +162,22 @@ Result<void> Transfer::run(const TransferOrder& order, std::span<uint8_t> landed
   bool stopping = false;
   while (true) {
     waiting_.clear();
+    bool busy = false;
     for (Slot& slot : slots_) {
       while (!slot.busy && !stopping && next_ < order.runs.size()) {
         if (!fill(order, slot)) break;
       }
-      if (slot.busy) waiting_.push_back(slot.ticket);
+      busy = busy || slot.busy;
+      // A cancelled one is not pending any more, so that waiting for it would be no wait.
+      if (slot.busy && slot.cancelled_at == TimePoint{}) waiting_.push_back(slot.ticket);
     }
-    if (waiting_.empty()) return outcome;
+    if (!busy) return outcome;
     const Deadline slice = Deadline::after(kWaitSlice);
-    transport_.wait_any(waiting_, stopping ? slice : slice.earlier(order.deadline));
+    if (waiting_.empty()) {
+      std::this_thread::sleep_for(kCancelPause);
+    } else {
+      transport_.wait_any(waiting_, stopping ? slice : slice.earlier(order.deadline));
+    }
     for (Slot& slot : slots_) {
       if (slot.busy) (void)reap(slot, landed, sums);
     }
