@@ -73,6 +73,16 @@ TEST_F(FaultyRefit, DroppedReadIsFoundByMissingProgressAndReadAgain) {
   EXPECT_LT(report->reread_bytes, report->size_bytes);  // only what is missing
 }
 
+TEST_F(FaultyRefit, DroppedGenerationReadIsNoCancellationAndTheRefitGoesOn) {
+  start("fsdp:dp=1", "hf");
+  inject(Fault::kDrop, 0);
+  const auto report = engine_->refit();
+  expect_right(report);
+  EXPECT_EQ(faulty_->fault_count(Fault::kDrop), 1u);
+  ASSERT_FALSE(report->steps.empty());
+  EXPECT_EQ(report->steps[0].code, ErrorCode::kDeadlineExceeded) << report->to_text();
+}
+
 TEST_F(FaultyRefit, CorruptedChunkIsCaughtNamedAndReadAgain) {
   start("fsdp:dp=2", "vllm:tp=2");
   inject(Fault::kCorrupt, kFirstWeights);

@@ -258,6 +258,20 @@ TEST_F(Refit, I3_AHundredRefitsLeaveRegistrationsAsAfterTheSecond) {
   }
 }
 
+TEST_F(Refit, RareReaderGetsItsTableBackAfterTheSourceDroppedIt) {
+  start_trainers("fsdp:dp=2,dtype=f32");
+  Engine engine(*transport_, *control_, layouts("vllm:tp=2")[0]);
+  publish(1);
+  ASSERT_TRUE(engine.refit());
+  for (uint64_t version = 2; version <= 80; ++version) publish(version);
+  auto report = engine.refit();
+  ASSERT_TRUE(report) << report.error().to_string();
+  EXPECT_EQ(report->version, 80u);
+  EXPECT_EQ(report->attempts, 1u);
+  EXPECT_TRUE(report->steps.empty()) << report->to_text();  // I12: nobody is blamed
+  EXPECT_EQ(engine.parameters.wrong_elements(80), 0);
+}
+
 TEST_F(Refit, VerifyFindsTheTensorThatAnEngineLost) {
   start_trainers("fsdp:dp=2,dtype=f32");
   publish(1);

@@ -16,7 +16,7 @@
 namespace transfuse {
 namespace {
 
-constexpr size_t kMaxTables = 32;
+constexpr size_t kMaxTables = 64;
 // Readers ask again every kTableRenewalVersions (see source_link.h); four missed renewals end a
 // table.
 constexpr uint32_t kTableVersions = 64;
@@ -27,6 +27,11 @@ TableHeader* header_of(const LocalRegion& region) {
 }
 
 std::atomic_ref<uint64_t> word(uint64_t& value) { return std::atomic_ref<uint64_t>(value); }
+
+// A reader keeps what it has mapped: it learns here that nobody sums this table any more.
+void mark_dropped(const LocalRegion& region) {
+  word(header_of(region)->incarnation).store(0, std::memory_order_release);
+}
 
 }  // namespace
 
@@ -117,8 +122,23 @@ Generation ServedWeights::end_write() {
 
 void ServedWeights::drop_stale_tables() {
   std::erase_if(tables_, [](const std::unique_ptr<Table>& table) {
-    return table->chunks_in_flight == 0 && --table->versions_left == 0;
+    const bool stale = table->chunks_in_flight == 0 && --table->versions_left == 0;
+    if (stale) mark_dropped(*table->region);
+    return stale;
   });
+}
+
+// Of plans that come and go, the one that was asked for longest ago makes room.
+void ServedWeights::make_room_for_table() {
+  if (tables_.size() < kMaxTables) return;
+  auto oldest = tables_.end();
+  for (auto at = tables_.begin(); at != tables_.end(); ++at) {
+    if ((*at)->chunks_in_flight > 0) continue;
+    if (oldest == tables_.end() || (*at)->versions_left < (*oldest)->versions_left) oldest = at;
+  }
+  if (oldest == tables_.end()) return;
+  mark_dropped(*(*oldest)->region);
+  tables_.erase(oldest);
 }
 
 void ServedWeights::want(Table& table) {
@@ -130,16 +150,21 @@ void ServedWeights::want(Table& table) {
 }
 
 void ServedWeights::event_loop(MemberId member) {
+  bool told = false;
   while (!stopping_) {
     auto event = control_.next_event(member, Deadline::after_ms(kEventSliceMs));
     if (!event) {
       // The control front end repeats registrations by itself; here the loop only must not spin.
-      log_event(LogLevel::kWarn, "table_events_unavailable",
-                {{"reason", event.error().to_string()}});
+      if (!told) {
+        log_event(LogLevel::kWarn, "table_events_unavailable",
+                  {{"reason", event.error().to_string()}});
+      }
+      told = true;
       const MutexLock lock(mutex_);
       if (!stopping_) changed_.wait_until(mutex_, Deadline::after_ms(kEventSliceMs));
       continue;
     }
+    told = false;
     if (!event->has_value() || (*event)->kind != MemberEvent::Kind::kTableRequest) continue;
     if (auto added = add_table(member, (*event)->table); !added) {
       // The reader that asked gets no table and reports that by its own deadline.
@@ -150,24 +175,25 @@ void ServedWeights::event_loop(MemberId member) {
   }
 }
 
-Result<void> ServedWeights::add_table(MemberId member, const TableRequest& request) {
-  std::string announced;
-  {
-    const MutexLock lock(mutex_);
-    for (const auto& table : tables_) {
-      if (table->key != request.plan_key) continue;
-      table->versions_left = kTableVersions;
-      if (!options_.keep_tables_fresh && !writing_) {
-        want(*table);
-        changed_.notify_all();
-      }
-      announced = encode(table->region->descriptor());
-    }
-    if (announced.empty() && tables_.size() >= kMaxTables) {
-      return Error{ErrorCode::kResourceExhausted,
-                   fmt::format("{} fingerprint tables are kept already", kMaxTables)};
-    }
+std::string ServedWeights::known_table(const TableRequest& request) {
+  const MutexLock lock(mutex_);
+  const auto found =
+      std::ranges::find(tables_, request.plan_key, [](const auto& table) { return table->key; });
+  if (found == tables_.end()) return {};
+  Table* const table = found->get();
+  table->versions_left = kTableVersions;
+  if (!options_.keep_tables_fresh && !writing_) {
+    // Sums under way may have begun before the request: they do not count for it.
+    table->wanted = false;
+    while (table->chunks_in_flight > 0) changed_.wait(mutex_);
+    if (!writing_) want(*table);
+    changed_.notify_all();
   }
+  return encode(table->region->descriptor());
+}
+
+Result<void> ServedWeights::add_table(MemberId member, const TableRequest& request) {
+  std::string announced = known_table(request);
   if (!announced.empty()) return control_.put_table(member, request.plan_key, announced);
 
   TRANSFUSE_ASSIGN_OR_RETURN(Layout target, control_.get_layout(request.target));
@@ -206,6 +232,7 @@ Result<void> ServedWeights::add_table(MemberId member, const TableRequest& reque
                                              .versions_left = kTableVersions});
   {
     const MutexLock lock(mutex_);
+    make_room_for_table();
     if (!writing_) want(*table);
     tables_.push_back(std::move(table));
     changed_.notify_all();
@@ -238,17 +265,20 @@ void ServedWeights::sum_loop() {
     mutex_.unlock();
 
     sum_chunk(*table, chunk);
-    TableHeader* const header = header_of(*table->region);
-    word(header->progress).fetch_add(chunk.run_count, std::memory_order_relaxed);
 
     mutex_.lock();
     --chunks_in_flight_;
     --table->chunks_in_flight;
+    // Tables are summed one after another: who waits for a later one sees that this one moves.
+    for (const auto& due : tables_) {
+      if (!due->wanted) continue;
+      word(header_of(*due->region)->progress).fetch_add(chunk.run_count, std::memory_order_relaxed);
+    }
     if (table->wanted && table->next_chunk == chunks.size() && table->chunks_in_flight == 0) {
       table->wanted = false;
-      word(header->counter).store(counter_, std::memory_order_release);
+      word(header_of(*table->region)->counter).store(counter_, std::memory_order_release);
     }
-    if (chunks_in_flight_ == 0) changed_.notify_all();
+    if (table->chunks_in_flight == 0) changed_.notify_all();
   }
   mutex_.unlock();
 }

@@ -23,10 +23,10 @@ namespace transfuse {
 // layout holds (0 elsewhere). A reader trusts the sums only between two reads of a header whose
 // generation is the one that it expects.
 struct TableHeader {
-  uint64_t incarnation = 0;
-  uint64_t counter = 0;  // 0: the sums are not complete
-  uint64_t progress =
-      0;  // runs visited for the generation that is being summed: grows while the member is alive
+  uint64_t incarnation = 0;  // 0: the table was dropped, who needs it asks again
+  uint64_t counter = 0;      // 0: the sums are not complete
+  uint64_t progress = 0;     // runs visited for any table while this one is due: grows while the
+                             // member is alive
   uint64_t run_count = 0;
 };
 inline constexpr uint64_t kTableHeaderBytes = 64;
@@ -83,7 +83,9 @@ class ServedWeights {
   void event_loop(MemberId member);
   void sum_loop();
   Result<void> add_table(MemberId member, const TableRequest& request);
+  std::string known_table(const TableRequest& request);  // its region, "" if there is none yet
   void want(Table& table) REQUIRES(mutex_);
+  void make_room_for_table() REQUIRES(mutex_);
   Table* next_table() REQUIRES(mutex_);
   void sum_chunk(const Table& table, const Chunk& chunk) const;
   void drop_stale_tables() REQUIRES(mutex_);

@@ -15,6 +15,10 @@ namespace {
 constexpr size_t kMaxTables = 8;  // of one link: plans that this reader has used lately
 constexpr auto kFirstPause = std::chrono::microseconds(50);
 constexpr auto kLongestPause = std::chrono::milliseconds(2);
+constexpr auto kAnnouncementPause = std::chrono::milliseconds(10);
+// A source compiles the plan before it announces a table: for a large model, on busy cores, that
+// takes longer than a read may stand still.
+constexpr int64_t kAnnouncementFactor = 5;
 
 }  // namespace
 
@@ -86,8 +90,10 @@ Result<void> SourceLink::read_words(const RemoteRegion& region, uint64_t offset_
   if (!transport_.wait_any({&ticket, 1}, deadline)) {
     transport_.cancel(ticket);
     close();  // ends the ticket: no later write of the staged words is possible
-    TRANSFUSE_RETURN_IF_ERROR(transport_.finish(ticket));
-    return gone("a read of its control words made no progress");
+    (void)transport_.finish(ticket);  // cancelled, or landed too late: both are this error
+    return Error{
+        ErrorCode::kDeadlineExceeded,
+        fmt::format("a read of the control words of source '{}' did not end in time", info_.name)};
   }
   TRANSFUSE_RETURN_IF_ERROR(transport_.finish(ticket));
   std::memcpy(words.data(), staged_words_.data(), words.size_bytes());
@@ -103,7 +109,10 @@ Result<Generation> SourceLink::read_generation(Deadline deadline) {
 
 Result<void> SourceLink::request_table(MemberId reader, const TableRequest& request) {
   const auto known = std::ranges::find(tables_, request.plan_key, &Table::key);
-  if (known != tables_.end() && --known->refits_until_renewal > 0) return {};
+  if (known != tables_.end() && known->refits_until_renewal > 1) {
+    --known->refits_until_renewal;
+    return {};
+  }
   TRANSFUSE_RETURN_IF_ERROR(control_.request_table(reader, info_.id, request));
   if (known != tables_.end()) {
     known->refits_until_renewal = kTableRenewalVersions;
@@ -114,45 +123,76 @@ Result<void> SourceLink::request_table(MemberId reader, const TableRequest& requ
   return {};
 }
 
-Result<SourceLink::Table*> SourceLink::open_table(const Digest& key, Deadline deadline) {
+Result<SourceLink::Table*> SourceLink::open_table(const Digest& key, size_t run_count,
+                                                  Deadline deadline) {
   const auto table = std::ranges::find(tables_, key, &Table::key);
   TRANSFUSE_CHECK(table != tables_.end());
   if (table->region == nullptr) {
+    auto region = open_table_region(key, run_count, deadline);
+    if (!region) {
+      table->refits_until_renewal = 1;  // the request may be what was lost
+      return Unexpected{std::move(region).error()};
+    }
+    table->region = std::move(*region);
+  }
+  return &*table;
+}
+
+Result<std::unique_ptr<RemoteRegion>> SourceLink::open_table_region(const Digest& key,
+                                                                    size_t run_count,
+                                                                    Deadline deadline) {
+  while (true) {
     TRANSFUSE_ASSIGN_OR_RETURN(const std::string bytes,
                                control_.get_table(info_.id, key, deadline));
     TRANSFUSE_ASSIGN_OR_RETURN(const RegionDescriptor descriptor, decode_region_descriptor(bytes));
+    const uint64_t needed = kTableHeaderBytes + run_count * sizeof(uint64_t);
+    if (descriptor.size_bytes < needed) {
+      return Error{
+          ErrorCode::kCorrupt,
+          fmt::format("source '{}' announced a fingerprint table of {} bytes, {} runs need "
+                      "{}",
+                      info_.name, descriptor.size_bytes, run_count, needed)};
+    }
     if (peer_ == nullptr) return gone("its connection was closed");
-    TRANSFUSE_ASSIGN_OR_RETURN(table->region, peer_->open_region(descriptor, deadline));
+    auto region = peer_->open_region(descriptor, deadline);
+    if (region || region.error().code != ErrorCode::kNotFound || deadline.passed()) return region;
+    // The table that was announced is dropped already; the next one is on its way.
+    std::this_thread::sleep_for(kAnnouncementPause);
   }
-  return &*table;
+}
+
+// A source drops tables that nobody asked for in many versions, and says so in their headers.
+Result<SourceLink::Table*> SourceLink::reopen_table(MemberId reader, const TableRequest& request,
+                                                    size_t run_count, Deadline deadline) {
+  std::erase_if(tables_, [&](const Table& table) { return table.key == request.plan_key; });
+  TRANSFUSE_RETURN_IF_ERROR(request_table(reader, request));
+  return open_table(request.plan_key, run_count, deadline);
+}
+
+Result<TableHeader> SourceLink::read_header(const Table& table, Deadline deadline) {
+  std::array<uint64_t, 4> words{};
+  TRANSFUSE_RETURN_IF_ERROR(read_words(*table.region, 0, words, deadline));
+  return TableHeader{
+      .incarnation = words[0], .counter = words[1], .progress = words[2], .run_count = words[3]};
 }
 
 Result<void> SourceLink::read_table(MemberId reader, const TableRequest& request,
                                     const Generation& generation, std::span<uint64_t> sums,
                                     Deadline deadline, int64_t no_progress_ms) {
   const auto next_limit = [&] { return deadline.earlier(Deadline::after_ms(no_progress_ms)); };
+  const Deadline announced_by =
+      deadline.earlier(Deadline::after_ms(kAnnouncementFactor * no_progress_ms));
   TRANSFUSE_RETURN_IF_ERROR(request_table(reader, request));
-  TRANSFUSE_ASSIGN_OR_RETURN(Table * table, open_table(request.plan_key, next_limit()));
-  if (table->region->size_bytes() < kTableHeaderBytes + sums.size_bytes()) {
-    return Error{
-        ErrorCode::kCorrupt,
-        fmt::format("source '{}' announced a fingerprint table of {} bytes, {} runs need {}",
-                    info_.name, table->region->size_bytes(), sums.size(),
-                    kTableHeaderBytes + sums.size_bytes())};
-  }
+  TRANSFUSE_ASSIGN_OR_RETURN(Table * table,
+                             open_table(request.plan_key, sums.size(), announced_by));
   Duration pause = kFirstPause;
   Deadline limit = next_limit();
   uint64_t progress = 0;
-  const auto read_header = [&](TableHeader& header) {
-    return read_words(*table->region, 0, {reinterpret_cast<uint64_t*>(&header), 4}, limit);
-  };
   while (true) {
-    TableHeader before;
-    TRANSFUSE_RETURN_IF_ERROR(read_header(before));
+    TRANSFUSE_ASSIGN_OR_RETURN(const TableHeader before, read_header(*table, next_limit()));
     if (before.counter == generation.counter && before.incarnation == generation.incarnation) {
       TRANSFUSE_RETURN_IF_ERROR(read_words(*table->region, kTableHeaderBytes, sums, next_limit()));
-      TableHeader after;
-      TRANSFUSE_RETURN_IF_ERROR(read_header(after));
+      TRANSFUSE_ASSIGN_OR_RETURN(const TableHeader after, read_header(*table, next_limit()));
       if (after.counter == before.counter && after.incarnation == before.incarnation) return {};
     }
     if (!alive()) return gone("it ended before its fingerprints were complete");
@@ -168,14 +208,16 @@ Result<void> SourceLink::read_table(MemberId reader, const TableRequest& request
       limit = next_limit();
     }
     if (limit.passed()) {
-      return Error{
-          ErrorCode::kDeadlineExceeded,
-          fmt::format("source '{}' made no progress with its fingerprints for {} ms ({} of "
-                      "{} runs)",
-                      info_.name, no_progress_ms, progress, sums.size())};
+      return Error{ErrorCode::kDeadlineExceeded,
+                   fmt::format("source '{}' made no progress with its fingerprints for {} ms",
+                               info_.name, no_progress_ms)};
     }
     std::this_thread::sleep_for(pause);
     pause = std::min<Duration>(pause * 2, kLongestPause);
+    if (before.incarnation == 0) {
+      TRANSFUSE_ASSIGN_OR_RETURN(table, reopen_table(reader, request, sums.size(), announced_by));
+      limit = next_limit();
+    }
   }
 }
 

@@ -66,7 +66,12 @@ class SourceLink {
   // the caller's memory.
   Result<void> read_words(const RemoteRegion& region, uint64_t offset_bytes,
                           std::span<uint64_t> words, Deadline deadline);
-  Result<Table*> open_table(const Digest& key, Deadline deadline);
+  Result<Table*> open_table(const Digest& key, size_t run_count, Deadline deadline);
+  Result<std::unique_ptr<RemoteRegion>> open_table_region(const Digest& key, size_t run_count,
+                                                          Deadline deadline);
+  Result<Table*> reopen_table(MemberId reader, const TableRequest& request, size_t run_count,
+                              Deadline deadline);
+  Result<TableHeader> read_header(const Table& table, Deadline deadline);
   Error gone(std::string what) const;
 
   Transport& transport_;
