@@ -42,11 +42,29 @@ struct Measured {
   Samples full_fresh;  // full, right after publishing: the sources sum while the target reads
   std::vector<double> memcpy_seconds;
   RefitReport cold;  // the first refit: connections, layouts, plan
+  double extra_target_mib = 0;
+  std::vector<double> extra_source_mib;
 };
 
-Result<Measured> run_cycles(RefitWorld& world, const Ceiling& ceiling, int repetitions) {
-  Measured measured;
-  constexpr int kWarmUp = 2;
+// The first refits, which connect and plan; then what a target and its sources hold beside weights.
+Result<void> warm_up(RefitWorld& world, Measured& measured) {
+  for (int i = 0; i < 3; ++i) {
+    TRANSFUSE_RETURN_IF_ERROR(world.publish());
+    TRANSFUSE_ASSIGN_OR_RETURN(const RefitReport report, world.refit(Verify::kFull));
+    TRANSFUSE_RETURN_IF_ERROR(world.refit(Verify::kOff));
+    if (i == 0) measured.cold = report;
+  }
+  measured.extra_target_mib = static_cast<double>(world.extra_target_bytes()) / kMiB;
+  for (auto& source : world.sources()) {
+    TRANSFUSE_ASSIGN_OR_RETURN(const SourceUsage usage, source->usage());
+    measured.extra_source_mib.push_back(static_cast<double>(usage.anonymous_bytes) / kMiB);
+  }
+  return {};
+}
+
+Result<void> run_cycles(RefitWorld& world, const Ceiling& ceiling, int repetitions,
+                        Measured& measured) {
+  constexpr int kWarmUp = 1;  // of memcpy
   for (int i = 0; i < kWarmUp + repetitions; ++i) {
     TRANSFUSE_RETURN_IF_ERROR(world.publish());
     TRANSFUSE_ASSIGN_OR_RETURN(const RefitReport fresh, world.refit(Verify::kFull));
@@ -56,14 +74,13 @@ Result<Measured> run_cycles(RefitWorld& world, const Ceiling& ceiling, int repet
     TRANSFUSE_ASSIGN_OR_RETURN(const RefitReport off, world.refit(Verify::kOff));
     if (!memcpy_first) memcpy_seconds = ceiling.copy_seconds(world.target().bytes());
     TRANSFUSE_ASSIGN_OR_RETURN(const RefitReport full, world.refit(Verify::kFull));
-    if (i == 0) measured.cold = fresh;
     if (i < kWarmUp) continue;
     measured.memcpy_seconds.push_back(memcpy_seconds);
     measured.full_fresh.add(fresh);
     measured.off.add(off);
     measured.full.add(full);
   }
-  return measured;
+  return {};
 }
 
 std::vector<double> divided(const std::vector<double>& a, const std::vector<double>& b) {
@@ -98,8 +115,8 @@ struct Case {
   double target_ratio;  // T3
 };
 
-Result<void> emit(const Case& c, const std::string& workload, const Measured& measured,
-                  RefitWorld& world, uint32_t threads, const Sink& sink) {
+void emit(const Case& c, const std::string& workload, const Measured& measured,
+          const RefitWorld& world, uint32_t threads, const Sink& sink) {
   const uint64_t bytes = measured.off.last.size_bytes;
   const nlohmann::json detail = {
       {"bytes", bytes},
@@ -128,25 +145,19 @@ Result<void> emit(const Case& c, const std::string& workload, const Measured& me
   sink({"T2", workload, "the same, fingerprints full", "ms", spread_of(measured.full.overhead_ms),
         detail});
 
-  const double target_mib = static_cast<double>(world.extra_target_bytes()) / kMiB;
+  const double mib = measured.extra_target_mib;
   sink({"T10",
         workload,
         "extra memory at the target",
         "MiB",
-        {target_mib, target_mib, target_mib},
+        {mib, mib, mib},
         {{"receivers", 2}, {"staging_target_mib", 64}}});
-  std::vector<double> source_mib;
-  for (auto& source : world.sources()) {
-    TRANSFUSE_ASSIGN_OR_RETURN(const SourceUsage usage, source->usage());
-    source_mib.push_back(static_cast<double>(usage.anonymous_bytes) / kMiB);
-  }
   sink({"T10",
         workload,
         "extra memory at a source",
         "MiB",
-        spread_of(source_mib),
+        spread_of(measured.extra_source_mib),
         {{"staging_target_mib", 64}}});
-  return {};
 }
 
 }  // namespace
@@ -161,19 +172,21 @@ Result<void> measure_refit(const Options& options, const Sink& sink) {
   };
   const uint32_t threads = options.threads == 0 ? usable_core_count() : options.threads;
   const ModelConfig config = options.tiny ? narrow_qwen3_4b(16 << 20) : qwen3_4b(options.layers);
+  const std::string model = options.tiny ? "tiny" : fmt::format("4b/{}", options.layers);
   for (const Case& c : kCases) {
     const std::string_view route = c.memory == SourceMemory::kMemfd ? "memfd" : "vm_readv";
     const std::string workload =
-        fmt::format("4b/{} {} {} -> {}, {}", options.layers, c.name, c.source, c.target, route);
+        fmt::format("{} {} {} -> {}, {}", model, c.name, c.source, c.target, route);
     TRANSFUSE_ASSIGN_OR_RETURN(
         const auto world,
         RefitWorld::open({fmt::format("{}-{}", c.name, route), config, std::string(c.source),
                           std::string(c.target), c.memory, threads}));
+    Measured measured;
+    TRANSFUSE_RETURN_IF_ERROR(warm_up(*world, measured));
     TRANSFUSE_ASSIGN_OR_RETURN(const Ceiling ceiling,
                                Ceiling::open(world->target().size_bytes(), threads));
-    TRANSFUSE_ASSIGN_OR_RETURN(const Measured measured,
-                               run_cycles(*world, ceiling, options.repetitions));
-    TRANSFUSE_RETURN_IF_ERROR(emit(c, workload, measured, *world, threads, sink));
+    TRANSFUSE_RETURN_IF_ERROR(run_cycles(*world, ceiling, options.repetitions, measured));
+    emit(c, workload, measured, *world, threads, sink);
   }
   return {};
 }

@@ -53,7 +53,7 @@ class RefitWorld {
 
   Weights& target() { return target_; }
   uint64_t version() const { return version_; }
-  std::vector<std::unique_ptr<SourceProcess>>& sources() { return sources_; }
+  const std::vector<std::unique_ptr<SourceProcess>>& sources() const { return sources_; }
   TransportStats stats() const { return transport_->stats(); }
   // Private memory that the target has beyond its weights.
   uint64_t extra_target_bytes() const;
