@@ -20,6 +20,8 @@ constexpr size_t kMaxTables = 64;
 // Readers ask again every kTableRenewalVersions (see source_link.h); four missed renewals end a
 // table.
 constexpr uint32_t kTableVersions = 64;
+// 4 TiB of target in chunks of 1 MiB; a peer that asks for more makes this process compile garbage.
+constexpr uint64_t kMaxTableChunks = uint64_t{1} << 22;
 constexpr int64_t kEventSliceMs = 50;  // how late stop_serving() is seen
 
 TableHeader* header_of(const LocalRegion& region) {
@@ -197,6 +199,14 @@ Result<void> ServedWeights::add_table(MemberId member, const TableRequest& reque
   if (!announced.empty()) return control_.put_table(member, request.plan_key, announced);
 
   TRANSFUSE_ASSIGN_OR_RETURN(Layout target, control_.get_layout(request.target));
+  if (request.chunk_bytes == 0 ||
+      target.parameter_bytes() / request.chunk_bytes > kMaxTableChunks) {
+    return Error{
+        ErrorCode::kInvalidArgument,
+        fmt::format("a table was asked for {} bytes in chunks of {}, at most {} chunks are "
+                    "possible",
+                    target.parameter_bytes(), request.chunk_bytes, kMaxTableChunks)};
+  }
   std::vector<Layout> sources;
   for (const Digest& digest : request.sources) {
     if (digest == layout_.digest()) {
