@@ -1,0 +1,40 @@
+// A source whose description of itself is not true.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "faults/weights.h"
+#include "session/memory.h"
+#include "transfuse/control.h"
+#include "transfuse/layout.h"
+#include "transfuse/result.h"
+#include "transfuse/transport.h"
+
+namespace transfuse::faults {
+
+// Holds version 1 of honest weights, joined and published by hand. Used from one thread; outlived
+// by `transport` and `control`.
+class Liar {
+ public:
+  // `lie` names what is wrong: see describe() in liar.cc.
+  static Result<std::unique_ptr<Liar>> open(Transport& transport, Control& control, Layout layout,
+                                            const std::string& name, const std::string& lie);
+  ~Liar();
+  Liar(const Liar&) = delete;
+  Liar& operator=(const Liar&) = delete;
+
+ private:
+  explicit Liar(Control& control) : control_(control) {}
+  Result<std::string> describe(Transport& transport, const std::string& lie);
+
+  Control& control_;
+  std::unique_ptr<Weights> weights_;
+  std::unique_ptr<BoundMemory> bound_;
+  std::unique_ptr<LocalRegion> words_;
+  std::unique_ptr<LocalRegion> hole_;  // registered, but nothing is mapped there
+  MemberId member_{};
+};
+
+}  // namespace transfuse::faults
