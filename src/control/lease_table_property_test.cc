@@ -51,6 +51,7 @@ class Judge {
   std::map<uint64_t, VersionState> versions;
   std::set<std::pair<uint64_t, uint64_t>> published;  // (member, version), ever
   std::set<uint64_t> dying;  // members whose time ends now: before or after anything else of now
+  bool upheaval = false;     // in this step somebody came or went
   std::vector<std::string> faults;
 
   void expect(bool condition, const std::string& what) {
@@ -58,6 +59,7 @@ class Judge {
   }
 
   void gone(uint64_t member) {
+    upheaval = true;
     members.erase(member);
     std::erase_if(leases, [&](const auto& lease) { return lease.second.holder == member; });
   }
@@ -70,7 +72,7 @@ class Judge {
       if (waiter && lease->result) see_lease(*waiter, *lease->result, now);
     } else if (const auto* drain = std::get_if<DrainReply>(&effect)) {
       const auto waiter = answered(drain->waiter);
-      if (waiter) see_drain(*waiter, *drain);
+      if (waiter) see_drain(*waiter, *drain, now);
     } else if (const auto* notice = std::get_if<MemberNotice>(&effect)) {
       expect(members.contains(notice->member), "a notice for nobody");
       const bool revoked = notice->event.kind == MemberEvent::Kind::kRevoked;
@@ -93,8 +95,7 @@ class Judge {
         for (const auto& [id, member] : members) {
           if (member.offers == number && member.role == MemberRole::kSource) ++count;
         }
-        // The publish() that is under way is not noted yet.
-        expect(count + 1 >= version.source_count, "READY before all sources had published");
+        expect(count >= version.source_count, "READY before all sources had published");
         break;
       }
       case VersionState::kRetired:
@@ -133,7 +134,15 @@ class Judge {
     leases[static_cast<uint64_t>(lease.id)] = {waiter.member, lease.version, now + kLeaseTtl};
   }
 
-  void see_drain(const Waiter& waiter, const DrainReply& drain) {
+  void see_drain(const Waiter& waiter, const DrainReply& drain, TimePoint now) {
+    if (drain.result && drain.result->revoked > 0) {
+      bool due = upheaval || !dying.empty() || waiter.deadline <= now || last_due == now;
+      for (const auto& [id, other] : waiters) {
+        due = due || (other.writes != 0 && other.deadline <= now);
+      }
+      expect(due, "readers were revoked before any deadline");
+    }
+    if (waiter.deadline <= now) last_due = now;
     const auto found = members.find(waiter.member);
     if (found == members.end()) return;
     Member& member = found->second;
@@ -152,6 +161,11 @@ class Judge {
     for (const auto& [id, waiter] : waiters) {
       expect(waiter.deadline > now, "a waiter outlived its deadline");
       expect(members.contains(waiter.member), "a waiter outlived its member");
+      if (waiter.writes == 0 || !members.contains(waiter.member)) continue;
+      const uint64_t closing = members.at(waiter.member).closing;
+      bool read = false;
+      for (const auto& [number, lease] : leases) read = read || lease.version == closing;
+      expect(read, "begin_write() waits for nobody");
     }
     std::set<uint64_t> named;
     for (const MemberInfo& member : table.members("")) {
@@ -175,6 +189,7 @@ class Judge {
     expect(revoked_notices == owed_notices, "a revoked reader was not told");
   }
 
+  TimePoint last_due;  // when a begin_write() was last answered at its deadline
   size_t revoked_notices = 0;
   size_t owed_notices = 0;
 
@@ -197,6 +212,7 @@ class World {
 
   std::vector<std::string> live(int steps) {
     for (int i = 0; i < steps && judge_.faults.empty(); ++i) {
+      judge_.upheaval = false;
       step();
       settle();
     }
@@ -295,6 +311,7 @@ class World {
     judge_.expect(joined.has_value() == possible, "join() did not go by who is alive");
     if (!joined) return;
     if (suspect) judge_.gone(*suspect);
+    judge_.upheaval = true;
     owners_[*joined] = request.owner;
     judge_.members[*joined] = {.role = request.registration.role,
                                .name = name,
