@@ -153,7 +153,11 @@ class Judge {
       }
       member.offers = 0;
     }
-    if (drain.result || drain.result.error().code != ErrorCode::kCancelled) member.closing = 0;
+    bool waits = false;  // another begin_write() of the same source, which this one did not end
+    for (const auto& [id, other] : waiters) {
+      waits = waits || (other.member == waiter.member && other.writes != 0);
+    }
+    if (!waits) member.closing = 0;
   }
 
   // After tick(now) and all effects.
