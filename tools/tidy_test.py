@@ -15,7 +15,7 @@ import tidy  # noqa: E402
 LAYERS = tidy.Layers(
     folders={
         "include/transfuse": {"uses": [], "headers": ["*"]},
-        "src/base": {"uses": [], "headers": ["result"]},
+        "src/base": {"uses": [], "headers": ["result"], "test_uses": ["src/plan"]},
         "src/plan": {"uses": ["src/base"], "headers": ["result", "plan"]},
         "src/transport/shm": {"uses": ["src/base"], "headers": ["transport"]},
         "apps": {"uses": ["src/base", "bench"], "headers": ["*"]},
@@ -41,6 +41,9 @@ class Includes(unittest.TestCase):
     def test_a_higher_layer_may_not_be_included(self) -> None:
         found = messages(tidy.check_includes, "src/base/log.cc", '#include "plan/cut.h"\n')
         self.assertIn("src/base may not include plan/cut.h", found[0])
+        self.assertEqual(
+            messages(tidy.check_includes, "src/base/log_test.cc", '#include "plan/cut.h"\n'), []
+        )
 
     def test_a_public_header_of_another_layer_may_not_be_included(self) -> None:
         text = '#include "transfuse/transport.h"\n'
