@@ -131,7 +131,8 @@ class Control {
   // -- source --
   // No new lease on what this source published; waits until its readers are gone, at the deadline
   // revokes them. Then the version it had published is RETIRED and `version` is OPEN.
-  // kAlreadyExists if `version` is not above the last one published.
+  // kAlreadyExists if `version` is not above the last one published. The deadline is the readers':
+  // the coordinator's answer may take the instance's default longer.
   virtual Result<DrainOutcome> begin_write(MemberId source, uint64_t version,
                                            Deadline deadline) = 0;
   virtual Result<void> publish(MemberId source, uint64_t version, const Generation& generation) = 0;

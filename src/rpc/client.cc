@@ -199,13 +199,16 @@ class RpcControl final : public Control {
 
   Result<DrainOutcome> begin_write(MemberId source, uint64_t version, Deadline deadline) override {
     TRANSFUSE_RETURN_IF_ERROR(connection_->check_process());
+    // The deadline is the readers'. That they were revoked at it is an answer, which needs time.
+    const Deadline answer_by(deadline.at() +
+                             std::chrono::milliseconds(connection_->control().call_deadline_ms));
     wire::BeginWriteReply reply;
     TRANSFUSE_RETURN_IF_ERROR(connection_->call(
-        "begin_write", &Stub::BeginWrite, source, deadline,
+        "begin_write", &Stub::BeginWrite, source, answer_by,
         [&](wire::BeginWriteRequest& request, const Link&, bool) {
           request.set_source(connection_->coordinator_id(source));
           request.set_version(version);
-          request.set_timeout_us(wait_us(deadline));
+          request.set_timeout_us(deadline.remaining() / std::chrono::microseconds(1));
         },
         &reply));
     connection_->change_member(source, [&](LocalMember& member) {
