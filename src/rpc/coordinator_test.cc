@@ -1,5 +1,7 @@
 // The embedded coordinator and its clients: real processes, sockets and kills.
 #include <gmock/gmock.h>
+#include <grpcpp/server.h>
+#include <grpcpp/server_builder.h>
 #include <gtest/gtest.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -10,6 +12,7 @@
 
 #include "rpc/member_process.h"
 #include "rpc/rpc.h"
+#include "transfuse.grpc.pb.h"
 
 namespace transfuse {
 namespace {
@@ -310,21 +313,6 @@ TEST_F(Coordinator, EightProcessesThatStartAtOnceHaveOneCoordinator) {
   for (const auto& each : processes) EXPECT_EQ(each->ask("coordinator"), pid);
 }
 
-TEST_F(Coordinator, WithoutAProgramToStartTheErrorNamesEveryPlace) {
-  ::setenv("TRANSFUSE_SERVE_COMMAND", "", 1);
-  ConnectOptions lost = options();
-  const std::string path = std::getenv("PATH");
-  ::setenv("PATH", "/nowhere", 1);
-  const auto control = connect_control(lost);
-  ::setenv("PATH", path.c_str(), 1);
-  ASSERT_FALSE(control);
-  EXPECT_EQ(control.error().code, ErrorCode::kNotFound);
-  for (const char* place : {"TRANSFUSE_SERVE_COMMAND", "serve_command", "bin/transfuse", "PATH"}) {
-    EXPECT_THAT(control.error().message, HasSubstr(place));
-  }
-  std::filesystem::remove_all(folder_);
-}
-
 TEST_F(Coordinator, AProgramThatIsNoCoordinatorIsNamedWithWhatItSaid) {
   ::setenv("TRANSFUSE_SERVE_COMMAND", "/bin/false", 1);
   const auto control = connect_control(options());
@@ -418,6 +406,32 @@ TEST_F(ByHand, I11_CallsEndWhenACoordinatorOnTcpIsGoneForGood) {
   EXPECT_EQ(control->acquire(target, {}, Deadline::after_ms(300)).error().code,
             ErrorCode::kDeadlineExceeded);
   EXPECT_FALSE(control->next_event(target, Deadline::after_ms(10))->has_value());
+}
+
+// Speaks another protocol, as an older or newer build would.
+class OtherProtocol final : public wire::Coordinator::Service {
+  grpc::Status Hello(grpc::ServerContext* /*context*/, const wire::HelloRequest* /*request*/,
+                     wire::HelloReply* reply) override {
+    reply->set_protocol(999);
+    reply->set_epoch(1);
+    reply->set_pid(4711);
+    return grpc::Status::OK;
+  }
+};
+
+TEST_F(ByHand, ACoordinatorOfAnotherProtocolIsRefusedInPlainWords) {
+  OtherProtocol service;
+  grpc::ServerBuilder builder;
+  const std::string address = "unix:" + parent_ + "/other.sock";
+  builder.AddListeningPort(address, grpc::InsecureServerCredentials());
+  builder.RegisterService(&service);
+  const auto server = builder.BuildAndStart();
+  ConnectOptions other = options();
+  other.address = address;
+  const auto control = connect_control(other);
+  ASSERT_FALSE(control);
+  EXPECT_EQ(control.error().code, ErrorCode::kUnsupported);
+  EXPECT_THAT(control.error().message, HasSubstr("(process 4711) speaks protocol 999"));
 }
 
 }  // namespace

@@ -38,21 +38,6 @@ bool is_program(const std::string& path) {
          ::access(path.c_str(), X_OK) == 0;
 }
 
-// The folder of the library or program that this code is linked into.
-std::string own_folder() {
-  static const char anchor = 0;
-  Dl_info info{};
-  std::error_code error;
-  if (::dladdr(&anchor, &info) != 0 && info.dli_fname != nullptr &&
-      std::strchr(info.dli_fname, '/') != nullptr) {
-    const auto path = std::filesystem::canonical(info.dli_fname, error);
-    if (!error) return path.parent_path();
-  }
-  // The main program is known by what it was called, which may lack a folder.
-  const auto path = std::filesystem::canonical("/proc/self/exe", error);
-  return error ? std::string() : path.parent_path().string();
-}
-
 std::vector<std::string> path_folders() {
   std::vector<std::string> folders;
   const char* path = std::getenv("PATH");
@@ -162,7 +147,22 @@ Result<void> wait_until_ready(int ready_fd, const std::string& program, const Ru
 
 }  // namespace
 
-Result<std::string> find_serve_program(const std::string& serve_command) {
+std::string own_folder() {
+  static const char anchor = 0;
+  Dl_info info{};
+  std::error_code error;
+  if (::dladdr(&anchor, &info) != 0 && info.dli_fname != nullptr &&
+      std::strchr(info.dli_fname, '/') != nullptr) {
+    const auto path = std::filesystem::canonical(info.dli_fname, error);
+    if (!error) return path.parent_path();
+  }
+  // The main program is known by what it was called, which may lack a folder.
+  const auto path = std::filesystem::canonical("/proc/self/exe", error);
+  return error ? std::string() : path.parent_path().string();
+}
+
+Result<std::string> find_serve_program(const std::string& serve_command,
+                                       const std::string& beside) {
   std::vector<std::string> tried;
   const char* named = std::getenv("TRANSFUSE_SERVE_COMMAND");
   if (named != nullptr && named[0] != '\0') {
@@ -176,8 +176,7 @@ Result<std::string> find_serve_program(const std::string& serve_command) {
         ErrorCode::kNotFound,
         fmt::format("the option serve_command names {}, which is no program", serve_command)};
   }
-  const std::string own = own_folder();
-  for (const std::string& path : {own + "/transfuse", own + "/bin/transfuse"}) {
+  for (const std::string& path : {beside + "/transfuse", beside + "/bin/transfuse"}) {
     if (is_program(path)) return path;
     tried.push_back(path);
   }
@@ -197,7 +196,8 @@ Result<void> ensure_coordinator(const RuntimePaths& paths, const ConnectOptions&
   TRANSFUSE_ASSIGN_OR_RETURN(const FolderLock lock, FolderLock::take(paths, deadline));
   if (somebody_listens(paths.socket)) return {};  // another member was faster
 
-  TRANSFUSE_ASSIGN_OR_RETURN(const std::string program, find_serve_program(options.serve_command));
+  TRANSFUSE_ASSIGN_OR_RETURN(const std::string program,
+                             find_serve_program(options.serve_command, own_folder()));
   std::array<int, 2> ends{};
   if (::pipe2(ends.data(), O_CLOEXEC) != 0) {
     return Error{ErrorCode::kResourceExhausted,

@@ -15,7 +15,10 @@ namespace transfuse {
 Result<void> ensure_coordinator(const RuntimePaths& paths, const ConnectOptions& options,
                                 Deadline deadline);
 
-// The program that serves, see ConnectOptions::serve_command.
-Result<std::string> find_serve_program(const std::string& serve_command);
+// The folder of the library or program that this code is linked into.
+std::string own_folder();
+
+// The program that serves, see ConnectOptions::serve_command; `beside` is where it lies by default.
+Result<std::string> find_serve_program(const std::string& serve_command, const std::string& beside);
 
 }  // namespace transfuse
