@@ -117,9 +117,9 @@ class ProcessPeer final : public TestPeer {
   }
   ~ProcessPeer() override {
     if (pid_ <= 0) return;
+    resume();  // before it ends: a SIGCONT in the middle of a leak check loses its SIGSTOP for good
     input_.reset();
-    resume();
-    for (int i = 0; i < 500; ++i) {
+    for (int i = 0; i < 6000; ++i) {
       if (waitpid(pid_, nullptr, WNOHANG) == pid_) return;
       std::this_thread::sleep_for(std::chrono::milliseconds(10));
     }
