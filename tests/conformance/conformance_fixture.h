@@ -32,6 +32,7 @@ inline std::ostream& operator<<(std::ostream& out, const Backend& backend) {
   return out << backend.name;
 }
 inline const Backend kLocal = {"Local", "local", false};
+inline const Backend kFaulty = {"FaultyWithoutFaults", "faulty", false};
 inline const Backend kShmInside = {"ShmInOneProcess", "shm", false};
 inline const Backend kShm = {"Shm", "shm", true};
 inline std::string backend_name(const testing::TestParamInfo<Backend>& info) {

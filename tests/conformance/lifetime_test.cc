@@ -23,7 +23,7 @@ namespace transfuse::conformance {
 namespace {
 
 class LifetimeTest : public Conformance {};
-INSTANTIATE_TEST_SUITE_P(Backends, LifetimeTest, testing::Values(kLocal, kShmInside, kShm),
+INSTANTIATE_TEST_SUITE_P(Backends, LifetimeTest, testing::Values(kLocal, kFaulty, kShmInside, kShm),
                          backend_name);
 class PeerDeathTest : public ProcessConformance {};
 INSTANTIATE_TEST_SUITE_P(Backends, PeerDeathTest, testing::Values(kShm), backend_name);

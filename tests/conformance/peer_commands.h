@@ -10,11 +10,13 @@
 #include <sstream>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "base/random.h"
 #include "transfuse/result.h"
 #include "transfuse/transport.h"
+#include "transport/local/faulty.h"
 
 namespace transfuse::conformance {
 
@@ -34,7 +36,7 @@ inline std::vector<std::byte> pattern(uint64_t size_bytes, uint64_t seed) {
 }
 
 struct BackendOptions {
-  std::string backend;  // "local" or "shm"
+  std::string backend;  // "local", "faulty" (around local, without a fault) or "shm"
   std::string folder;
   std::string token{};
   uint32_t threads = 2;
@@ -44,6 +46,10 @@ inline Result<std::unique_ptr<Transport>> open_backend(const BackendOptions& opt
   const TransportOptions transport = {
       .threads = options.threads, .allow_any_tracer = true, .token = options.token};
   if (options.backend == "shm") return open_shm_transport(options.folder, transport);
+  if (options.backend == "faulty") {
+    TRANSFUSE_ASSIGN_OR_RETURN(auto faulty, open_faulty_local_transport({}, transport));
+    return std::unique_ptr<Transport>(std::move(faulty));
+  }
   return open_local_transport(transport);
 }
 

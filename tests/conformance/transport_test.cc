@@ -27,8 +27,8 @@ namespace transfuse::conformance {
 namespace {
 
 class TransportTest : public Conformance {};
-INSTANTIATE_TEST_SUITE_P(Backends, TransportTest, testing::Values(kLocal, kShmInside, kShm),
-                         backend_name);
+INSTANTIATE_TEST_SUITE_P(Backends, TransportTest,
+                         testing::Values(kLocal, kFaulty, kShmInside, kShm), backend_name);
 
 TEST_P(TransportTest, ReadsWhatAPeerAllocatedAndWrote) {
   const auto peer = make_peer();
