@@ -41,7 +41,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of the results")
     parser.add_argument("--steps", type=int, help=f"optimizer steps (default {Settings.steps})")
-    parser.add_argument("--text", type=Path, help="file or folder to train on (default: licenses)")
+    parser.add_argument("--text", type=Path, help="file or folder to train on (default: the GPL)")
     parser.add_argument("--tiny", action="store_true", help="small model, few steps")
     parser.add_argument("--plain", action="store_true", help="no colours, no progress bar")
     options = parser.parse_args(arguments)

@@ -20,21 +20,21 @@ class Settings:
 
     job: str
     folder: str  # of this run, removed at its end: rendezvous, logs, layouts, logits
-    text: str = ""  # path of other text than the licenses
-    steps: int = 60
-    sample_every: int = 10
+    text: str = ""  # path of other text than the GPL
+    steps: int = 120
+    sample_every: int = 15
     sample_tokens: int = 48
     seed: int = 1
-    batch: int = 12  # sequences per trainer and step
-    context: int = 96
+    batch: int = 10  # sequences per trainer and step
+    context: int = 64
     vocabulary: int = 2048
     hidden: int = 256
-    layers: int = 4
+    layers: int = 3
     heads: int = 8
     key_value_heads: int = 2
     head_dim: int = 32
     intermediate: int = 704
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     deadline_s: float = 60.0  # of every single wait
 
     def to_json(self) -> str:

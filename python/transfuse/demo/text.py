@@ -7,17 +7,18 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-LICENSES = Path("/usr/share/common-licenses")
-_PIECES = re.compile(r" ?[A-Za-z]+|\s+|[^\sA-Za-z]")
+GPL = Path("/usr/share/common-licenses/GPL-3")
+_PIECES = re.compile(r" ?[A-Za-z]+|\s+|[^\sA-Za-z]+")
 _BYTE_COUNT = 256
 
 
 def read_corpus(path: Path | None = None) -> str:
-    """The texts of a file or folder; by default the licenses that the distribution ships."""
-    path = path or LICENSES
+    """The texts of a file or folder; by default the GPL, which the distribution ships."""
+    path = path or GPL
     found = {p.resolve() for p in path.rglob("*")} if path.is_dir() else {path}
     texts = [p.read_text("utf-8", errors="replace") for p in sorted(found) if p.is_file()]
-    corpus = "\n\n".join(re.sub(r"[ \t]+", " ", text) for text in texts)
+    paragraphs = (" ".join(p.split()) for text in texts for p in re.split(r"\n\s*\n", text))
+    corpus = "\n".join(paragraph for paragraph in paragraphs if paragraph)
     if len(corpus) < 20_000:
         message = f"{path} has {len(corpus)} characters of text; the demo needs at least 20000"
         raise FileNotFoundError(f"{message}: name other text with --text")
