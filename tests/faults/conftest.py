@@ -36,16 +36,6 @@ TIMES = {
 }
 
 
-class Refused(Exception):  # noqa: N818: it is an answer
-    """A member answered with an error."""
-
-    def __init__(self, answer: dict) -> None:
-        super().__init__(f"{answer['code']}: {answer['message']}")
-        self.answer = answer
-        self.code = answer["code"]
-        self.message = answer["message"]
-
-
 class Member:
     """One process: a trainer or an engine."""
 
@@ -108,15 +98,21 @@ class Member:
         return self._answers.pop(number)
 
     def result(self, number: int) -> dict:
-        """What came back; raises Refused for an error."""
+        """What came back, which is no error."""
         answer = self.answer(number)
-        if not answer["ok"]:
-            raise Refused(answer)
+        assert answer["ok"], f"{answer['code']}: {answer['message']}"
         return answer
 
     def call(self, do: str, **arguments: object) -> dict:
-        """Asks and waits; raises Refused for an error."""
+        """Asks and waits for what is no error."""
         return self.result(self.send(do, **arguments))
+
+    def refused(self, code: str, do: str, **arguments: object) -> dict:
+        """Asks and waits for an error of this code."""
+        answer = self.answer(self.send(do, **arguments))
+        assert not answer["ok"], f"{code} was expected: {answer}"
+        assert answer["code"] == code, answer
+        return answer
 
     def connect(self) -> Member:
         self.call("connect", **self.times)
@@ -234,7 +230,7 @@ class Job:
 
     def __init__(self, log_folder: Path) -> None:
         self.log_folder = log_folder
-        self.folder = Path(tempfile.mkdtemp(prefix="tf-", dir="/tmp"))  # a socket path is short
+        self.folder = Path(tempfile.mkdtemp(prefix="job-", dir="/tmp"))  # a socket path is short
         self.name = self.folder.name
         self.members: list[Member] = []
         self.environment = {
@@ -263,14 +259,19 @@ class Job:
             if answer["ok"]:
                 return member
             # Its name is free at the latest when the time of the dead one has run out.
-            if not (replaces_dead and answer["code"] == "ALREADY_EXISTS"):
-                raise Refused(answer)
+            assert replaces_dead, answer
+            assert answer["code"] == "ALREADY_EXISTS", answer
             assert time.monotonic() < deadline, answer
             time.sleep(0.05)
 
     def coordinator(self, member: Member) -> Coordinator:
         info = member.call("coordinator")
         return Coordinator(info["pid"], info["epoch"])
+
+    def wait_gone(self, name: str, asked: Member) -> None:
+        """Until the coordinator counts a member that died as dead."""
+        names = lambda: [each["name"] for each in asked.call("members")["members"]]  # noqa: E731
+        wait_until(lambda: name not in names(), f"the loss of {name}")
 
     def remaining(self) -> list[int]:
         """Processes that were started for this job and still run."""

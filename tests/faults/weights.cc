@@ -25,7 +25,7 @@ Result<Layout> with_overlap(const Layout& layout) {
   for (const Tile& tile : layout.tiles()) {
     const std::string& name = layout.tensors()[tile.tensor].name;
     const bool twin = name.ends_with("post_attention_layernorm.weight");
-    if (name.ends_with("model.norm.weight")) first = &tile;
+    if (name.ends_with("input_layernorm.weight")) first = &tile;
     const Tile& placed = twin && first != nullptr ? *first : tile;
     builder.tile(builder.tensor(layout.tensors()[tile.tensor]), tile.box,
                  builder.parameter(layout.parameters()[placed.parameter]), placed.element_offset,
