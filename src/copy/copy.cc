@@ -8,6 +8,7 @@
 #include <cstring>
 #include <limits>
 #include <string>
+#include <string_view>
 #include <utility>
 
 #include "copy/cast.h"
@@ -30,35 +31,26 @@ constexpr uint64_t kStageElements = 512;
 // are still there for the neighbouring rows.
 constexpr uint64_t kTransposeElements = 128;
 
-CopyPath detect_path() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    return CopyPath::kAvx512;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return CopyPath::kAvx2;
-#endif
-  return CopyPath::kPortable;
-}
-
 std::atomic<CopyPath>& chosen_path() {
   static std::atomic<CopyPath> path{best_copy_path()};
   return path;
 }
 
 const RowKernels& row_kernels() {
-#if defined(__x86_64__)
   switch (chosen_path().load(std::memory_order_relaxed)) {
+#if defined(__x86_64__)
     case CopyPath::kAvx512:
       return kAvx512Rows;
     case CopyPath::kAvx2:
       return kAvx2Rows;
-    case CopyPath::kPortable:
-      break;
-  }
 #endif
-  return kPortableRows;
+#if defined(__aarch64__)
+    case CopyPath::kNeon:
+      return kNeonRows;
+#endif
+    default:
+      return kPortableRows;
+  }
 }
 
 // One level of the walk; source and target in bytes.
@@ -384,13 +376,48 @@ void copy_fence() {
 uint16_t f32_bits_to_bf16(uint32_t bits) { return cast_f32_bits_to_bf16(bits); }
 uint16_t f32_bits_to_f16(uint32_t bits) { return cast_f32_bits_to_f16(bits); }
 
+std::string_view copy_path_name(CopyPath path) {
+  switch (path) {
+    case CopyPath::kPortable:
+      return "portable";
+    case CopyPath::kNeon:
+      return "neon";
+    case CopyPath::kAvx2:
+      return "avx2";
+    case CopyPath::kAvx512:
+      return "avx512";
+  }
+  check_failed(__FILE__, __LINE__, "a CopyPath outside the enum");
+}
+
+bool has_copy_path(CopyPath path) {
+  if (path == CopyPath::kPortable) return true;
+#if defined(__aarch64__)
+  if (path == CopyPath::kNeon) return true;
+#endif
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (path == CopyPath::kAvx512) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  }
+  if (path == CopyPath::kAvx2) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  }
+#endif
+  return false;
+}
+
 CopyPath best_copy_path() {
-  static const CopyPath path = detect_path();
-  return path;
+  CopyPath best = CopyPath::kPortable;
+  for (const CopyPath path : kCopyPaths) {
+    if (has_copy_path(path)) best = path;
+  }
+  return best;
 }
 CopyPath copy_path() { return chosen_path().load(std::memory_order_relaxed); }
 void force_copy_path(CopyPath path) {
-  TRANSFUSE_CHECK(path <= best_copy_path());
+  TRANSFUSE_CHECK(has_copy_path(path));
   chosen_path().store(path, std::memory_order_relaxed);
 }
 

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string_view>
 
 #include "transfuse/copy.h"
 #include "transfuse/result.h"
@@ -34,10 +35,19 @@ uint16_t f32_bits_to_f16(uint32_t bits);
 Result<void> check_copy(const StridedCopy& copy, uint64_t source_size_bytes);
 
 // Which code runs; chosen once from what the CPU has.
-enum class CopyPath : uint8_t { kPortable, kAvx2, kAvx512 };
-CopyPath best_copy_path();
+enum class CopyPath : uint8_t { kPortable, kNeon, kAvx2, kAvx512 };
+#if defined(__x86_64__)
+inline constexpr CopyPath kCopyPaths[] = {CopyPath::kPortable, CopyPath::kAvx2, CopyPath::kAvx512};
+#elif defined(__aarch64__)
+inline constexpr CopyPath kCopyPaths[] = {CopyPath::kPortable, CopyPath::kNeon};
+#else
+inline constexpr CopyPath kCopyPaths[] = {CopyPath::kPortable};
+#endif
+std::string_view copy_path_name(CopyPath path);  // "portable", "neon", "avx2", "avx512"
+bool has_copy_path(CopyPath path);
 CopyPath copy_path();
-// For tests and benchmarks: `path` is at most best_copy_path().
+// For tests and benchmarks: this CPU has `path`.
 void force_copy_path(CopyPath path);
+CopyPath best_copy_path();
 
 }  // namespace transfuse

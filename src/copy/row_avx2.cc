@@ -44,6 +44,9 @@ struct Vec {
   TRANSFUSE_VECTOR void stream(std::byte* to) const {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(to), v);
   }
+  TRANSFUSE_VECTOR static void prefetch(const std::byte* line) {
+    _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T0);
+  }
   TRANSFUSE_VECTOR Vec operator+(Vec b) const { return {_mm256_add_epi32(v, b.v)}; }
   TRANSFUSE_VECTOR Vec operator^(Vec b) const { return {_mm256_xor_si256(v, b.v)}; }
   TRANSFUSE_VECTOR Vec operator&(Vec b) const { return {_mm256_and_si256(v, b.v)}; }

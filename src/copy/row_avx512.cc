@@ -40,6 +40,9 @@ struct Vec {
   TRANSFUSE_VECTOR void stream(std::byte* to) const {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(to), v);
   }
+  TRANSFUSE_VECTOR static void prefetch(const std::byte* line) {
+    _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T0);
+  }
   TRANSFUSE_VECTOR Vec operator+(Vec b) const { return {_mm512_add_epi32(v, b.v)}; }
   TRANSFUSE_VECTOR Vec operator^(Vec b) const { return {_mm512_xor_si512(v, b.v)}; }
   TRANSFUSE_VECTOR Vec operator&(Vec b) const { return {_mm512_and_si512(v, b.v)}; }

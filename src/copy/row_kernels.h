@@ -42,6 +42,9 @@ struct RowKernels {
 };
 
 extern const RowKernels kPortableRows;
+#if defined(__aarch64__)
+extern const RowKernels kNeonRows;
+#endif
 #if defined(__x86_64__)
 extern const RowKernels kAvx2Rows;    // needs AVX2 and F16C
 extern const RowKernels kAvx512Rows;  // needs AVX-512 F, BW, VL and DQ

@@ -241,7 +241,7 @@ struct Rows {
     if (count > near) count = near + whole<kStream>(count - near, sum);
     for (; count >= kAtOnce; count -= kAtOnce) {
       for (uint64_t at = 0; at < kAtOnce * Move::kSourceBytes; at += kLineBytes) {
-        _mm_prefetch(reinterpret_cast<const char*>(source + ahead) + at, _MM_HINT_T0);
+        Vec::prefetch(source + ahead + at);
       }
       Move::template whole<kWrite, kStream>(source, target, sum);
       skip(kAtOnce);
