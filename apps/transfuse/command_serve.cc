@@ -11,8 +11,8 @@ namespace transfuse {
 namespace {
 
 constexpr const char* kFooter =
-    R"(Members on one host need no `serve`: the first one starts a coordinator, which ends when it is
-idle. By hand it is for several hosts, or to keep it running.
+    R"(Members on one host need no `serve`: the first one starts a coordinator, which ends when it
+is idle. By hand it is for several hosts, or to keep it running.
 
 Examples:
   transfuse serve --socket /run/user/1000/policy.sock

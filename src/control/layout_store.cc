@@ -2,6 +2,12 @@
 #include "control/layout_store.h"
 
 #include <fmt/format.h>
+#include <memory>
+#include <string>
+#include <utility>
+#include "transfuse/deadline.h"
+#include "transfuse/layout.h"
+#include "transfuse/result.h"
 
 namespace transfuse {
 

@@ -261,6 +261,9 @@ class LeaseTable {
   Member* find_member(uint64_t id, MemberRole role);
   Error no_member(uint64_t id) const;
   uint64_t new_id() { return next_id_++; }
+  static bool finished(VersionState state) {
+    return state == VersionState::kRetired || state == VersionState::kAborted;
+  }
 
   // lease_table_versions.cc
   Result<void> check_begin(const Member& source, uint64_t version) const;
@@ -279,6 +282,7 @@ class LeaseTable {
   void drained_if_empty(const std::string& model, uint64_t version, TimePoint now);
   VersionInfo info(const std::string& model, uint64_t number, const Version& version) const;
   void changed(const std::string& model, uint64_t number, const Version& version);
+  // lease_table_leases.cc
   std::optional<uint64_t> choose(const Model& model, const VersionRequest& request) const;
   std::optional<Error> never(const std::string& name, const Model& model,
                              const VersionRequest& request) const;

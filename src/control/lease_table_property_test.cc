@@ -1,15 +1,25 @@
 // Random lives of a lease table, from a printed seed, against a judge that shares no code with it.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <iterator>
 #include <map>
 #include <optional>
 #include <set>
 #include <string>
+#include <utility>
 #include <variant>
 #include <vector>
 
 #include "base/random.h"
 #include "control/lease_table.h"
+#include "transfuse/control.h"
+#include "transfuse/deadline.h"
+#include "transfuse/layout.h"
 
 namespace transfuse {
 namespace {

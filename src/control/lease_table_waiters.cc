@@ -2,8 +2,18 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <set>
+#include <string>
+#include <string_view>
+#include <utility>
 
 #include "control/lease_table.h"
+#include "transfuse/control.h"
+#include "transfuse/deadline.h"
+#include "transfuse/result.h"
 
 namespace transfuse {
 

@@ -4,15 +4,26 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
-#include <algorithm>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
 #include <deque>
 #include <map>
+#include <memory>
+#include <optional>
 #include <set>
+#include <span>
 #include <string>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "base/mutex.h"
+#include "control/lease_table.h"
+#include "transfuse/control.h"
+#include "transfuse/deadline.h"
+#include "transfuse/layout.h"
+#include "transfuse/result.h"
 
 namespace transfuse {
 
@@ -189,6 +200,7 @@ class LocalCoordinator::State {
     std::vector<uint64_t> members;
     for (const auto& [owner, ids] : members_) members.insert(members.end(), ids.begin(), ids.end());
     std::vector<LeaseId> leases;
+    leases.reserve(leases_.size());
     for (const auto& [lease, held] : leases_) leases.push_back(lease);
     table_.beat(members, leases, now);
     table_.tick(now);

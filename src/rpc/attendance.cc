@@ -1,10 +1,17 @@
 // One bidirectional stream, kept open as long as its client lives.
 #include "rpc/attendance.h"
 
+#include <cstdint>
+#include <functional>
+#include <string>
 #include <utility>
+#include <vector>
 
+#include "base/mutex.h"
 #include "rpc/convert.h"
 #include "rpc/protocol.h"
+#include "transfuse/deadline.h"
+#include "transfuse/result.h"
 
 namespace transfuse {
 

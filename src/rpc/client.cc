@@ -1,18 +1,30 @@
 // Control over gRPC: every call of the interface as one call of the service, what was sent once
 // kept here.
+#include <absl/base/internal/thread_annotations.h>
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
+#include <span>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "base/mutex.h"
+#include "control/lease_table.h"
 #include "rpc/connection.h"
 #include "rpc/convert.h"
 #include "rpc/rpc.h"
 #include "rpc/version_stream.h"
+#include "transfuse/control.h"
+#include "transfuse/deadline.h"
+#include "transfuse/layout.h"
+#include "transfuse/result.h"
 
 namespace transfuse {
 

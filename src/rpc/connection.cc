@@ -6,14 +6,31 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
+#include <cstdint>
 #include <cstdlib>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
 #include <utility>
+#include <vector>
 
 #include "base/log.h"
+#include "base/mutex.h"
 #include "base/random.h"
+#include "control/lease_table.h"
+#include "rpc/attendance.h"
 #include "rpc/convert.h"
 #include "rpc/embedded.h"
 #include "rpc/protocol.h"
+#include "rpc/rpc.h"
+#include "rpc/runtime_folder.h"
+#include "transfuse/control.h"
+#include "transfuse/deadline.h"
+#include "transfuse/layout.h"
+#include "transfuse/result.h"
 
 namespace transfuse {
 

@@ -4,6 +4,8 @@
 #include <unistd.h>
 
 #include <array>
+#include <csignal>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
@@ -12,6 +14,8 @@
 
 #include "rpc/rpc.h"
 #include "transfuse/control.h"
+#include "transfuse/deadline.h"
+#include "transfuse/layout.h"
 
 namespace transfuse {
 namespace {

@@ -4,7 +4,14 @@
 #include <fmt/format.h>
 
 #include <array>
+#include <chrono>
+#include <cstdint>
 #include <string>
+#include <string_view>
+#include "control/lease_table.h"
+#include "transfuse/control.h"
+#include "transfuse/layout.h"
+#include "transfuse/result.h"
 
 namespace transfuse {
 

@@ -3,7 +3,13 @@
 
 #include <gtest/gtest.h>
 
+#include <chrono>
+#include <cstddef>
 #include <set>
+#include <tuple>
+#include "control/lease_table.h"
+#include "transfuse/control.h"
+#include "transfuse/result.h"
 
 namespace transfuse {
 namespace {

@@ -7,12 +7,24 @@
 #include <sys/stat.h>
 #include <sys/un.h>
 
+#include <chrono>
+#include <csignal>
+#include <cstdint>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
 
+#include "base/unique_fd.h"
 #include "rpc/member_process.h"
 #include "rpc/rpc.h"
 #include "transfuse.grpc.pb.h"
+#include "transfuse/control.h"
+#include "transfuse/deadline.h"
+#include "transfuse/result.h"
 
 namespace transfuse {
 namespace {
@@ -306,6 +318,7 @@ TEST_F(Coordinator, TheHandlesOfAForkedChildAreInert) {
 
 TEST_F(Coordinator, EightProcessesThatStartAtOnceHaveOneCoordinator) {
   std::vector<std::unique_ptr<Process>> processes;
+  processes.reserve(8);
   for (int i = 0; i < 8; ++i) processes.push_back(member());
   for (const auto& each : processes) ASSERT_EQ(each->line(), "ok");
   const std::string pid = processes[0]->ask("coordinator");

@@ -12,15 +12,26 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <string>
+#include <string_view>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 #include "base/unique_fd.h"
+#include "rpc/rpc.h"
+#include "rpc/runtime_folder.h"
+#include "transfuse/deadline.h"
+#include "transfuse/result.h"
 
 extern char** environ;
 
@@ -109,6 +120,7 @@ Result<pid_t> spawn(const std::string& program, const RuntimePaths& paths,
   posix_spawnattr_setflags(&spawn.attributes, POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF);
 
   std::vector<char*> argv;
+  argv.reserve(arguments.size());
   for (const std::string& argument : arguments) argv.push_back(const_cast<char*>(argument.c_str()));
   argv.push_back(nullptr);
   pid_t child = -1;

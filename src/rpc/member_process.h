@@ -83,6 +83,7 @@ class Process {
     std::vector<std::string> all{std::filesystem::canonical("/proc/self/exe")};
     all.insert(all.end(), arguments.begin(), arguments.end());
     std::vector<char*> argv;
+    argv.reserve(all.size());
     for (std::string& each : all) argv.push_back(each.data());
     argv.push_back(nullptr);
     const std::string folder_variable = "TRANSFUSE_TEST_FOLDER=" + folder;

@@ -2,14 +2,19 @@
 // member that takes commands from standard input.
 #include <gtest/gtest.h>
 
+#include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <iostream>
-#include <map>
+#include <memory>
 #include <sstream>
 #include <string>
+#include <utility>
 
 #include "rpc/member_process.h"
 #include "rpc/rpc.h"
+#include "transfuse/control.h"
+#include "transfuse/deadline.h"
 
 namespace transfuse {
 namespace {

@@ -1,7 +1,10 @@
 // Paths, permissions and the lock of the run-time folder.
 #include "rpc/runtime_folder.h"
 
+#include "base/unique_fd.h"
 #include "rpc/rpc.h"
+#include "transfuse/deadline.h"
+#include "transfuse/result.h"
 
 #include <fcntl.h>
 #include <fmt/format.h>
@@ -14,9 +17,13 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <string>
+#include <string_view>
 #include <thread>
+#include <utility>
 
 namespace transfuse {
 

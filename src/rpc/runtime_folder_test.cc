@@ -5,12 +5,16 @@
 #include <gtest/gtest.h>
 #include <sys/stat.h>
 
+#include <chrono>
 #include <cstdlib>
 #include <filesystem>
+#include <memory>
 #include <string>
 #include <thread>
 
 #include "rpc/embedded.h"
+#include "transfuse/deadline.h"
+#include "transfuse/result.h"
 
 namespace transfuse {
 namespace {
@@ -124,7 +128,7 @@ TEST_F(RuntimeFolder, TheProgramThatServesLiesBesideTheLibraryOrInThePath) {
   const Variable path("PATH", "/nowhere::" + folder_ + "/path");
   const auto nowhere = find_serve_program("", beside);
   EXPECT_EQ(nowhere.error().code, ErrorCode::kNotFound);
-  for (const std::string place :
+  for (const std::string& place :
        {std::string("TRANSFUSE_SERVE_COMMAND"), std::string("serve_command"), beside + "/transfuse",
         beside + "/bin/transfuse", std::string("$PATH")}) {
     EXPECT_THAT(nowhere.error().message, HasSubstr(place));

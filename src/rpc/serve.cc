@@ -8,14 +8,20 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <cerrno>
 #include <charconv>
+#include <chrono>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <fstream>
+#include <ios>
 #include <memory>
 #include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
 
 #include "base/log.h"
 #include "base/random.h"
@@ -24,6 +30,8 @@
 #include "rpc/rpc.h"
 #include "rpc/runtime_folder.h"
 #include "rpc/service.h"
+#include "transfuse/deadline.h"
+#include "transfuse/result.h"
 
 namespace transfuse {
 

@@ -5,9 +5,26 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <variant>
+#include <vector>
 
+#include "base/mutex.h"
+#include "control/lease_table.h"
 #include "rpc/convert.h"
 #include "rpc/protocol.h"
+#include "rpc/streams.h"
+#include "transfuse/control.h"
+#include "transfuse/deadline.h"
+#include "transfuse/layout.h"
+#include "transfuse/result.h"
 
 namespace transfuse {
 

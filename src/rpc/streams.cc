@@ -1,5 +1,8 @@
 // Reading beats, and telling the service when a stream has broken.
 #include "rpc/streams.h"
+#include <memory>
+#include <string>
+#include <utility>
 
 #include "rpc/service.h"
 

@@ -4,13 +4,23 @@
 #include <fmt/format.h>
 #include <grpcpp/support/client_callback.h>
 
+#include <cstddef>
+#include <cstdint>
 #include <deque>
 #include <map>
+#include <memory>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
+#include <vector>
 
 #include "base/mutex.h"
+#include "rpc/connection.h"
 #include "rpc/convert.h"
+#include "transfuse/control.h"
+#include "transfuse/deadline.h"
+#include "transfuse/result.h"
 
 namespace transfuse {
 

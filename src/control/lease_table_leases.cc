@@ -1,0 +1,214 @@
+// Leases: which version fits, who gets it, when it ends, and what a waiter is told in vain.
+#include <fmt/format.h>
+
+#include <chrono>
+#include <cstdint>
+#include <optional>
+#include <set>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "control/lease_table.h"
+#include "transfuse/control.h"
+#include "transfuse/deadline.h"
+#include "transfuse/result.h"
+
+namespace transfuse {
+
+namespace {
+
+std::string asked_for(const VersionRequest& request) {
+  switch (request.kind) {
+    case VersionRequest::Kind::kNewest:
+      return "the newest version";
+    case VersionRequest::Kind::kExactly:
+      return fmt::format("version {}", request.version);
+    case VersionRequest::Kind::kAtLeast:
+      return fmt::format("version {} or later", request.version);
+  }
+  check_failed(__FILE__, __LINE__, "a VersionRequest::Kind outside the enum");
+}
+
+}  // namespace
+
+void LeaseTable::acquire(WaiterId waiter, uint64_t target, const VersionRequest& request,
+                         TimePoint deadline, TimePoint now) {
+  const auto refuse = [&](Error error) {
+    effects_.emplace_back(LeaseReply{.waiter = waiter, .result = std::move(error)});
+  };
+  const Member* member = find_member(target, MemberRole::kTarget);
+  if (member == nullptr) return refuse(no_member(target));
+  if (request.kind != VersionRequest::Kind::kNewest && request.version == 0) {
+    return refuse(Error{
+        ErrorCode::kInvalidArgument,
+        fmt::format("{} asks for version 0, versions begin at 1", member->registration.name)});
+  }
+  if (waiters_.size() >= limits_.waiters || member->waiters.size() >= limits_.waiters_per_member) {
+    return refuse(
+        Error{ErrorCode::kResourceExhausted,
+              fmt::format("{} cannot wait: {} calls wait at the coordinator, {} of them "
+                          "its own",
+                          member->registration.name, waiters_.size(), member->waiters.size())});
+  }
+  const auto id = static_cast<uint64_t>(waiter);
+  add_waiter(id, Waiter{.kind = WaiterKind::kLease,
+                        .member = target,
+                        .started = now,
+                        .deadline = deadline,
+                        .request = request});
+  if (!try_grant(id, now)) models_.find(member->registration.model)->second.waiters.insert(id);
+}
+
+std::optional<uint64_t> LeaseTable::choose(const Model& model,
+                                           const VersionRequest& request) const {
+  for (auto at = model.versions.rbegin(); at != model.versions.rend(); ++at) {
+    if (at->second.state != VersionState::kReady || at->second.closing) continue;
+    switch (request.kind) {
+      case VersionRequest::Kind::kNewest:
+        return at->first;
+      case VersionRequest::Kind::kAtLeast:
+        if (at->first >= request.version) return at->first;
+        break;
+      case VersionRequest::Kind::kExactly:
+        if (at->first == request.version) return at->first;
+        break;
+    }
+  }
+  return std::nullopt;
+}
+
+// The error, if exactly this version can never come.
+std::optional<Error> LeaseTable::never(const std::string& name, const Model& model,
+                                       const VersionRequest& request) const {
+  if (request.kind != VersionRequest::Kind::kExactly) return std::nullopt;
+  const auto gone = [&](std::string_view why) {
+    return Error{ErrorCode::kVersionGone, fmt::format("version {} of model {} will not come: {}",
+                                                      request.version, name, why)};
+  };
+  const auto found = model.versions.find(request.version);
+  if (found != model.versions.end()) {
+    if (!finished(found->second.state)) return std::nullopt;
+    return gone(fmt::format("it was {} ({})", version_state_name(found->second.state),
+                            found->second.reason));
+  }
+  for (const auto& [number, version] : model.versions) {
+    if (number > request.version && version.state != VersionState::kOpen) {
+      return gone(
+          fmt::format("version {} is {} already", number, version_state_name(version.state)));
+    }
+  }
+  if (request.version <= model.floor) {
+    return gone(fmt::format("versions up to {} have ended", model.floor));
+  }
+  for (const auto& [source, id] : model.sources) {
+    const uint64_t published = members_.at(id).last_published;
+    if (published > request.version) {
+      return gone(fmt::format("source {} has published version {}", source, published));
+    }
+  }
+  return std::nullopt;
+}
+
+// Answers the waiter if its version is there, or can never come.
+bool LeaseTable::try_grant(uint64_t waiter_id, TimePoint now) {
+  const Waiter& waiter = waiters_.at(waiter_id);
+  Member& target = members_.at(waiter.member);
+  const auto at = models_.find(target.registration.model);
+  Model& model = at->second;
+  const auto number = choose(model, waiter.request);
+  if (!number) {
+    auto error = never(at->first, model, waiter.request);
+    if (error) fail_waiter(waiter_id, *error);
+    return error.has_value();
+  }
+  if (target.leases.size() >= limits_.leases_per_member) {
+    fail_waiter(waiter_id, Error{ErrorCode::kResourceExhausted,
+                                 fmt::format("{} holds {} leases already; release() them first",
+                                             target.registration.name, target.leases.size())});
+    return true;
+  }
+  Version& version = model.versions.at(*number);
+  const uint64_t id = new_id();
+  Lease lease{.id = LeaseId{id},
+              .version = *number,
+              .ttl_ms = target.lease_ttl / std::chrono::milliseconds(1),
+              .sources = {}};
+  for (const auto& [name, part] : version.participants) {
+    if (part.member == 0 || !part.published) continue;
+    MemberInfo source = info(members_.at(part.member));
+    source.version = *number;
+    source.generation = part.generation;
+    lease.sources.push_back(std::move(source));
+  }
+  version.leases.insert(id);
+  target.leases.insert(id);
+  const TimePoint end = now + target.lease_ttl;
+  leases_.emplace(id, HeldLease{.holder = target.id,
+                                .model = at->first,
+                                .version = *number,
+                                .renewed = now,
+                                .timer = end});
+  timers_.emplace(end, TimerKind::kLease, id);
+  remove_waiter(waiter_id);
+  effects_.emplace_back(LeaseReply{
+      .waiter = WaiterId{waiter_id}, .result = std::move(lease), .roster = model.roster});
+  return true;
+}
+
+void LeaseTable::serve_waiters(const std::string& model, TimePoint now) {
+  const std::set<uint64_t> waiting = models_.find(model)->second.waiters;
+  for (const uint64_t waiter : waiting) try_grant(waiter, now);
+}
+
+Result<void> LeaseTable::release(uint64_t target, LeaseId lease, uint64_t version, bool landed,
+                                 TimePoint now) {
+  Member* member = find_member(target, MemberRole::kTarget);
+  if (member == nullptr) return no_member(target);
+  if (landed) member->landed = version;
+  const auto id = static_cast<uint64_t>(lease);
+  if (!member->leases.contains(id)) {
+    return Error{ErrorCode::kNotFound,
+                 fmt::format("{} holds no lease {:x}: it was released, revoked, or ran out",
+                             member->registration.name, id)};
+  }
+  end_lease(id, now);
+  return {};
+}
+
+// For kDeadlineExceeded: what was waited for, and whose turn it was.
+std::string LeaseTable::who_is_missing(const std::string& name, const Model& model,
+                                       const VersionRequest& request) const {
+  std::string out = fmt::format("{} of model {} is not READY: ", asked_for(request), name);
+  if (model.sources.empty()) return out + "no source has joined";
+  const uint32_t expected = members_.at(model.sources.begin()->second).registration.source_count;
+  const Version* open = nullptr;
+  for (const auto& [number, version] : model.versions) {
+    const bool fits = request.kind == VersionRequest::Kind::kNewest ||
+                      (request.kind == VersionRequest::Kind::kExactly ? number == request.version
+                                                                      : number >= request.version);
+    if (!fits || version.state != VersionState::kOpen) continue;
+    open = &version;
+    out += fmt::format("version {} is OPEN; ", number);
+  }
+  std::string missing;
+  for (const auto& [source, id] : model.sources) {
+    const bool published = open != nullptr && open->participants.contains(source) &&
+                           open->participants.at(source).published &&
+                           open->participants.at(source).member == id;
+    if (published) continue;
+    const Member& member = members_.at(id);
+    missing += fmt::format("{}{} ({})", missing.empty() ? "" : ", ", source,
+                           member.writing != 0    ? fmt::format("writing {}", member.writing)
+                           : member.readable != 0 ? fmt::format("offers {}", member.readable)
+                                                  : "idle");
+  }
+  out += "not published by " + (missing.empty() ? "any source that has yet to join" : missing);
+  if (model.sources.size() < expected) {
+    out += fmt::format("; {} of {} sources have joined", model.sources.size(), expected);
+  }
+  return out;
+}
+
+}  // namespace transfuse
