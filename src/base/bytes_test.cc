@@ -1,8 +1,8 @@
 // Reading never leaves its span and a lie about a count cannot allocate.
 #include "base/bytes.h"
 
+#include <gtest/gtest.h>
 #include "base/random.h"
-#include "gtest/gtest.h"
 
 namespace transfuse {
 namespace {

@@ -3,8 +3,8 @@
 
 #include <cstdlib>
 
-#include "spdlog/sinks/stdout_sinks.h"
-#include "spdlog/spdlog.h"
+#include <spdlog/sinks/stdout_sinks.h>
+#include <spdlog/spdlog.h>
 
 namespace transfuse {
 namespace {
@@ -12,8 +12,7 @@ namespace {
 spdlog::logger& logger() {
   // Leaked on purpose: threads may log while the process exits.
   static spdlog::logger* const instance = [] {
-    auto* made =
-        new spdlog::logger("transfuse", std::make_shared<spdlog::sinks::stderr_sink_mt>());
+    auto* made = new spdlog::logger("transfuse", std::make_shared<spdlog::sinks::stderr_sink_mt>());
     const char* level = std::getenv("TRANSFUSE_LOG");
     made->set_level(level == nullptr ? spdlog::level::warn : spdlog::level::from_str(level));
     made->set_pattern("%Y-%m-%dT%H:%M:%S.%f %P %l %v");
@@ -24,10 +23,14 @@ spdlog::logger& logger() {
 
 spdlog::level::level_enum spdlog_level(LogLevel level) {
   switch (level) {
-    case LogLevel::kDebug: return spdlog::level::debug;
-    case LogLevel::kInfo: return spdlog::level::info;
-    case LogLevel::kWarn: return spdlog::level::warn;
-    case LogLevel::kError: return spdlog::level::err;
+    case LogLevel::kDebug:
+      return spdlog::level::debug;
+    case LogLevel::kInfo:
+      return spdlog::level::info;
+    case LogLevel::kWarn:
+      return spdlog::level::warn;
+    case LogLevel::kError:
+      return spdlog::level::err;
   }
   return spdlog::level::err;
 }

@@ -5,7 +5,7 @@
 #include <atomic>
 #include <thread>
 
-#include "gtest/gtest.h"
+#include <gtest/gtest.h>
 
 namespace transfuse {
 namespace {

@@ -3,7 +3,7 @@
 #include <cstdlib>
 #include <new>
 
-#include "gtest/gtest.h"
+#include <gtest/gtest.h>
 #include "session/refit_world.h"
 
 namespace {

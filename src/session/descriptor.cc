@@ -3,8 +3,8 @@
 
 #include <utility>
 
+#include <fmt/format.h>
 #include "base/bytes.h"
-#include "fmt/format.h"
 #include "session/memory.h"
 
 namespace transfuse {

@@ -1,8 +1,8 @@
 // Member descriptors survive the wire, and lies in them do not.
 #include "session/descriptor.h"
 
+#include <gtest/gtest.h>
 #include "base/random.h"
-#include "gtest/gtest.h"
 
 namespace transfuse {
 namespace {

@@ -4,7 +4,7 @@
 #include <future>
 #include <thread>
 
-#include "gtest/gtest.h"
+#include <gtest/gtest.h>
 #include "session/refit_world.h"
 #include "transport/local/faulty.h"
 

@@ -5,7 +5,7 @@
 #include <string>
 #include <utility>
 
-#include "fmt/format.h"
+#include <fmt/format.h>
 
 namespace transfuse {
 namespace {

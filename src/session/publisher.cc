@@ -5,8 +5,8 @@
 
 #include <utility>
 
+#include <fmt/format.h>
 #include "base/log.h"
-#include "fmt/format.h"
 #include "session/served_weights.h"
 
 namespace transfuse {

@@ -10,8 +10,8 @@
 #include <thread>
 #include <utility>
 
+#include <fmt/format.h>
 #include "base/log.h"
-#include "fmt/format.h"
 #include "session/refit_attempt.h"
 #include "session/served_weights.h"
 

@@ -5,7 +5,7 @@
 #include <future>
 #include <thread>
 
-#include "gtest/gtest.h"
+#include <gtest/gtest.h>
 #include "session/refit_world.h"
 #include "transfuse/verify.h"
 

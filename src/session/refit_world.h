@@ -1,6 +1,8 @@
 // For tests: trainers and one engine in one process, over any transport, on real model layouts.
 #pragma once
 
+#include <gtest/gtest.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -10,7 +12,6 @@
 #include <utility>
 #include <vector>
 
-#include "gtest/gtest.h"
 #include "session/known_weights.h"
 #include "transfuse/control.h"
 #include "transfuse/layout.h"

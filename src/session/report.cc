@@ -1,7 +1,7 @@
 // A refit report for people and for programs.
 
-#include "fmt/format.h"
-#include "nlohmann/json.hpp"
+#include <fmt/format.h>
+#include <nlohmann/json.hpp>
 #include "transfuse/receiver.h"
 
 namespace transfuse {

@@ -5,12 +5,12 @@
 #include <atomic>
 #include <utility>
 
+#include <fmt/format.h>
 #include "base/affinity.h"
 #include "base/log.h"
 #include "base/random.h"
 #include "base/seqlock.h"
 #include "copy/copy.h"
-#include "fmt/format.h"
 #include "session/descriptor.h"
 
 namespace transfuse {

@@ -7,7 +7,7 @@
 #include <thread>
 #include <utility>
 
-#include "fmt/format.h"
+#include <fmt/format.h>
 
 namespace transfuse {
 namespace {

@@ -5,9 +5,9 @@
 #include <memory>
 #include <utility>
 
+#include <fmt/format.h>
+#include <nlohmann/json.hpp>
 #include "base/random.h"
-#include "fmt/format.h"
-#include "nlohmann/json.hpp"
 #include "session/source_link.h"
 #include "transfuse/plan.h"
 
