@@ -1,3 +1,4 @@
+// The door: counts reads of one kind and holds the one that is due.
 #include "faults/gated_transport.h"
 
 #include <utility>

@@ -1,3 +1,4 @@
+// Lies, each one untruth in an otherwise honest description.
 #include "faults/liar.h"
 
 #include <fmt/format.h>
@@ -7,6 +8,7 @@
 
 #include "base/seqlock.h"
 #include "session/descriptor.h"
+#include "session/served_weights.h"
 #include "transfuse/deadline.h"
 
 namespace transfuse::faults {
@@ -14,13 +16,15 @@ namespace {
 
 constexpr uint64_t kIncarnation = 0x1ce;
 constexpr uint64_t kHoleBytes = uint64_t{1} << 20;
+constexpr uint64_t kTableBytes = uint64_t{1} << 16;  // more sums than the small model has runs
+constexpr int64_t kWaitMs = 20000;
 
 }  // namespace
 
-Result<std::string> Liar::describe(Transport& transport, const std::string& lie) {
+Result<std::string> Liar::describe(const std::string& lie) {
   MemberDescriptor told;
-  told.transport = transport.kind();
-  TRANSFUSE_ASSIGN_OR_RETURN(told.endpoint, transport.endpoint());
+  told.transport = transport_.kind();
+  TRANSFUSE_ASSIGN_OR_RETURN(told.endpoint, transport_.endpoint());
   told.control = words_->descriptor();
   told.regions.assign(bound_->regions().begin(), bound_->regions().end());
   told.binding = bound_->binding();
@@ -62,7 +66,7 @@ Result<std::string> Liar::describe(Transport& transport, const std::string& lie)
 
 Result<std::unique_ptr<Liar>> Liar::open(Transport& transport, Control& control, Layout layout,
                                          const std::string& name, const std::string& lie) {
-  std::unique_ptr<Liar> liar(new Liar(control));
+  std::unique_ptr<Liar> liar(new Liar(transport, control));
   TRANSFUSE_ASSIGN_OR_RETURN(liar->weights_, Weights::open(transport, layout, "arena"));
   TRANSFUSE_ASSIGN_OR_RETURN(
       BoundMemory bound, BoundMemory::open(transport, layout, liar->weights_->parameters().memory(),
@@ -79,7 +83,8 @@ Result<std::unique_ptr<Liar>> Liar::open(Transport& transport, Control& control,
   words.incarnation = kIncarnation;
   begin_generation(words);
   liar->weights_->parameters().write(1);
-  Generation generation{.incarnation = kIncarnation, .counter = end_generation(words)};
+  Generation& generation = liar->generation_;
+  generation = {.incarnation = kIncarnation, .counter = end_generation(words)};
   if (lie == "another_generation") generation.counter += 2;
 
   TRANSFUSE_RETURN_IF_ERROR(control.put_layout(layout));
@@ -88,12 +93,27 @@ Result<std::unique_ptr<Liar>> Liar::open(Transport& transport, Control& control,
   registration.model = "model";
   registration.incarnation = kIncarnation;
   registration.layout = layout.digest();
-  TRANSFUSE_ASSIGN_OR_RETURN(registration.descriptor, liar->describe(transport, lie));
+  TRANSFUSE_ASSIGN_OR_RETURN(registration.descriptor, liar->describe(lie));
   TRANSFUSE_ASSIGN_OR_RETURN(liar->member_, control.join(registration));
   auto drained = control.begin_write(liar->member_, 1, Deadline::after_ms(5000));
   if (!drained) return Unexpected{std::move(drained).error()};
   TRANSFUSE_RETURN_IF_ERROR(control.publish(liar->member_, 1, generation));
   return liar;
+}
+
+Result<void> Liar::answer_table(const std::string& lie) {
+  TRANSFUSE_ASSIGN_OR_RETURN(const auto event,
+                             control_.next_event(member_, Deadline::after_ms(kWaitMs)));
+  if (!event || event->kind != MemberEvent::Kind::kTableRequest) {
+    return Error{ErrorCode::kDeadlineExceeded, "nobody asked for fingerprints"};
+  }
+  TRANSFUSE_ASSIGN_OR_RETURN(
+      table_, transport_.allocate(kTableHeaderBytes + (lie == "short" ? 0 : kTableBytes)));
+  auto& header = *reinterpret_cast<TableHeader*>(table_->bytes().data());
+  header.incarnation = kIncarnation;
+  if (lie != "unfinished") header.counter = generation_.counter;  // every sum is 0
+  const std::string told = lie == "garbage" ? "\xff\xff" : encode(table_->descriptor());
+  return control_.put_table(member_, event->table.plan_key, told);
 }
 
 Liar::~Liar() {

@@ -22,18 +22,24 @@ class Liar {
   static Result<std::unique_ptr<Liar>> open(Transport& transport, Control& control, Layout layout,
                                             const std::string& name, const std::string& lie);
   ~Liar();
+  // Waits for a reader that asks for fingerprints and answers with a table that is not true either:
+  // "wrong_sums", "short", "garbage" or "unfinished".
+  Result<void> answer_table(const std::string& lie);
   Liar(const Liar&) = delete;
   Liar& operator=(const Liar&) = delete;
 
  private:
-  explicit Liar(Control& control) : control_(control) {}
-  Result<std::string> describe(Transport& transport, const std::string& lie);
+  Liar(Transport& transport, Control& control) : transport_(transport), control_(control) {}
+  Result<std::string> describe(const std::string& lie);
 
+  Transport& transport_;
   Control& control_;
   std::unique_ptr<Weights> weights_;
   std::unique_ptr<BoundMemory> bound_;
   std::unique_ptr<LocalRegion> words_;
   std::unique_ptr<LocalRegion> hole_;  // registered, but nothing is mapped there
+  std::unique_ptr<LocalRegion> table_;
+  Generation generation_;
   MemberId member_{};
 };
 

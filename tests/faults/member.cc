@@ -1,3 +1,4 @@
+// What a request does, one function each.
 #include "faults/member.h"
 
 #include <sys/wait.h>
@@ -97,6 +98,11 @@ Result<Json> Member::dispatch(const std::string& call, const Json& request) {
     TRANSFUSE_ASSIGN_OR_RETURN(
         liar_, Liar::open(*transport_, *control_, std::move(layout),
                           request.value("name", "trainer0"), request.value("lie", "")));
+    return Json::object();
+  }
+  if (call == "liar_table") {
+    TRANSFUSE_RETURN_IF_ERROR(require(liar_ != nullptr, "liar"));
+    TRANSFUSE_RETURN_IF_ERROR(liar_->answer_table(request.value("lie", "")));
     return Json::object();
   }
   if (call == "write") return write(request);

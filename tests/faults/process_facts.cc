@@ -1,3 +1,4 @@
+// Read from /proc and the allocator; rights by capset and prctl.
 #include "faults/process_facts.h"
 
 #include <linux/capability.h>

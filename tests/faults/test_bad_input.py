@@ -53,6 +53,31 @@ def test_the_same_source_without_a_lie_is_read(job):
 
 
 @pytest.mark.parametrize(
+    ("lie", "code", "words"),
+    [
+        ("wrong_sums", "FINGERPRINT_MISMATCH", r"tensor 'lm_head\.weight' box \[0:\d+, 0:24\]"),
+        ("short", "CORRUPT", r"announced a fingerprint table of 64 bytes"),
+        ("garbage", "CORRUPT", r"malformed region"),
+        ("unfinished", "DEADLINE_EXCEEDED", r"no progress with its fingerprints"),
+        (None, "DEADLINE_EXCEEDED", r"trainer0|fingerprint|get_table"),
+    ],
+    ids=["wrong-sums", "short", "garbage", "unfinished", "silent"],
+)
+def test_a_source_that_lies_about_its_fingerprints_is_never_a_success(job, lie, code, words):
+    liar = job.start().connect()
+    liar.call("liar", lie="none", spec="fsdp:dp=1,dtype=f32")
+    engine = job.engine(no_progress_ms=200, max_attempts=1)
+    refit = engine.send("refit", deadline_ms=10000)
+    if lie is not None:
+        liar.call("liar_table", lie=lie)
+    failed = engine.answer(refit)
+    assert failed.get("code") == code, failed
+    assert re.search(words, failed["message"]), failed["message"]
+    assert failed["holds"] == 0
+    assert engine.stats()["tickets"] == 0
+
+
+@pytest.mark.parametrize(
     ("trainers", "engine", "words"),
     [
         (

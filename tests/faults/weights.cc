@@ -1,3 +1,4 @@
+// Sound layouts from the small model, and what is broken in them on request.
 #include "faults/weights.h"
 
 #include <fmt/format.h>
