@@ -93,15 +93,33 @@ class LocalCoordinator::State {
     }
   }
 
-  template <typename Take>
-  auto wait_until_taken(Deadline deadline, Take take) {
+  // Nothing at the deadline.
+  std::optional<MemberEvent> next_event(uint64_t member, Deadline deadline) {
     const MutexLock lock(mutex_);
     while (true) {
       advance();
       deliver();
-      auto taken = take();
-      if (taken || deadline.passed()) return taken;
-      // Others may be waiting for a deadline of the table that only a caller can notice.
+      const auto found = events_.find(member);
+      if (found != events_.end() && !found->second.empty()) {
+        MemberEvent event = std::move(found->second.front());
+        found->second.pop_front();
+        return event;
+      }
+      if (deadline.passed()) return std::nullopt;
+      condition_.wait_until(mutex_, deadline);
+    }
+  }
+  std::optional<VersionInfo> next_version(PendingVersions& watch, Deadline deadline) {
+    const MutexLock lock(mutex_);
+    while (true) {
+      advance();
+      deliver();
+      if (!watch.queue.empty()) {
+        VersionInfo version = std::move(watch.queue.front());
+        watch.queue.pop_front();
+        return version;
+      }
+      if (deadline.passed()) return std::nullopt;
       condition_.wait_until(mutex_, deadline);
     }
   }
@@ -169,14 +187,6 @@ class LocalCoordinator::State {
     }
     return false;
   }
-  std::optional<MemberEvent> take_event(uint64_t member) REQUIRES(mutex_) {
-    const auto found = events_.find(member);
-    if (found == events_.end() || found->second.empty()) return std::nullopt;
-    MemberEvent event = std::move(found->second.front());
-    found->second.pop_front();
-    return event;
-  }
-
   void add_watch(PendingVersions* watch) {
     const MutexLock lock(mutex_);
     advance();
@@ -264,12 +274,7 @@ class LocalWatch final : public Watch {
     if (getpid() != owner_pid_) {
       return Error{ErrorCode::kUnavailable, "this watch belongs to the parent process"};
     }
-    return state_->wait_until_taken(deadline, [this]() -> std::optional<VersionInfo> {
-      if (pending_.queue.empty()) return std::nullopt;
-      VersionInfo version = std::move(pending_.queue.front());
-      pending_.queue.pop_front();
-      return version;
-    });
+    return state_->next_version(pending_, deadline);
   }
 
  private:
@@ -437,8 +442,7 @@ class LocalControl final : public Control {
 
   Result<std::optional<MemberEvent>> next_event(MemberId member, Deadline deadline) override {
     TRANSFUSE_RETURN_IF_ERROR(check_member(member));
-    return state_->wait_until_taken(
-        deadline, [&]() { return state_->take_event(static_cast<uint64_t>(member)); });
+    return state_->next_event(static_cast<uint64_t>(member), deadline);
   }
 
  private:

@@ -159,37 +159,49 @@ Result<void> CoordinatorService::authorize(const Context& context) const {
                    : "the token that was given is not the one of this coordinator"};
 }
 
+CoordinatorService::WaitingCall* CoordinatorService::take_waiting(WaiterId waiter) {
+  const auto found = waiting_.find(waiter);
+  if (found == waiting_.end()) return nullptr;
+  WaitingCall* const call = found->second;
+  waiting_.erase(found);
+  return call;
+}
+
+void CoordinatorService::answer_waiting(const Effect& effect, Outbox& outbox) {
+  WaitingCall* call = nullptr;
+  grpc::Status status;
+  if (const auto* lease = std::get_if<LeaseReply>(&effect)) {
+    if ((call = take_waiting(lease->waiter)) == nullptr) return;
+    if (lease->result) {
+      fill(*lease, call->known_roster, std::get<wire::AcquireReply*>(call->reply));
+    } else {
+      status = to_status(lease->result.error());
+    }
+  } else if (const auto* drain = std::get_if<DrainReply>(&effect)) {
+    if ((call = take_waiting(drain->waiter)) == nullptr) return;
+    if (drain->result) {
+      auto* reply = std::get<wire::BeginWriteReply*>(call->reply);
+      reply->set_revoked(drain->result->revoked);
+      reply->set_waited_us(drain->result->waited_us);
+    } else {
+      status = to_status(drain->result.error());
+    }
+  } else if (const auto* table = std::get_if<TableReply>(&effect)) {
+    if ((call = take_waiting(table->waiter)) == nullptr) return;
+    if (table->result) {
+      std::get<wire::GetTableReply*>(call->reply)->set_description(*table->result);
+    } else {
+      status = to_status(table->result.error());
+    }
+  }
+  if (call != nullptr) outbox.finished.emplace_back(call, status);
+}
+
 // Everything that the last change of the table has caused, in its order.
 CoordinatorService::Outbox CoordinatorService::collect() {
   Outbox outbox;
-  const auto finish = [&](WaiterId waiter, auto reply) {
-    const auto found = waiting_.find(waiter);
-    if (found == waiting_.end()) return;
-    outbox.finished.emplace_back(found->second, reply(*found->second));
-    waiting_.erase(found);
-  };
   for (const Effect& effect : table_.take_effects()) {
-    if (const auto* lease = std::get_if<LeaseReply>(&effect)) {
-      finish(lease->waiter, [&](const WaitingCall& call) REQUIRES(mutex_) {
-        if (!lease->result) return to_status(lease->result.error());
-        fill(*lease, call.known_roster, std::get<wire::AcquireReply*>(call.reply));
-        return grpc::Status::OK;
-      });
-    } else if (const auto* drain = std::get_if<DrainReply>(&effect)) {
-      finish(drain->waiter, [&](const WaitingCall& call) {
-        if (!drain->result) return to_status(drain->result.error());
-        auto* reply = std::get<wire::BeginWriteReply*>(call.reply);
-        reply->set_revoked(drain->result->revoked);
-        reply->set_waited_us(drain->result->waited_us);
-        return grpc::Status::OK;
-      });
-    } else if (const auto* table = std::get_if<TableReply>(&effect)) {
-      finish(table->waiter, [&](const WaitingCall& call) {
-        if (!table->result) return to_status(table->result.error());
-        std::get<wire::GetTableReply*>(call.reply)->set_description(*table->result);
-        return grpc::Status::OK;
-      });
-    } else if (const auto* changed = std::get_if<VersionChanged>(&effect)) {
+    if (const auto* changed = std::get_if<VersionChanged>(&effect)) {
       wire::Version version;
       to_wire(changed->version, &version);
       for (const auto& [key, stream] : watching_) {
@@ -209,6 +221,8 @@ CoordinatorService::Outbox CoordinatorService::collect() {
       }
       found->second->enqueue(std::move(message));
       outbox.attending.push_back(found->second);
+    } else {
+      answer_waiting(effect, outbox);
     }
   }
   const auto next = table_.next_deadline();

@@ -91,6 +91,8 @@ class CoordinatorService final : public wire::Coordinator::CallbackService {
               Start start);
   void give_up(WaitingCall* call);
   Outbox collect() REQUIRES(mutex_);
+  void answer_waiting(const Effect& effect, Outbox& outbox) REQUIRES(mutex_);
+  WaitingCall* take_waiting(WaiterId waiter) REQUIRES(mutex_);
   void fill(const LeaseReply& from, uint64_t known_roster, wire::AcquireReply* to) REQUIRES(mutex_);
   void run_timers();
 
