@@ -228,3 +228,31 @@ def test_a_replica_takes_over_from_a_source_that_is_killed_during_the_read(job, 
         steps = answer["report"]["steps"]
         assert {(step["code"], step["source"]) for step in steps} == {("UNAVAILABLE", "trainer0")}
         assert answer["report"]["attempts"] == 1
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+@pytest.mark.parametrize("who", ["trainer", "engine"])
+def test_the_coordinator_and_another_lost_at_once_are_both_survived(job, who, how):
+    trainer = job.trainer(drain_ms=200)
+    engine = job.engine()
+    trainer.update(1)
+    coordinator = job.coordinator(engine)
+    reading = engine.start_refit(hold=HOLD, deadline_ms=20000)
+    lost = trainer if who == "trainer" else engine
+    if how == "killed":
+        lost.kill()
+    else:
+        lost.stop()
+    coordinator.kill()
+    if how == "stopped":
+        lost.resume()
+    elif who == "trainer":
+        trainer = job.trainer(replaces_dead=True)
+    else:
+        engine = job.engine(replaces_dead=True)
+    trainer.update(2)
+    if (who, how) != ("engine", "killed"):
+        engine.go()
+        assert engine.expect_right(reading)["version"] in {1, 2}
+    assert engine.refit(kind="at_least", version=2, deadline_ms=20000)["version"] == 2
+    assert job.coordinator(engine).epoch > coordinator.epoch
