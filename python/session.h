@@ -36,7 +36,7 @@ struct ArenaMemory {
 };
 
 // Opened once per process and job, closed with its last user. Control is opened on first use.
-// Safe to call from any thread. In a forked child it is not used: the child opens its own.
+// Safe to call from any thread. In a forked child it is not used.
 // Shared by them: the last one closes it.
 class Session : public std::enable_shared_from_this<Session> {
  public:

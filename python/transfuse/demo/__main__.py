@@ -98,6 +98,7 @@ def demo(options: argparse.Namespace) -> int:
         settings = settings_of(options, folder)
         screen = open_screen(settings.steps, plain=options.plain)
         run = Run(settings, screen)
+        finished = False
         try:
             screen.title("starting two trainers and an inference process")
             run.open()
@@ -106,9 +107,10 @@ def demo(options: argparse.Namespace) -> int:
             screen.say(f"fingerprints: {run.verify()}")
             report = write_results(run, verdict, options.out)
             equal = conclude(verdict, report, options.out, screen)
+            finished = True
         finally:
             screen.close()
-            run.stop()
+            run.stop(at_once=not finished)
     return 0 if equal else EXIT_FAILED
 
 

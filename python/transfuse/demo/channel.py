@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -97,13 +98,14 @@ class Child:
         self._process.kill()
         self._process.wait()
 
-    def stop(self, timeout_s: float) -> None:
-        """Asks for an end, then kills."""
-        if self._process.stdin is not None and not self._process.stdin.closed:
-            try:
+    def hang_up(self) -> None:
+        """No more commands: the process ends by itself when it has seen that."""
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
-            except BrokenPipeError:
-                pass
+
+    def stop(self, timeout_s: float) -> None:
+        """Waits for the end of the process, then kills it."""
         try:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:

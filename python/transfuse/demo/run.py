@@ -57,21 +57,23 @@ class Run:
         self.screen.say(HEADER)
         self._refit_and_sample(step=0, published=1)
         kill_at = max(1, self.settings.steps // 2)
+        alone = min(STEPS_ALONE, self.settings.steps // 4)
         for step in range(1, self.settings.steps + 1):
             stepped = self._step()
             published = int(stepped["version"])
-            row = {"step": step, "published": published, **_numbers(stepped)}
+            row: dict[str, Any] = {"step": step, "published": published}
+            row.update(loss=stepped["loss"], step_s=stepped["step_s"])
             self.rows.append(row)
             if step == kill_at:
                 self._kill_engine(step, published)
             # The trainers go on without it, but not for so long that its return is not seen.
-            self._welcome_engine(step, wait=step >= kill_at + STEPS_ALONE)
+            self._welcome_engine(step, wait=step >= kill_at + alone)
             if self._engine is not None and self._starting is None:
                 row.update(self._refit(published))
             else:
                 row["note"] = "no engine: it was killed and is on its way back"
             self.screen.row(row)
-            if "report" in row and step % self.settings.sample_every == 0:
+            if "version" in row and step % self.settings.sample_every == 0:
                 self._sample(step)
         if self._starting is not None:
             self._welcome_engine(self.settings.steps, wait=True)
@@ -131,11 +133,14 @@ class Run:
             "steps": self.rows,
         }
 
-    def stop(self) -> None:
-        """Ends every process that this run started."""
+    def stop(self, *, at_once: bool) -> None:
+        """Ends every process that this run started, `at_once` without waiting for good manners."""
         children = [*self._trainers, *([self._engine] if self._engine else [])]
         for child in children:
-            child.stop(10.0)
+            child.hang_up()
+        deadline = time.monotonic() + (1.0 if at_once else 15.0)
+        for child in children:
+            child.stop(max(0.0, deadline - time.monotonic()))
         self._trainers, self._engine = [], None
 
     @property

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 GPL = Path("/usr/share/common-licenses/GPL-3")
+LEAST_CHARACTERS = 5000
 _PIECES = re.compile(r" ?[A-Za-z]+|\s+|[^\sA-Za-z]+")
 _BYTE_COUNT = 256
 
@@ -19,8 +20,8 @@ def read_corpus(path: Path | None = None) -> str:
     texts = [p.read_text("utf-8", errors="replace") for p in sorted(found) if p.is_file()]
     paragraphs = (" ".join(p.split()) for text in texts for p in re.split(r"\n\s*\n", text))
     corpus = "\n".join(paragraph for paragraph in paragraphs if paragraph)
-    if len(corpus) < 20_000:
-        message = f"{path} has {len(corpus)} characters of text; the demo needs at least 20000"
+    if len(corpus) < LEAST_CHARACTERS:
+        message = f"{path} has {len(corpus)} characters of text; {LEAST_CHARACTERS} are needed"
         raise FileNotFoundError(f"{message}: name other text with --text")
     return corpus
 

@@ -1,0 +1,122 @@
+"""The demo, tiny: real trainers, a real kill, results that can be read."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+from transfuse.demo import __main__ as command
+from transfuse.demo.text import Tokenizer, read_corpus
+
+TEXT = Path(__file__).resolve().parents[2] / "LICENSE"
+COMMAND = [sys.executable, "-m", "transfuse.demo", "--tiny", "--plain", "--text", str(TEXT)]
+
+
+def processes_of(job):
+    """Live processes whose command line names a job."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if job.encode() in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    result = subprocess.run(
+        [*COMMAND, "--out", str(out)], check=False, capture_output=True, text=True, timeout=280
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return out, result.stdout
+
+
+def test_the_engine_ends_with_the_trainers_bits(tiny_run):
+    out, text = tiny_run
+    verdict = json.loads((out / "report.json").read_text())["verdict"]
+    assert verdict["logits_equal"] is True
+    assert verdict["logits_differing"] == 0
+    assert verdict["logits_of_other_weights_differ"] > 0
+    assert verdict["parameters_equal"] == verdict["parameters_compared"] > 20
+    assert "equal, bit for bit" in text
+
+
+def test_the_killed_engine_came_back_and_the_run_went_on(tiny_run):
+    out, _ = tiny_run
+    report = json.loads((out / "report.json").read_text())
+    killed, back = report["events"]
+    assert (killed["what"], back["what"]) == ("killed", "back")
+    assert killed["pid"] != back["pid"]
+    after = [row for row in report["steps"] if row["step"] >= back["step"] and "version" in row]
+    assert after
+    assert all(row["verified"] for row in after)
+    assert report["verdict"]["version"] == report["steps"][-1]["published"]
+
+
+def test_every_refit_is_read_by_mapping_and_has_its_phases(tiny_run):
+    out, _ = tiny_run
+    refits = [r for r in json.loads((out / "report.json").read_text())["steps"] if "version" in r]
+    for row in refits:
+        assert row["version"] == row["published"]
+        assert row["routes"] == ["memfd"]
+        assert row["phases_us"]["transfer"] > 0
+        assert row["memcpy_gbps"] > 0
+
+
+def test_pictures_and_samples_are_written(tiny_run):
+    out, _ = tiny_run
+    for name in ("loss.png", "refit_phases.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert ElementTree.parse(out / "plan.svg").getroot().tag.endswith("svg")
+    assert "version" in (out / "samples.txt").read_text()
+
+
+def test_an_interrupted_run_leaves_no_process(tmp_path):
+    with (tmp_path / "log").open("wb") as log:
+        demo = subprocess.Popen(
+            [*COMMAND, "--out", str(tmp_path / "out")], stdout=log, stderr=log, bufsize=0
+        )
+    job = f"demo-{demo.pid}"
+    try:
+        deadline = time.monotonic() + 60
+        while len(processes_of(f'"job": "{job}"')) < 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert len(processes_of(f'"job": "{job}"')) >= 3, (tmp_path / "log").read_text()
+        demo.send_signal(signal.SIGINT)
+        assert demo.wait(60) == command.EXIT_INTERRUPTED, (tmp_path / "log").read_text()
+        assert processes_of(f'"job": "{job}"') == []
+    finally:
+        demo.kill()
+        demo.wait()
+
+
+def test_text_that_is_too_short_is_an_error_with_a_remedy(tmp_path):
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(FileNotFoundError, match="--text"):
+        read_corpus(tmp_path / "short.txt")
+
+
+def test_the_tokenizer_gives_back_what_it_was_given():
+    corpus = read_corpus(TEXT)
+    tokenizer = Tokenizer(corpus, 400)
+    assert tokenizer.decode(tokenizer.encode(corpus[:2000])) == corpus[:2000]
+    strange = "Zürich 東京 \x00"
+    assert tokenizer.decode(tokenizer.encode(strange)) == strange
+    assert max(tokenizer.encode(corpus)) < 400
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "1"], ["--steps", "x"], ["--nonsense"]])
+def test_wrong_usage_has_its_exit_code(arguments):
+    with pytest.raises(SystemExit) as caught:
+        command.parse(arguments)
+    assert caught.value.code == command.EXIT_USAGE
