@@ -232,12 +232,10 @@ class RpcControl final : public Control {
 
   Result<void> publish(MemberId source, uint64_t version, const Generation& generation) override {
     TRANSFUSE_RETURN_IF_ERROR(connection_->check_process());
-    bool repeated = false;
     wire::Done done;
     auto published = connection_->call(
         "publish", &Stub::Publish, source, connection_->default_deadline(),
-        [&](wire::PublishRequest& request, const Link&, bool again) {
-          repeated = again;
+        [&](wire::PublishRequest& request, const Link&, bool) {
           request.set_source(connection_->coordinator_id(source));
           request.set_version(version);
           to_wire(generation, request.mutable_generation());
@@ -246,9 +244,9 @@ class RpcControl final : public Control {
     bool fresh = false;
     connection_->change_member(
         source, [&](LocalMember& member) { fresh = member.state.last_published < version; });
-    // The first attempt got through, and only its answer was lost.
+    // An earlier attempt, or an earlier call, got through, and only its answer was lost.
     const bool landed_before =
-        repeated && fresh && !published && published.error().code == ErrorCode::kAlreadyExists;
+        fresh && !published && published.error().code == ErrorCode::kAlreadyExists;
     if (!published && !landed_before) return published;
     connection_->change_member(source, [&](LocalMember& member) {
       member.state.last_published = version;

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
@@ -91,6 +92,18 @@ Result<void> check_options(const ControlOptions& control) {
                            control.call_deadline_ms)};
 }
 
+// gRPC's threads do not survive a fork: a child that used it again would wait for ever. The pid of
+// the first use is remembered until an exec.
+Result<void> check_not_forked() {
+  static std::atomic<pid_t> first_user{0};
+  pid_t user = 0;
+  if (first_user.compare_exchange_strong(user, getpid()) || user == getpid()) return {};
+  return Error{ErrorCode::kUnsupported,
+               fmt::format("process {} was forked from process {}, which was connected to a "
+                           "coordinator before: start members with spawn or exec instead of fork",
+                           getpid(), user)};
+}
+
 std::chrono::system_clock::time_point wall(Deadline deadline) {
   return std::chrono::system_clock::now() + std::min(deadline.remaining(), kLongestCall);
 }
@@ -106,6 +119,7 @@ Connection::Connection(ConnectOptions options)
       owner_pid_(getpid()) {}
 
 Result<std::shared_ptr<Connection>> Connection::open(ConnectOptions options) {
+  TRANSFUSE_RETURN_IF_ERROR(check_not_forked());
   options = with_defaults(std::move(options));
   TRANSFUSE_RETURN_IF_ERROR(check_options(options.control));
   TRANSFUSE_RETURN_IF_ERROR(embedded_paths(options));
@@ -116,6 +130,7 @@ Result<std::shared_ptr<Connection>> Connection::open(ConnectOptions options) {
 }
 
 Result<CoordinatorInfo> Connection::find(ConnectOptions options) {
+  TRANSFUSE_RETURN_IF_ERROR(check_not_forked());
   options = with_defaults(std::move(options));
   TRANSFUSE_RETURN_IF_ERROR(check_options(options.control));
   TRANSFUSE_RETURN_IF_ERROR(embedded_paths(options));

@@ -202,12 +202,10 @@ Result<std::string> find_serve_program(const std::string& serve_command,
                            fmt::join(tried, ", no "))};
 }
 
-Result<void> ensure_coordinator(const RuntimePaths& paths, const ConnectOptions& options,
-                                Deadline deadline) {
-  if (somebody_listens(paths.socket)) return {};
-  TRANSFUSE_ASSIGN_OR_RETURN(const FolderLock lock, FolderLock::take(paths, deadline));
-  if (somebody_listens(paths.socket)) return {};  // another member was faster
+namespace {
 
+Result<void> start_coordinator(const RuntimePaths& paths, const ConnectOptions& options,
+                               Deadline deadline) {
   TRANSFUSE_ASSIGN_OR_RETURN(const std::string program,
                              find_serve_program(options.serve_command, own_folder()));
   std::array<int, 2> ends{};
@@ -233,6 +231,19 @@ Result<void> ensure_coordinator(const RuntimePaths& paths, const ConnectOptions&
   auto ready = wait_until_ready(reading.get(), program, paths, deadline);
   reap(child, ready ? deadline.earlier(Deadline::after_ms(1000)) : Deadline::after_ms(50));
   return ready;
+}
+
+}  // namespace
+
+Result<void> ensure_coordinator(const RuntimePaths& paths, const ConnectOptions& options,
+                                Deadline deadline) {
+  if (somebody_listens(paths.socket)) return {};
+  TRANSFUSE_ASSIGN_OR_RETURN(FolderLock lock, FolderLock::take(paths, deadline));
+  if (somebody_listens(paths.socket)) return {};  // another member was faster
+  auto started = start_coordinator(paths, options, deadline);
+  // One that is only slow may still come, and its log is named in the error.
+  if (!started && started.error().code != ErrorCode::kDeadlineExceeded) lock.remove_files(paths);
+  return started;
 }
 
 }  // namespace transfuse
