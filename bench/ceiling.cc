@@ -2,13 +2,18 @@
 #include "ceiling.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
+#include <span>
 #include <thread>
 #include <utility>
 #include <vector>
 
+#include "bench/weights.h"
 #include "stopwatch.h"
 #include "transfuse/layout.h"
+#include "transfuse/result.h"
 
 namespace transfuse::bench {
 

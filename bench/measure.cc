@@ -4,8 +4,10 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <string>
-#include <utility>
+#include <vector>
+#include "transfuse/result.h"
 
 namespace transfuse::bench {
 

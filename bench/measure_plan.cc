@@ -1,6 +1,8 @@
 // T1: the time to compile a plan for one target rank, and its memory.
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -10,6 +12,7 @@
 #include "process_memory.h"
 #include "stopwatch.h"
 #include "transfuse/layout.h"
+#include "transfuse/model.h"
 #include "transfuse/plan.h"
 #include "transfuse/result.h"
 #include "workload.h"

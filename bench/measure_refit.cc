@@ -6,13 +6,14 @@
 #include <memory>
 #include <string>
 #include <string_view>
-#include <utility>
 #include <vector>
 
 #include "base/affinity.h"
+#include "bench/source_process.h"
 #include "ceiling.h"
 #include "measure.h"
 #include "refit_world.h"
+#include "transfuse/model.h"
 #include "transfuse/receiver.h"
 #include "transfuse/result.h"
 #include "workload.h"

@@ -1,12 +1,16 @@
 // T11: a thousand refits leave registrations, handles and memory as they were after the second.
 #include <fmt/format.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 #include "base/affinity.h"
+#include "bench/source_process.h"
 #include "measure.h"
 #include "process_memory.h"
 #include "refit_world.h"

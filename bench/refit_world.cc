@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdint>
 #include <cstring>
 #include <filesystem>
 #include <memory>
@@ -14,11 +15,17 @@
 #include <system_error>
 #include <utility>
 
+#include "bench/source_process.h"
+#include "bench/weights.h"
 #include "process_memory.h"
 #include "rpc/rpc.h"
+#include "transfuse/control.h"
 #include "transfuse/deadline.h"
 #include "transfuse/layout.h"
-#include "workload.h"
+#include "transfuse/model.h"
+#include "transfuse/receiver.h"
+#include "transfuse/result.h"
+#include "transfuse/transport.h"
 
 namespace transfuse::bench {
 namespace {

@@ -23,12 +23,15 @@
 #include <thread>
 #include <utility>
 
+#include "base/unique_fd.h"
 #include "process_memory.h"
 #include "rpc/rpc.h"
+#include "transfuse/layout.h"
+#include "transfuse/model.h"
 #include "transfuse/publisher.h"
+#include "transfuse/result.h"
 #include "transfuse/transport.h"
 #include "weights.h"
-#include "workload.h"
 
 namespace transfuse::bench {
 namespace {

@@ -6,10 +6,16 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
-#include <utility>
+#include <vector>
 
 #include "base/random.h"
+#include "transfuse/layout.h"
+#include "transfuse/publisher.h"
+#include "transfuse/result.h"
+#include "transfuse/transport.h"
 
 namespace transfuse::bench {
 namespace {

@@ -4,8 +4,14 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <string>
+#include <string_view>
 #include <utility>
+#include <vector>
+#include "transfuse/layout.h"
+#include "transfuse/model.h"
+#include "transfuse/result.h"
 
 namespace transfuse::bench {
 

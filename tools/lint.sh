@@ -6,7 +6,6 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-jobs="$(nproc)"
 database=build/lint
 failed=()
 
@@ -42,34 +41,12 @@ configure() {
   } >"$log" 2>&1 || { tail -n 20 "$log"; return 1; }
 }
 
-sources() {
-  if [[ $# -gt 0 ]]; then printf '%s\n' "$@"; else
-    files 'src/*.cc' 'apps/*.cc' 'bench/*.cc' 'python/*.cc' | grep -v '_test\.cc$'
-  fi
-}
-
-clang_tidy() {
-  sources "$@" | nice xargs -n 1 -P "$jobs" clang-tidy-19 -p "$database" --quiet 2> >(
-    grep -vE '^[0-9]+ (warnings?|errors?) ' >&2)
-}
-
-fix() {
-  local file
-  for file in "$@"; do
-    clang-tidy-19 -p "$database" --quiet --fix "$file"
-    clang-format-19 -i "$file"
-  done
-}
-
-# -Wthread-safety is an error in the clang preset's flags; the syntax is enough to check it.
-thread_safety() {
-  .venv/bin/python tools/thread_safety.py "$database/compile_commands.json" "$jobs"
-}
+clang_tidy() { nice .venv/bin/python tools/clang_tidy.py --database "$database" "$@"; }
 
 if [[ $# -gt 0 ]]; then
   mkdir -p build
   configure || exit 1
-  if [[ $1 == --fix ]]; then shift; fix "$@"; else clang_tidy "$@"; fi
+  clang_tidy "$@"
   exit
 fi
 
@@ -81,7 +58,6 @@ if command -v clang-tidy-19 clang-format-19 clang++-19 >/dev/null; then
   mkdir -p build
   check clang-format format
   check configure configure
-  check thread-safety thread_safety
   check clang-tidy clang_tidy
 else
   echo "lint: clang 19 is not installed: formatting, clang-tidy and thread safety were left out"

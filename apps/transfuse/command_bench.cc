@@ -2,7 +2,6 @@
 #include <sys/utsname.h>
 
 #include <CLI/CLI.hpp>
-#include <cstdint>
 #include <cstdio>
 #include <fstream>
 #include <memory>
