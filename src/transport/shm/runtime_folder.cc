@@ -155,7 +155,20 @@ Result<void> RuntimeFolder::remove_stale() {
   return {};
 }
 
+Result<void> RuntimeFolder::restore() {
+  struct stat status{};
+  if (::fstat(folder_.get(), &status) == 0 && status.st_nlink > 0) return {};
+  if (::mkdir(path_.c_str(), 0700) != 0 && errno != EEXIST) {
+    return Error{ErrorCode::kPermissionDenied,
+                 fmt::format("runtime folder '{}': was removed, and cannot be made again: {}",
+                             path_, errno_text(errno))};
+  }
+  TRANSFUSE_ASSIGN_OR_RETURN(*this, open(path_));
+  return {};
+}
+
 Result<Listener> RuntimeFolder::listen() {
+  TRANSFUSE_RETURN_IF_ERROR(restore());
   const std::string name =
       fmt::format("{}{}-{:016x}{}", kPrefix, ::getpid(), random_identity(), kSuffix);
   const std::string unfinished = name + std::string(kUnfinished);

@@ -34,7 +34,8 @@ class RuntimeFolder {
   // is none. Sockets of dead processes are removed.
   static Result<RuntimeFolder> open(std::string_view path);
 
-  // A new socket, file mode 0600, non-blocking.
+  // A new socket, file mode 0600, non-blocking. The folder is made again if it was removed since it
+  // was opened: coordinators remove it when they leave it empty.
   Result<Listener> listen();
   // Of the socket that listen() made.
   const std::string& endpoint() const { return endpoint_; }
@@ -43,6 +44,7 @@ class RuntimeFolder {
   RuntimeFolder(UniqueFd folder, std::string path)
       : folder_(std::move(folder)), path_(std::move(path)) {}
   Result<void> remove_stale();
+  Result<void> restore();
 
   UniqueFd folder_;
   std::string path_;

@@ -56,6 +56,26 @@ TEST(RuntimeFolder, RefusesAFolderOfAnotherUser) {
   EXPECT_EQ(RuntimeFolder::open(folder.path()).error().code, ErrorCode::kPermissionDenied);
 }
 
+TEST(RuntimeFolder, IsMadeAgainIfItWasRemovedBeforeAnybodyListened) {
+  const TestFolder parent;
+  const std::string path = parent.path() + "/folder";
+  ASSERT_EQ(mkdir(path.c_str(), 0700), 0);
+  auto opened = RuntimeFolder::open(path);
+  ASSERT_TRUE(opened);
+  ASSERT_EQ(rmdir(path.c_str()), 0);
+  {
+    const auto listener = opened->listen();
+    ASSERT_TRUE(listener) << listener.error().to_string();
+    EXPECT_TRUE(connect_socket(opened->endpoint(), Deadline::after_ms(1000)));
+  }
+  EXPECT_TRUE(std::filesystem::is_empty(path));
+  // Not where somebody else has put something in its place.
+  ASSERT_EQ(rmdir(path.c_str()), 0);
+  ASSERT_EQ(mkdir(path.c_str(), 0755), 0);
+  EXPECT_EQ(opened->listen().error().code, ErrorCode::kPermissionDenied);
+  ASSERT_EQ(rmdir(path.c_str()), 0);
+}
+
 TEST(RuntimeFolder, SaysThatAMissingFolderIsMissing) {
   EXPECT_EQ(RuntimeFolder::open("/nonexistent/folder").error().code, ErrorCode::kNotFound);
   EXPECT_EQ(RuntimeFolder::open("/proc/self/exe").error().code, ErrorCode::kNotFound);
