@@ -209,5 +209,6 @@ def test_no_program_to_start_the_coordinator_with_is_said(job):
     for wrong, code in {"/nowhere/transfuse": "NOT_FOUND", "/bin/false": "UNAVAILABLE"}.items():
         job.environment["TRANSFUSE_SERVE_COMMAND"] = wrong
         assert wrong in job.start().refused(code, "connect")["message"]
+        assert job.files() == []
     job.environment["TRANSFUSE_SERVE_COMMAND"] = right
     job.start().connect()
