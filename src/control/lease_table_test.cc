@@ -561,6 +561,20 @@ TEST_F(Table, NothingIsLeftWhenAllHaveGone) {
   EXPECT_EQ(table_.stats(), TableStats{});
 }
 
+TEST_F(Table, I3_AThousandCyclesLeaveTheTableAsItWasWhenItsHistoryWasFull) {
+  const auto a = source("a"), t = target("t");
+  TableStats full;
+  for (uint64_t v = 1; v <= 1000; ++v) {
+    write(a, v);
+    const Lease held = lease(t);
+    ASSERT_TRUE(table_.release(t, held.id, v, true, now_));
+    ASSERT_TRUE(table_.request_table(t, a, table_of({1, 1})));
+    seen_.clear();
+    if (v == 70) full = table_.stats();
+  }
+  EXPECT_EQ(table_.stats(), full);
+}
+
 TEST_F(Table, IdsOfAnotherLifeNeverCollideWithNewOnes) {
   const auto joined = try_join(MemberRole::kTarget, "t", 7, 1, Resume{.id = 50}).value();
   EXPECT_NE(joined, 50u) << "50 is a number that this table may still hand out";

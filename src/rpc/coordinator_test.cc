@@ -7,6 +7,7 @@
 #include <sys/stat.h>
 #include <sys/un.h>
 
+#include <atomic>
 #include <chrono>
 #include <csignal>
 #include <cstdint>
@@ -184,20 +185,35 @@ TEST_F(Coordinator, ACoordinatorThatWasStoppedDoesNotExpireItsMembers) {
   EXPECT_FALSE(change->has_value()) << "the version went with its source";
 }
 
-TEST_F(Coordinator, AMemberThatWasStoppedTooLongIsTakenBackWhenItGoesOn) {
+TEST_F(Coordinator, AMemberThatWasStoppedForTooLongIsTakenBackWhenItGoesOn) {
+  auto control = connect();
+  auto trainer = member(1000);
+  ASSERT_EQ(trainer->line(), "ok");
+  ASSERT_EQ(trainer->ask("join source trainer0"), "ok");
+  ASSERT_EQ(trainer->ask("write 4"), "ok");
+  auto watch = control->watch("policy").value();
+  ASSERT_EQ(watch->next(Deadline::after_ms(20000))->value().state, VersionState::kReady);
+  trainer->kill(SIGSTOP);
+  const auto lost = watch->next(Deadline::after_ms(20000))->value();
+  EXPECT_EQ(lost.state, VersionState::kRetired);
+  EXPECT_THAT(lost.reason, HasSubstr("no heartbeat for"));
+  trainer->kill(SIGCONT);
+  EXPECT_TRUE(eventually([&] {
+    const auto change = watch->next(Deadline::after_ms(1000));
+    return change && change->has_value() && (*change)->state == VersionState::kReady;
+  })) << "what it offers is offered again";
+  EXPECT_EQ(trainer->ask("write 5"), "ok");
+}
+
+TEST_F(Coordinator, AMemberThatWasStoppedWhileTheCoordinatorDiedFindsTheNextOne) {
   auto control = connect();
   const MemberId target = join_as(*control, MemberRole::kTarget, "engine0").value();
-  auto watch = control->watch("policy").value();
-  // A member of another process, whose time to live is the usual one.
   auto trainer = member();
   ASSERT_EQ(trainer->line(), "ok");
   ASSERT_EQ(trainer->ask("join source trainer0"), "ok");
   ASSERT_EQ(trainer->ask("write 4"), "ok");
-  EXPECT_EQ(control->acquire(target, {}, Deadline::after_ms(20000))->version, 4u);
-  const CoordinatorInfo first = coordinator();
-  // While it is stopped its coordinator dies; it comes back to another one, by itself.
   trainer->kill(SIGSTOP);
-  ASSERT_EQ(::kill(static_cast<pid_t>(first.pid), SIGKILL), 0);
+  ASSERT_EQ(::kill(static_cast<pid_t>(coordinator().pid), SIGKILL), 0);
   EXPECT_EQ(control->acquire(target, {}, Deadline::after_ms(500)).error().code,
             ErrorCode::kDeadlineExceeded);
   trainer->kill(SIGCONT);
@@ -346,6 +362,36 @@ TEST_F(Coordinator, EightProcessesThatStartAtOnceHaveOneCoordinator) {
   const std::string pid = processes[0]->ask("coordinator");
   EXPECT_NE(std::stoll(pid), 0);
   for (const auto& each : processes) EXPECT_EQ(each->ask("coordinator"), pid);
+}
+
+TEST_F(Coordinator, CallsThatWaitTakeNoThreadsOfTheCoordinator) {
+  auto control = connect();
+  const MemberId source = join_as(*control, MemberRole::kSource, "trainer0").value();
+  const auto threads = [pid = coordinator().pid] {
+    std::ifstream status("/proc/" + std::to_string(pid) + "/status");
+    std::string word;
+    while (status >> word && word != "Threads:") continue;
+    int count = 0;
+    status >> count;
+    return count;
+  };
+  const int before = threads();
+  std::vector<std::thread> waiting;
+  std::atomic<int> granted = 0;
+  waiting.reserve(64);
+  for (int i = 0; i < 64; ++i) {
+    waiting.emplace_back([&, i] {
+      const MemberId target =
+          join_as(*control, MemberRole::kTarget, "engine" + std::to_string(i)).value();
+      if (control->acquire(target, {}, Deadline::after_ms(60000))) ++granted;
+    });
+  }
+  ASSERT_TRUE(eventually([&] { return control->members("policy")->size() == 65; }));
+  std::this_thread::sleep_for(std::chrono::milliseconds(300));
+  EXPECT_LE(threads(), before + 8);
+  ASSERT_TRUE(write_version(*control, source, 1));
+  for (std::thread& each : waiting) each.join();
+  EXPECT_EQ(granted, 64);
 }
 
 TEST_F(Coordinator, AProgramThatIsNoCoordinatorIsNamedWithWhatItSaid) {

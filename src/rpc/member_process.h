@@ -145,6 +145,7 @@ class CoordinatorTest : public testing::Test {
     std::string pattern = "/tmp/tf-test-XXXXXX";
     parent_ = ::mkdtemp(pattern.data());
     folder_ = parent_ + "/run";
+    ::unsetenv("TRANSFUSE_COORDINATOR");
     ::setenv("TRANSFUSE_SERVE_COMMAND", std::filesystem::canonical("/proc/self/exe").c_str(), 1);
   }
   ~CoordinatorTest() override {
@@ -173,8 +174,10 @@ class CoordinatorTest : public testing::Test {
     ::kill(pid, SIGTERM);
     EXPECT_TRUE(eventually([&] { return !process_exists(pid); }));
   }
-  std::unique_ptr<Process> member() {
-    return std::make_unique<Process>(folder_, std::vector<std::string>{"member"});
+  // By default its time to live is so long that only a broken connection can show it dead.
+  std::unique_ptr<Process> member(int64_t ttl_ms = 600000) {
+    return std::make_unique<Process>(folder_,
+                                     std::vector<std::string>{"member", std::to_string(ttl_ms)});
   }
 
   std::string parent_;

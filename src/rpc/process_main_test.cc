@@ -1,5 +1,5 @@
-// The test program, and what it is when it starts itself: `serve ...` a coordinator, `member` a
-// member that takes commands from standard input.
+// The test program, and what it is when it starts itself: `serve ...` a coordinator, `member
+// TTL_MS` a member that takes commands from standard input.
 #include <gtest/gtest.h>
 
 #include <cstdint>
@@ -95,13 +95,13 @@ class MemberShell {
   LeaseId lease_{};
 };
 
-int run_member() {
+int run_member(int64_t ttl_ms) {
   ConnectOptions options;
   options.runtime_folder = std::getenv("TRANSFUSE_TEST_FOLDER");
   options.job = "test";
   options.control.call_deadline_ms = 20000;
-  // So long that only a broken connection can be why a member is found dead.
-  options.control.member_ttl_ms = 600000;
+  options.control.heartbeat_ms = 100;
+  options.control.member_ttl_ms = ttl_ms;
   auto control = connect_control(options);
   std::printf("%s\n", control ? "ok" : control.error().to_string().c_str());
   std::fflush(stdout);
@@ -125,7 +125,7 @@ int run_member() {
 int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "";
   if (mode == "serve") return transfuse::run_serve(argc, argv);
-  if (mode == "member") return transfuse::run_member();
+  if (mode == "member") return transfuse::run_member(std::stoll(argv[2]));
   testing::InitGoogleTest(&argc, argv);
   return RUN_ALL_TESTS();
 }
