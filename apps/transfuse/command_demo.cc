@@ -5,11 +5,11 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <string>
 #include <vector>
 
 #include "command.h"
+#include "transfuse/result.h"
 
 namespace transfuse {
 namespace {

@@ -7,6 +7,8 @@
 
 #include "command.h"
 #include "rpc/rpc.h"
+#include "transfuse/deadline.h"
+#include "transfuse/result.h"
 #include "transfuse/transport.h"
 #include "transfuse/verify.h"
 

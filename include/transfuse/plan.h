@@ -128,8 +128,8 @@ Digest plan_key(const Digest& target, std::span<const Digest> sources,
 // a run has no member left, naming tensor and box. No allocation when `choice` and `load` have
 // capacity.
 struct Assignment {
-  std::vector<uint32_t> choice;      // per run: flattened member index
-  std::vector<uint32_t> holder;      // per run: index into Plan::holders()
+  std::vector<uint32_t> choice;        // per run: flattened member index
+  std::vector<uint32_t> holder;        // per run: index into Plan::holders()
   std::vector<uint64_t> load_bytes;    // per flattened member
   std::vector<uint32_t> first_member;  // per source layout: its first flattened member
 };

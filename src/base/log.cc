@@ -2,6 +2,10 @@
 #include "base/log.h"
 
 #include <cstdlib>
+#include <initializer_list>
+#include <memory>
+#include <string_view>
+#include <utility>
 
 #include <spdlog/sinks/stdout_sinks.h>
 #include <spdlog/spdlog.h>

@@ -1,4 +1,5 @@
 // One line per event on standard error: level, event name, key=value pairs.
+// TRANSFUSE_LOG=debug|info|warn|error|off chooses the least level that is shown.
 // TRANSFUSE_LOG=debug|info|warn|error|off chooses the least level.
 #pragma once
 

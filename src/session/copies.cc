@@ -1,7 +1,13 @@
 // Element sizes, casts, offsets and fingerprint keys of a run, ready for a copy engine.
 #include "session/copies.h"
 
+#include <cstddef>
+#include <cstdint>
 #include <utility>
+#include "transfuse/copy.h"
+#include "transfuse/layout.h"
+#include "transfuse/plan.h"
+#include "transfuse/result.h"
 
 namespace transfuse {
 namespace {

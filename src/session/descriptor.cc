@@ -1,11 +1,19 @@
 // The wire form of member and region descriptors.
 #include "session/descriptor.h"
 
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
 #include <utility>
 
 #include <fmt/format.h>
 #include "base/bytes.h"
 #include "session/memory.h"
+#include "transfuse/layout.h"
+#include "transfuse/result.h"
+#include "transfuse/transport.h"
 
 namespace transfuse {
 namespace {

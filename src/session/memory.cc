@@ -2,8 +2,15 @@
 #include "session/memory.h"
 
 #include <algorithm>
-#include <string>
+#include <cstddef>
+#include <cstdint>
+#include <span>
 #include <utility>
+#include <vector>
+#include "transfuse/layout.h"
+#include "transfuse/publisher.h"
+#include "transfuse/result.h"
+#include "transfuse/transport.h"
 
 #include <fmt/format.h>
 

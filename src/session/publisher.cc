@@ -3,11 +3,20 @@
 
 #include <unistd.h>
 
+#include <cstdint>
+#include <memory>
 #include <utility>
+#include <vector>
 
 #include <fmt/format.h>
 #include "base/log.h"
+#include "session/memory.h"
 #include "session/served_weights.h"
+#include "transfuse/control.h"
+#include "transfuse/deadline.h"
+#include "transfuse/layout.h"
+#include "transfuse/result.h"
+#include "transfuse/transport.h"
 
 namespace transfuse {
 namespace {

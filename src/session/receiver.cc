@@ -6,14 +6,24 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstdint>
 #include <cstring>
+#include <memory>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include <fmt/format.h>
 #include "base/log.h"
+#include "session/memory.h"
 #include "session/refit_attempt.h"
 #include "session/served_weights.h"
+#include "transfuse/control.h"
+#include "transfuse/deadline.h"
+#include "transfuse/layout.h"
+#include "transfuse/publisher.h"
+#include "transfuse/result.h"
+#include "transfuse/transport.h"
 
 namespace transfuse {
 namespace {

@@ -2,9 +2,25 @@
 #include "session/refit_attempt.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
+#include <memory>
+#include <optional>
+#include <span>
 #include <utility>
+#include <vector>
+#include "session/memory.h"
+#include "session/transfer.h"
+#include "transfuse/control.h"
+#include "transfuse/deadline.h"
+#include "transfuse/layout.h"
+#include "transfuse/plan.h"
+#include "transfuse/receiver.h"
+#include "transfuse/result.h"
+#include "transfuse/transport.h"
 
 #include <fmt/format.h>
 

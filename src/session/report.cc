@@ -1,8 +1,11 @@
 // A refit report for people and for programs.
 
 #include <fmt/format.h>
+#include <cstdint>
 #include <nlohmann/json.hpp>
+#include <string>
 #include "transfuse/receiver.h"
+#include "transfuse/result.h"
 
 namespace transfuse {
 

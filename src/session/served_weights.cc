@@ -3,15 +3,31 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include <fmt/format.h>
 #include "base/affinity.h"
 #include "base/log.h"
+#include "base/mutex.h"
 #include "base/random.h"
 #include "base/seqlock.h"
 #include "copy/copy.h"
+#include "session/copies.h"
 #include "session/descriptor.h"
+#include "session/memory.h"
+#include "transfuse/control.h"
+#include "transfuse/copy.h"
+#include "transfuse/deadline.h"
+#include "transfuse/layout.h"
+#include "transfuse/plan.h"
+#include "transfuse/result.h"
+#include "transfuse/transport.h"
 
 namespace transfuse {
 namespace {

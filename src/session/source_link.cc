@@ -2,10 +2,25 @@
 #include "session/source_link.h"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
+#include <memory>
+#include <span>
+#include <string>
 #include <thread>
 #include <utility>
+#include <vector>
+#include "session/descriptor.h"
+#include "session/served_weights.h"
+#include "transfuse/control.h"
+#include "transfuse/copy.h"
+#include "transfuse/deadline.h"
+#include "transfuse/layout.h"
+#include "transfuse/result.h"
+#include "transfuse/transport.h"
 
 #include <fmt/format.h>
 

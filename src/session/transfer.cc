@@ -3,8 +3,15 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <span>
 #include <thread>
 #include <utility>
+#include "transfuse/deadline.h"
+#include "transfuse/plan.h"
+#include "transfuse/result.h"
+#include "transfuse/transport.h"
 
 #include <fmt/format.h>
 

@@ -2,14 +2,24 @@
 #include "transfuse/verify.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <memory>
+#include <string>
+#include <string_view>
 #include <utility>
 
 #include <fmt/format.h>
 #include <nlohmann/json.hpp>
+#include <vector>
 #include "base/random.h"
 #include "session/source_link.h"
+#include "transfuse/control.h"
+#include "transfuse/deadline.h"
+#include "transfuse/layout.h"
 #include "transfuse/plan.h"
+#include "transfuse/result.h"
+#include "transfuse/transport.h"
 
 namespace transfuse {
 namespace {
