@@ -78,8 +78,7 @@ Result<void> measure_fingerprint(const Options& options, const Sink& sink) {
         gigabytes_per_second(Pass::kCopyAndSum, source.get(), target.get(), size));
     sum_rate.push_back(gigabytes_per_second(Pass::kSum, source.get(), target.get(), size));
   }
-  constexpr const char* kPaths[] = {"portable", "avx2", "avx512"};
-  const nlohmann::json detail = {{"instructions", kPaths[static_cast<int>(copy_path())]},
+  const nlohmann::json detail = {{"instructions", copy_path_name(copy_path())},
                                  {"bytes", size},
                                  {"memcpy_gigabytes_per_second", spread_of(memcpy_rate).median},
                                  {"element", "bf16"}};
