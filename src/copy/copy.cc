@@ -421,18 +421,4 @@ void force_copy_path(CopyPath path) {
   chosen_path().store(path, std::memory_order_relaxed);
 }
 
-std::string_view copy_path_name(CopyPath path) {
-  switch (path) {
-    case CopyPath::kPortable:
-      return "portable";
-    case CopyPath::kNeon:
-      return "neon";
-    case CopyPath::kAvx2:
-      return "avx2";
-    case CopyPath::kAvx512:
-      return "avx512";
-  }
-  return "unknown";
-}
-
 }  // namespace transfuse

@@ -36,7 +36,6 @@ Result<void> check_copy(const StridedCopy& copy, uint64_t source_size_bytes);
 
 // Which code runs; chosen once from what the CPU has.
 enum class CopyPath : uint8_t { kPortable, kNeon, kAvx2, kAvx512 };
-std::string_view copy_path_name(CopyPath path);  // "portable", "neon", ...
 #if defined(__x86_64__)
 inline constexpr CopyPath kCopyPaths[] = {CopyPath::kPortable, CopyPath::kAvx2, CopyPath::kAvx512};
 #elif defined(__aarch64__)
