@@ -48,6 +48,7 @@ void bind_model(nb::module_& m);
 void bind_arena(nb::module_& m);
 void bind_report(nb::module_& m);
 void bind_session(nb::module_& m);
+void bind_rpc(nb::module_& m);
 
 }  // namespace transfuse::python
 

@@ -1,7 +1,6 @@
 // ErrorCode, and the translation of a typed error into its Python exception class.
 #include <nanobind/nanobind.h>
 
-#include <cstdint>
 #include <exception>
 #include <string>
 

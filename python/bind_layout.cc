@@ -14,10 +14,10 @@
 #include <string>
 #include <string_view>
 #include <utility>
-#include <vector>
 
 #include "bind.h"
 #include "transfuse/layout.h"
+#include "transfuse/result.h"
 
 namespace transfuse::python {
 namespace {

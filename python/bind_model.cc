@@ -6,7 +6,6 @@
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
-#include <string>
 #include <string_view>
 #include <vector>
 

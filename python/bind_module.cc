@@ -13,4 +13,5 @@ NB_MODULE(_transfuse, m) {
   transfuse::python::bind_arena(m);
   transfuse::python::bind_report(m);
   transfuse::python::bind_session(m);
+  transfuse::python::bind_rpc(m);
 }

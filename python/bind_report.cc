@@ -10,6 +10,7 @@
 #include "transfuse/control.h"
 #include "transfuse/publisher.h"
 #include "transfuse/receiver.h"
+#include "transfuse/result.h"
 #include "transfuse/verify.h"
 
 namespace transfuse::python {

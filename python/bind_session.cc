@@ -6,9 +6,11 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -17,8 +19,13 @@
 #include "memory.h"
 #include "operation.h"
 #include "session.h"
+#include "transfuse/control.h"
+#include "transfuse/deadline.h"
+#include "transfuse/layout.h"
 #include "transfuse/publisher.h"
 #include "transfuse/receiver.h"
+#include "transfuse/result.h"
+#include "transfuse/transport.h"
 #include "transfuse/verify.h"
 
 namespace transfuse::python {

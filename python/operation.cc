@@ -75,7 +75,7 @@ void OperationThread::run_erased(std::function<void()> call, const std::function
     const nanobind::gil_scoped_release unlocked;
     const std::lock_guard lock(state_->mutex);
     if (state_->call) continue;
-    state_->call = std::move(call);
+    state_->call.swap(call);
     ticket = ++state_->submitted;
     if (!thread_.joinable()) thread_ = std::thread([state = state_] { state->serve(); });
     state_->changed.notify_all();

@@ -865,3 +865,21 @@ class NativeControl:
     def watch(self, model: str) -> NativeWatch: ...
 
     def verify(self, model: str, timeout_ms: int) -> VerifyReport: ...
+
+class CoordinatorInfo:
+    """The coordinator of a job."""
+
+    @property
+    def address(self) -> str: ...
+
+    @property
+    def epoch(self) -> int:
+        """Rises with every start."""
+
+    @property
+    def pid(self) -> int: ...
+
+def find_coordinator(job: str = '', *, address: str = '', token: str = '') -> CoordinatorInfo:
+    """
+    The coordinator of a job if one runs; NotFoundError otherwise. Starts none.
+    """

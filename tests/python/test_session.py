@@ -309,3 +309,12 @@ def test_two_processes_need_no_more_than_a_job_name(job):
         for process in (trainer, engine):
             process.kill()
             process.communicate()
+
+
+def test_the_coordinator_of_a_job_is_found_where_one_runs(job):
+    with pytest.raises(transfuse.NotFoundError):
+        transfuse.find_coordinator(job)
+    with publisher(module(), job):
+        info = transfuse.find_coordinator(job)
+        assert os.path.exists(f"/proc/{info.pid}")
+        assert info.epoch >= 1

@@ -95,6 +95,7 @@ def conclude(verdict: dict[str, Any], report: dict[str, Any], out: Path, screen:
 def demo(options: argparse.Namespace) -> int:
     """Runs and cleans up."""
     with tempfile.TemporaryDirectory(prefix="transfuse-demo-") as folder:
+        os.environ["XDG_RUNTIME_DIR"] = folder  # sockets of the run lie with its other files
         settings = settings_of(options, folder)
         screen = open_screen(settings.steps, plain=options.plain)
         run = Run(settings, screen)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -123,7 +125,10 @@ class Run:
         return {
             "verdict": verdict,
             "settings": json.loads(self.settings.to_json()),
-            "machine": {"cpu_count": len(self._cpus()), "python": platform.python_version()},
+            "machine": {
+                "cpu_count": len(os.sched_getaffinity(0)),
+                "python": platform.python_version(),
+            },
             "seconds": time.monotonic() - self._start,
             "peak_bytes": self._peak_bytes,
             "warm_refit_ms_median": totals[len(totals) // 2] if totals else None,
@@ -142,16 +147,11 @@ class Run:
         for child in children:
             child.stop(max(0.0, deadline - time.monotonic()))
         self._trainers, self._engine = [], None
+        _stop_coordinator(self.settings.job)
 
     @property
     def _deadline(self) -> float:
         return self.settings.deadline_s
-
-    @staticmethod
-    def _cpus() -> set[int]:
-        import os
-
-        return os.sched_getaffinity(0)
 
     def _start_engine(self) -> None:
         settings, folder = self.settings.to_json(), self.settings.path
@@ -220,6 +220,18 @@ class Run:
         for child in [*self._trainers, *([self._engine] if self._engine else [])]:
             peak = max(child.peak_bytes(), self._peak_bytes.get(child.name, 0))
             self._peak_bytes[child.name] = peak
+
+
+def _stop_coordinator(job: str) -> None:
+    """The processes of the run have started one; it would end by itself, but later."""
+    try:
+        pid = transfuse.find_coordinator(job).pid
+        os.kill(pid, signal.SIGTERM)
+    except (transfuse.NotFoundError, transfuse.UnavailableError, ProcessLookupError):
+        return  # none was started, or it is gone
+    deadline = time.monotonic() + 5.0
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def _numbers(message: Message) -> dict[str, Any]:
