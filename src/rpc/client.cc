@@ -1,6 +1,5 @@
 // Control over gRPC: every call of the interface as one call of the service, what was sent once
 // kept here.
-#include <absl/base/internal/thread_annotations.h>
 #include <fmt/format.h>
 
 #include <algorithm>

@@ -242,7 +242,7 @@ Result<void> ensure_coordinator(const RuntimePaths& paths, const ConnectOptions&
   if (somebody_listens(paths.socket)) return {};  // another member was faster
   auto started = start_coordinator(paths, options, deadline);
   // One that is only slow may still come, and its log is named in the error.
-  if (!started && started.error().code != ErrorCode::kDeadlineExceeded) lock.remove_files(paths);
+  if (!started && started.error().code != ErrorCode::kDeadlineExceeded) lock.undo(paths);
   return started;
 }
 

@@ -14,6 +14,7 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <iterator>
 #include <memory>
 #include <string>
 #include <thread>
@@ -71,6 +72,31 @@ inline bool process_exists(pid_t pid) {
   std::string id, name, state;
   return bool{stat >> id >> name >> state} && state != "Z";
 }
+
+// A process that was stopped, until the end of this object: a test that fails leaves none behind.
+class Stopped {
+ public:
+  explicit Stopped(pid_t pid) : pid_(pid) { ::kill(pid, SIGSTOP); }
+  ~Stopped() { ::kill(pid_, SIGCONT); }
+  Stopped(const Stopped&) = delete;
+  Stopped& operator=(const Stopped&) = delete;
+
+  // Waits until every thread of it stands still: the signal itself does not wait.
+  bool still() const {
+    return eventually([this] {
+      for (const auto& thread :
+           std::filesystem::directory_iterator("/proc/" + std::to_string(pid_) + "/task")) {
+        std::ifstream stat(thread.path() / "stat");
+        const std::string line(std::istreambuf_iterator<char>(stat), {});
+        if (line.find(") T ") == std::string::npos) return false;
+      }
+      return true;
+    });
+  }
+
+ private:
+  const pid_t pid_;
+};
 
 // This test program again, as `program <arguments>`: a coordinator or a member (see
 // process_main_test.cc). Killed at the end of the test.

@@ -140,10 +140,15 @@ FolderLock::~FolderLock() {
 }
 
 void FolderLock::remove_files(const RuntimePaths& paths) {
-  for (const std::string* path : {&paths.socket, &paths.epoch, &paths.log, &paths.lock}) {
-    ::unlink(path->c_str());
-  }
-  ::rmdir(paths.folder.c_str());
+  ::unlink(paths.socket.c_str());
+  ::unlink(paths.epoch.c_str());
+  undo(paths);
+}
+
+void FolderLock::undo(const RuntimePaths& paths) {
+  ::unlink(paths.log.c_str());
+  ::unlink(paths.lock.c_str());
+  ::rmdir(paths.folder.c_str());  // fails where something else is in it
 }
 
 bool somebody_listens(const std::string& socket_path) {

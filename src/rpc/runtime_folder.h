@@ -37,6 +37,8 @@ class FolderLock {
 
   // The socket is gone, nothing is to remain: the lock file too, and the folder if it is empty.
   void remove_files(const RuntimePaths& paths);
+  // A start has failed: what it made is to go; the epoch of an earlier coordinator stays.
+  void undo(const RuntimePaths& paths);
 
  private:
   explicit FolderLock(UniqueFd fd) : fd_(std::move(fd)) {}
