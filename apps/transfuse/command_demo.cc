@@ -37,7 +37,19 @@ void add_demo_command(CLI::App& app, CommandContext& context) {
   CLI::App* command = app.add_subcommand(
       "demo", "Two trainers refit a running inference process, on this machine (needs torch).");
   command->prefix_command();
-  command->footer("All options go to the demo; `transfuse demo -- --help` lists them.");
+  command->footer(R"(Options of the demo:
+  --out FOLDER   results: plots, plan picture, report.json (default ./demo-out)
+  --steps N      optimizer steps
+  --text PATH    file or folder to train on (default: the GPL of this system)
+  --tiny         small model, few steps
+  --plain        no colours, no progress bar
+
+Examples:
+  transfuse demo
+  transfuse demo --steps 200 --text README.md --out /tmp/demo
+
+Exit codes: 0 the engine's logits are those of the trainers, bit for bit; 1 they are not, or a
+process failed; 2 wrong usage; 3 a Python package is missing; 130 interrupted.)");
   command->callback(
       [command, &context] { context.run = [command] { return run(command->remaining()); }; });
 }

@@ -64,8 +64,9 @@ Result<std::string> Liar::describe(const std::string& lie) {
   return encode(told);
 }
 
-Result<std::unique_ptr<Liar>> Liar::open(Transport& transport, Control& control, Layout layout,
-                                         const std::string& name, const std::string& lie) {
+Result<std::unique_ptr<Liar>> Liar::open(Transport& transport, Control& control,
+                                         const Layout& layout, const std::string& name,
+                                         const std::string& lie) {
   std::unique_ptr<Liar> liar(new Liar(transport, control));
   TRANSFUSE_ASSIGN_OR_RETURN(liar->weights_, Weights::open(transport, layout, "arena"));
   TRANSFUSE_ASSIGN_OR_RETURN(

@@ -19,8 +19,9 @@ namespace transfuse::faults {
 class Liar {
  public:
   // `lie` names what is wrong: see describe() in liar.cc.
-  static Result<std::unique_ptr<Liar>> open(Transport& transport, Control& control, Layout layout,
-                                            const std::string& name, const std::string& lie);
+  static Result<std::unique_ptr<Liar>> open(Transport& transport, Control& control,
+                                            const Layout& layout, const std::string& name,
+                                            const std::string& lie);
   ~Liar();
   // Waits for a reader that asks for fingerprints and answers with a table that is not true either:
   // "wrong_sums", "short", "garbage" or "unfinished".

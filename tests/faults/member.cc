@@ -94,10 +94,10 @@ Result<Json> Member::dispatch(const std::string& call, const Json& request) {
     return Json::object();
   }
   if (call == "liar") {
-    TRANSFUSE_ASSIGN_OR_RETURN(Layout layout, make_layout(request));
+    TRANSFUSE_ASSIGN_OR_RETURN(const Layout layout, make_layout(request));
     TRANSFUSE_ASSIGN_OR_RETURN(
-        liar_, Liar::open(*transport_, *control_, std::move(layout),
-                          request.value("name", "trainer0"), request.value("lie", "")));
+        liar_, Liar::open(*transport_, *control_, layout, request.value("name", "trainer0"),
+                          request.value("lie", "")));
     return Json::object();
   }
   if (call == "liar_table") {

@@ -73,9 +73,24 @@ def with_tensor_parallel(model: Toy, _world: int) -> None:
     fully_shard(model, mesh=whole["dp"])
 
 
+def in_an_arena(model: Toy, world: int) -> None:
+    """Parameters whose shards are even lie in memory that readers map, the others stay."""
+    one_axis(model, world)
+    before = full_tensors(model)
+    arena = fsdp2.move_to_arena(model)
+    begin = torch.frombuffer(arena, dtype=torch.uint8).data_ptr()
+    end = begin + arena.size_bytes
+    for name, value in full_tensors(model).items():
+        assert torch.equal(value, before[name]), name
+    locals_of = {name: p.to_local() for name, p in model.named_parameters()}
+    inside = {name for name, t in locals_of.items() if begin <= t.data_ptr() < end}
+    assert "down.weight" in inside, inside  # 8 rows on 2 or 4 ranks
+
+
 CASES: dict[str, tuple[int, Callable[[Toy, int], None]]] = {
     "one_axis": (0, one_axis),
     "columns": (0, columns),
+    "in_an_arena": (0, in_an_arena),
     "hybrid": (4, hybrid),
     "with_tensor_parallel": (4, with_tensor_parallel),
 }

@@ -8,8 +8,8 @@ import transfuse
 from transfuse import Box, Dtype, LayoutBuilder
 
 CASES = {
-    2: ["one_axis", "columns"],
-    4: ["one_axis", "columns", "hybrid", "with_tensor_parallel"],
+    2: ["one_axis", "columns", "in_an_arena"],
+    4: ["one_axis", "columns", "in_an_arena", "hybrid", "with_tensor_parallel"],
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import transfuse
 from transfuse.demo.channel import Child, ChildFailedError, Message
-from transfuse.demo.screen import HEADER, Screen
+from transfuse.demo.screen import HEADER, LEGEND, Screen
 from transfuse.demo.settings import MODEL, TRAINERS, Settings
 
 STEPS_ALONE = 5
@@ -56,6 +56,7 @@ class Run:
     def train(self) -> None:
         """All steps; half-way the engine is killed and started again."""
         self.screen.title("training; after every optimizer step the engine is refitted")
+        self.screen.say(LEGEND)
         self.screen.say(HEADER)
         self._refit_and_sample(step=0, published=1)
         kill_at = max(1, self.settings.steps // 2)

@@ -6,9 +6,13 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+_PHASES = ("discover", "lease", "transfer", "verify", "commit")
+LEGEND = (
+    "refit times in ms; memcpy: share of what memcpy reaches at the same moment; check: the\n"
+    "fingerprints of every byte that arrived against those of the trainers"
+)
 HEADER = (
-    " step   loss  version   discover   lease  transfer  verify  commit  total ms"
-    "    GB/s  of memcpy  fingerprints"
+    "step   loss  ver  total discov lease transfer verify commit  GB/s memcpy  check"  # 79 columns
 )
 
 
@@ -33,20 +37,16 @@ class Screen(Protocol):
 
 def format_row(row: Mapping[str, Any]) -> str:
     """One line per step under HEADER."""
-    begin = f"{row['step']:5d} {row['loss']:6.3f}"
+    begin = f"{row['step']:4d}{row['loss']:7.3f}"
     if "phases_us" not in row:
-        return f"{begin} {row['published']:8d}   {row['note']}"
-    phases = row["phases_us"]
-    times = [phases[name] / 1e3 for name in ("discover", "lease", "transfer", "verify", "commit")]
-    columns = "".join(
-        f"{ms:{width}.2f}" for ms, width in zip(times, (11, 8, 10, 8, 8), strict=True)
-    )
-    check = "equal" if row["verified"] else "NOT CHECKED"
+        return f"{begin}{row['published']:5d}  {row['note']}"
+    ms = {name: row["phases_us"][name] / 1e3 for name in (*_PHASES, "total")}
+    widths = zip(_PHASES, (7, 6, 9, 7, 7), strict=True)
+    phases = "".join(f"{ms[name]:{width}.2f}" for name, width in widths)
     share = row["gbps"] / row["memcpy_gbps"]
-    return (
-        f"{begin} {row['version']:8d}{columns}{phases['total'] / 1e3:10.2f}"
-        f"{row['gbps']:8.2f}{share:11.0%}  {check}"
-    )
+    check = "equal" if row["verified"] else "NONE"
+    rate = f"{row['gbps']:6.2f}{share:7.0%}"
+    return f"{begin}{row['version']:5d}{ms['total']:7.2f}{phases}{rate}  {check}"
 
 
 class PlainScreen:
@@ -95,18 +95,18 @@ class RichScreen:
 
     def say(self, text: str) -> None:
         """See Screen."""
-        self._console.print(text, markup=False)
+        self._console.print(text, markup=False, soft_wrap=True)
 
     def title(self, text: str) -> None:
         """See Screen."""
         self._console.print()
-        self._console.print(text, style="bold cyan", markup=False)
+        self._console.print(text, style="bold cyan", markup=False, soft_wrap=True)
 
     def row(self, row: Mapping[str, Any]) -> None:
         """See Screen."""
         good = row.get("verified", True)
         style = "" if good and "phases_us" in row else ("yellow" if good else "bold red")
-        self._console.print(format_row(row), style=style, markup=False)
+        self._console.print(format_row(row), style=style, markup=False, soft_wrap=True)
         self._progress.update(self._task, completed=row["step"])
 
     def sample(self, version: int, text: str) -> None:
