@@ -71,6 +71,13 @@ struct VersionRequest {
   uint64_t version = 0;
 };
 
+// What became of the target's parameters under a lease that is given back.
+enum class LeaseEnd : uint8_t {
+  kUnchanged,  // they hold what they held
+  kLanded,     // they hold the lease's version
+  kLost,       // writing began and did not succeed: they hold no version
+};
+
 struct Lease {
   LeaseId id{};
   uint64_t version = 0;
@@ -117,14 +124,15 @@ class Control {
   virtual ~Control() = default;
 
   virtual Result<void> put_layout(const Layout& layout) = 0;  // a layout travels once per digest
-  virtual Result<Layout> get_layout(const Digest& digest) = 0;
+  virtual Result<Layout> get_layout(const Digest& digest, Deadline deadline) = 0;
 
   // kAlreadyExists: a live member has the name. A dead one (or an older incarnation whose time ran
   // out) is replaced.
   virtual Result<MemberId> join(const Registration& registration) = 0;
   virtual Result<void> leave(MemberId member) = 0;
-  virtual Result<std::string> describe(uint64_t member,
-                                       uint64_t incarnation) = 0;  // the descriptor of a MemberInfo
+  // The descriptor of a MemberInfo.
+  virtual Result<std::string> describe(uint64_t member, uint64_t incarnation,
+                                       Deadline deadline) = 0;
   virtual Result<std::vector<MemberInfo>> members(std::string_view model) = 0;  // "" for all models
   virtual Result<std::vector<VersionInfo>> versions(std::string_view model) = 0;
 
@@ -144,13 +152,14 @@ class Control {
   // says who has not published.
   virtual Result<Lease> acquire(MemberId target, const VersionRequest& request,
                                 Deadline deadline) = 0;
-  // `landed`: the target now holds lease.version.
-  virtual Result<void> release(LeaseId lease, bool landed) = 0;
+  virtual Result<void> release(LeaseId lease, LeaseEnd end, Deadline deadline) = 0;
   virtual Result<std::unique_ptr<Watch>> watch(std::string_view model) = 0;
 
   // -- fingerprint tables (between members, through the coordinator once per plan) --
-  virtual Result<void> request_table(MemberId from, uint64_t holder,
-                                     const TableRequest& request) = 0;
+  // A coordinator that restarted knows none: holders announce theirs again after kEpoch, and
+  // get_table() of one that nobody asked for is kNotFound.
+  virtual Result<void> request_table(MemberId from, uint64_t holder, const TableRequest& request,
+                                     Deadline deadline) = 0;
   virtual Result<void> put_table(MemberId holder, const Digest& plan_key,
                                  std::string_view descriptor) = 0;
   virtual Result<std::string> get_table(uint64_t holder, const Digest& plan_key,

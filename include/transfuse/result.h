@@ -62,15 +62,15 @@ class [[nodiscard]] Result {
 
   T& value() & { return check(), std::get<0>(state_); }
   const T& value() const& { return check(), std::get<0>(state_); }
-  T&& value() && { return check(), std::get<0>(std::move(state_)); }
+  T value() && { return check(), std::get<0>(std::move(state_)); }  // not a reference into *this
   T& operator*() & { return value(); }
   const T& operator*() const& { return value(); }
-  T&& operator*() && { return std::move(*this).value(); }
+  T operator*() && { return std::move(*this).value(); }
   T* operator->() { return &value(); }
   const T* operator->() const { return &value(); }
 
   const Error& error() const& { return check_error(), std::get<1>(state_); }
-  Error&& error() && { return check_error(), std::get<1>(std::move(state_)); }
+  Error error() && { return check_error(), std::get<1>(std::move(state_)); }
 
  private:
   void check() const {

@@ -26,6 +26,7 @@ constexpr size_t kMaxNameBytes = 256;
 constexpr uint32_t kMaxSourceCount = 65536;
 constexpr uint64_t kIdRange = uint64_t{1} << 32;  // of one life of a coordinator
 constexpr Duration kMinTtl = std::chrono::milliseconds(10);
+constexpr uint32_t kBeatsWithoutLease = 3;  // its grant, or its release, is not under way any more
 constexpr Duration kMaxTtl = std::chrono::hours(24);
 
 std::string_view role_name(MemberRole role) {
@@ -266,9 +267,25 @@ std::vector<uint64_t> LeaseTable::beat(std::span<const uint64_t> members,
     if (found == leases_.end()) continue;  // revoked: the member is told by an event
     const bool by_holder =
         std::find(members.begin(), members.end(), found->second.holder) != members.end();
-    if (by_holder) found->second.renewed = now;
+    if (!by_holder) continue;
+    found->second.renewed = now;
+    found->second.beats_without = 0;
   }
+  end_orphaned_leases(members, leases, now);
   return unknown;
+}
+
+void LeaseTable::end_orphaned_leases(std::span<const uint64_t> members,
+                                     std::span<const LeaseId> named, TimePoint now) {
+  for (const uint64_t id : members) {
+    const auto member = members_.find(id);
+    if (member == members_.end()) continue;
+    const std::set<uint64_t> held = member->second.leases;
+    for (const uint64_t lease : held) {
+      if (std::find(named.begin(), named.end(), LeaseId{lease}) != named.end()) continue;
+      if (++leases_.at(lease).beats_without > kBeatsWithoutLease) end_lease(lease, now);
+    }
+  }
 }
 
 void LeaseTable::suspect(uint64_t owner, TimePoint now) {

@@ -121,7 +121,8 @@ class LeaseTable {
   // sources.
   Result<uint64_t> join(const JoinRequest& request, TimePoint now);
   Result<void> leave(uint64_t member, TimePoint now);
-  // Keeps members and leases alive. Returns those that are not members (any more).
+  // Keeps members and leases alive. Returns those that are not members (any more). A lease that its
+  // holder does not name in several beats running is one whose grant never reached it: it ends.
   std::vector<uint64_t> beat(std::span<const uint64_t> members, std::span<const LeaseId> leases,
                              TimePoint now);
   // The connection `owner` broke: its members die after a short grace unless they beat again.
@@ -148,8 +149,8 @@ class LeaseTable {
   // -- targets -- answered by a LeaseReply
   void acquire(WaiterId waiter, uint64_t target, const VersionRequest& request, TimePoint deadline,
                TimePoint now);
-  // kNotFound: `target` holds no such lease (any more). `landed` is noted all the same.
-  Result<void> release(uint64_t target, LeaseId lease, uint64_t version, bool landed,
+  // kNotFound: `target` holds no such lease (any more). `end` is noted all the same.
+  Result<void> release(uint64_t target, LeaseId lease, uint64_t version, LeaseEnd end,
                        TimePoint now);
 
   // -- fingerprint tables -- get_table() is answered by a TableReply
@@ -234,6 +235,7 @@ class LeaseTable {
     uint64_t version = 0;
     TimePoint renewed;
     TimePoint timer;
+    uint32_t beats_without = 0;
   };
   enum class WaiterKind : uint8_t { kDrain, kLease, kTable };
   struct Waiter {
@@ -254,6 +256,8 @@ class LeaseTable {
   void take_over(Member& member, const JoinRequest& request, TimePoint now);
   uint64_t admit(const JoinRequest& request, TimePoint now);
   void renew(Member& member, TimePoint now);
+  void end_orphaned_leases(std::span<const uint64_t> members, std::span<const LeaseId> named,
+                           TimePoint now);
   void set_member_timer(Member& member, TimePoint at);
   void remove_member(uint64_t id, std::string_view why, TimePoint now);
   void erase_model_if_empty(std::string_view name);

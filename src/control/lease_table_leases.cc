@@ -162,11 +162,12 @@ void LeaseTable::serve_waiters(const std::string& model, TimePoint now) {
   for (const uint64_t waiter : waiting) try_grant(waiter, now);
 }
 
-Result<void> LeaseTable::release(uint64_t target, LeaseId lease, uint64_t version, bool landed,
+Result<void> LeaseTable::release(uint64_t target, LeaseId lease, uint64_t version, LeaseEnd end,
                                  TimePoint now) {
   Member* member = find_member(target, MemberRole::kTarget);
   if (member == nullptr) return no_member(target);
-  if (landed) member->landed = version;
+  if (end == LeaseEnd::kLanded) member->landed = version;
+  if (end == LeaseEnd::kLost) member->landed = 0;
   const auto id = static_cast<uint64_t>(lease);
   if (!member->leases.contains(id)) {
     return Error{ErrorCode::kNotFound,

@@ -47,6 +47,7 @@ class Judge {
     uint64_t holder = 0;
     uint64_t version = 0;
     TimePoint ends;
+    int beats_without = 0;  // of its holder, running, that did not name it
   };
   struct Waiter {
     uint64_t member = 0;
@@ -141,7 +142,8 @@ class Judge {
     for (const auto& [id, member] : members) {
       expect(member.closing != lease.version, "a lease on a version that a source waits to end");
     }
-    leases[static_cast<uint64_t>(lease.id)] = {waiter.member, lease.version, now + kLeaseTtl};
+    leases[static_cast<uint64_t>(lease.id)] = {
+        .holder = waiter.member, .version = lease.version, .ends = now + kLeaseTtl};
   }
 
   void see_drain(const Waiter& waiter, const DrainReply& drain, TimePoint now) {
@@ -347,10 +349,16 @@ class World {
     std::vector<LeaseId> leases;
     for (auto& [id, lease] : judge_.leases) {
       const bool told = std::find(members.begin(), members.end(), lease.holder) != members.end();
-      if (random_.chance(0.2)) continue;
+      if (random_.chance(0.2)) {
+        if (told && ++lease.beats_without > 3) lease.ends = now_;
+        continue;
+      }
       leases.push_back(LeaseId{id});
-      if (told) lease.ends = now_ + kLeaseTtl;
+      if (!told) continue;
+      lease.ends = now_ + kLeaseTtl;
+      lease.beats_without = 0;
     }
+    std::erase_if(judge_.leases, [&](const auto& lease) { return lease.second.ends <= now_; });
     judge_.expect(table_.beat(members, leases, now_).empty(), "a live member is unknown");
   }
 
@@ -432,10 +440,12 @@ class World {
     std::advance(at, static_cast<int64_t>(random_.below(judge_.leases.size())));
     const auto [id, lease] = *at;
     judge_.leases.erase(at);
-    judge_.expect(table_.release(lease.holder, LeaseId{id}, lease.version, true, now_).has_value(),
+    judge_.expect(table_.release(lease.holder, LeaseId{id}, lease.version, LeaseEnd::kLanded, now_)
+                      .has_value(),
                   "a held lease cannot be released");
-    judge_.expect(!table_.release(lease.holder, LeaseId{id}, lease.version, true, now_),
-                  "a lease was released twice");
+    judge_.expect(
+        !table_.release(lease.holder, LeaseId{id}, lease.version, LeaseEnd::kLanded, now_),
+        "a lease was released twice");
   }
 
   void cancel() {

@@ -167,7 +167,7 @@ TEST_F(Table, BeginWriteWaitsForReadersAndGrantsNoNewLeaseMeanwhile) {
   EXPECT_EQ(reply<DrainReply>(drain), nullptr);
   EXPECT_EQ(reply<LeaseReply>(late), nullptr);
   now_ += std::chrono::milliseconds(30);
-  ASSERT_TRUE(table_.release(t, held.id, 1, true, now_));
+  ASSERT_TRUE(table_.release(t, held.id, 1, LeaseEnd::kLanded, now_));
   ASSERT_NE(reply<DrainReply>(drain), nullptr);
   EXPECT_EQ(reply<DrainReply>(drain)->result->revoked, 0u);
   EXPECT_EQ(reply<DrainReply>(drain)->result->waited_us, 30000);
@@ -188,7 +188,8 @@ TEST_F(Table, AtItsDeadlineBeginWriteRevokesTheReadersThatAreLeft) {
   ASSERT_NE(reply<DrainReply>(drain), nullptr);
   EXPECT_EQ(reply<DrainReply>(drain)->result->revoked, 1u);
   EXPECT_THAT(events_of(t), ElementsAre(MemberEvent::Kind::kRevoked));
-  EXPECT_EQ(table_.release(t, held.id, 1, false, now_).error().code, ErrorCode::kNotFound);
+  EXPECT_EQ(table_.release(t, held.id, 1, LeaseEnd::kUnchanged, now_).error().code,
+            ErrorCode::kNotFound);
   EXPECT_EQ(table_.stats().leases, 0u);
 }
 
@@ -432,8 +433,41 @@ TEST_F(Table, ALeaseLivesAsLongAsItsHolderBeatsForIt) {
   }
   EXPECT_EQ(table_.stats().leases, 1u);
   EXPECT_EQ(version(1).leases, 1u);
-  EXPECT_TRUE(table_.release(t, kept.id, 1, true, now_));
-  EXPECT_FALSE(table_.release(t, forgotten.id, 1, true, now_));
+  EXPECT_TRUE(table_.release(t, kept.id, 1, LeaseEnd::kLanded, now_));
+  EXPECT_FALSE(table_.release(t, forgotten.id, 1, LeaseEnd::kLanded, now_));
+}
+
+TEST_F(Table, ALeaseWhoseGrantWasLostEndsAfterAFewBeatsOfItsHolder) {
+  const auto a = source("a"), t = target("t");
+  write(a, 1);
+  (void)lease(t);  // its holder never learns of it
+  const WaiterId drain = begin(a, 2, 60000);
+  for (int beats = 0; beats < 3; ++beats) {
+    wait_ms(500);
+    beat({a, t});
+  }
+  EXPECT_EQ(reply<DrainReply>(drain), nullptr) << "the grant may be under way";
+  wait_ms(500);
+  beat({a, t});
+  ASSERT_NE(reply<DrainReply>(drain), nullptr);
+  EXPECT_EQ(table_.stats().leases, 0u);
+}
+
+TEST_F(Table, AFailedWriteOfATargetLeavesItWithoutAVersion) {
+  const auto a = source("a"), t = target("t");
+  write(a, 1);
+  const auto held = [&] {
+    for (const MemberInfo& member : table_.members("")) {
+      if (member.id == t) return member.version;
+    }
+    return uint64_t{99};
+  };
+  ASSERT_TRUE(table_.release(t, lease(t).id, 1, LeaseEnd::kLanded, now_));
+  EXPECT_EQ(held(), 1u);
+  ASSERT_TRUE(table_.release(t, lease(t).id, 1, LeaseEnd::kUnchanged, now_));
+  EXPECT_EQ(held(), 1u);
+  ASSERT_TRUE(table_.release(t, lease(t).id, 1, LeaseEnd::kLost, now_));
+  EXPECT_EQ(held(), 0u);
 }
 
 TEST_F(Table, TheLeaseOfALostTargetEndsAndTheWriterGoesOn) {
@@ -452,7 +486,8 @@ TEST_F(Table, ALeaseIsReleasedOnlyByItsHolder) {
   const auto a = source("a"), t = target("t"), u = target("u");
   write(a, 1);
   const Lease held = lease(t);
-  EXPECT_EQ(table_.release(u, held.id, 1, false, now_).error().code, ErrorCode::kNotFound);
+  EXPECT_EQ(table_.release(u, held.id, 1, LeaseEnd::kUnchanged, now_).error().code,
+            ErrorCode::kNotFound);
   EXPECT_EQ(table_.stats().leases, 1u);
 }
 
@@ -567,7 +602,7 @@ TEST_F(Table, I3_AThousandCyclesLeaveTheTableAsItWasWhenItsHistoryWasFull) {
   for (uint64_t v = 1; v <= 1000; ++v) {
     write(a, v);
     const Lease held = lease(t);
-    ASSERT_TRUE(table_.release(t, held.id, v, true, now_));
+    ASSERT_TRUE(table_.release(t, held.id, v, LeaseEnd::kLanded, now_));
     ASSERT_TRUE(table_.request_table(t, a, table_of({1, 1})));
     seen_.clear();
     if (v == 70) full = table_.stats();

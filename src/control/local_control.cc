@@ -305,7 +305,7 @@ class LocalControl final : public Control {
     });
   }
 
-  Result<Layout> get_layout(const Digest& digest) override {
+  Result<Layout> get_layout(const Digest& digest, Deadline /*deadline*/) override {
     TRANSFUSE_RETURN_IF_ERROR(check_process());
     TRANSFUSE_ASSIGN_OR_RETURN(const auto bytes,
                                state_->with_table([&](LeaseTable& table, TimePoint /*now*/) {
@@ -331,7 +331,8 @@ class LocalControl final : public Control {
     return state_->leave(owner_, static_cast<uint64_t>(member));
   }
 
-  Result<std::string> describe(uint64_t member, uint64_t incarnation) override {
+  Result<std::string> describe(uint64_t member, uint64_t incarnation,
+                               Deadline /*deadline*/) override {
     TRANSFUSE_RETURN_IF_ERROR(check_process());
     TRANSFUSE_ASSIGN_OR_RETURN(const auto descriptor,
                                state_->with_table([&](LeaseTable& table, TimePoint /*now*/) {
@@ -392,7 +393,7 @@ class LocalControl final : public Control {
     return result;
   }
 
-  Result<void> release(LeaseId lease, bool landed) override {
+  Result<void> release(LeaseId lease, LeaseEnd end, Deadline /*deadline*/) override {
     TRANSFUSE_RETURN_IF_ERROR(check_process());
     const auto held = state_->take_lease(lease);
     if (!held) {
@@ -401,7 +402,7 @@ class LocalControl final : public Control {
                                static_cast<uint64_t>(lease))};
     }
     auto released = state_->with_table([&](LeaseTable& table, TimePoint now) {
-      return table.release(held->first, lease, held->second, landed, now);
+      return table.release(held->first, lease, held->second, end, now);
     });
     // Revoked in the meantime: the member was told by an event, and the generation of the source
     // says whether what was read is whole.
@@ -414,7 +415,8 @@ class LocalControl final : public Control {
     return std::unique_ptr<Watch>(std::make_unique<LocalWatch>(state_, model));
   }
 
-  Result<void> request_table(MemberId from, uint64_t holder, const TableRequest& request) override {
+  Result<void> request_table(MemberId from, uint64_t holder, const TableRequest& request,
+                             Deadline /*deadline*/) override {
     TRANSFUSE_RETURN_IF_ERROR(check_member(from));
     return state_->with_table([&](LeaseTable& table, TimePoint /*now*/) {
       return table.request_table(static_cast<uint64_t>(from), holder, request);

@@ -60,10 +60,13 @@ TEST_F(Local, AnAcquireInOneThreadEndsWhenAnotherPublishes) {
   ASSERT_TRUE(lease);
   EXPECT_EQ(lease->version, 1u);
   ASSERT_EQ(lease->sources.size(), 1u);
-  EXPECT_EQ(engine_->describe(lease->sources[0].id, 7).value(), "at trainer0");
-  EXPECT_EQ(engine_->get_layout(lease->sources[0].layout)->digest(), small_layout().digest());
-  EXPECT_TRUE(engine_->release(lease->id, true));
-  EXPECT_EQ(engine_->release(lease->id, true).error().code, ErrorCode::kNotFound);
+  EXPECT_EQ(engine_->describe(lease->sources[0].id, 7, Deadline::after_ms(5000)).value(),
+            "at trainer0");
+  EXPECT_EQ(engine_->get_layout(lease->sources[0].layout, Deadline::after_ms(5000))->digest(),
+            small_layout().digest());
+  EXPECT_TRUE(engine_->release(lease->id, LeaseEnd::kLanded, Deadline::after_ms(5000)));
+  EXPECT_EQ(engine_->release(lease->id, LeaseEnd::kLanded, Deadline::after_ms(5000)).error().code,
+            ErrorCode::kNotFound);
   EXPECT_EQ(engine_->members("policy")->at(1).version, 1u) << "what has landed is known";
 }
 
@@ -86,7 +89,8 @@ TEST_F(Local, BeginWriteRevokesAReaderThatNeverReleases) {
   const auto event = engine_->next_event(target, Deadline::after_ms(1000));
   ASSERT_TRUE(event && event->has_value());
   EXPECT_EQ((*event)->kind, MemberEvent::Kind::kRevoked);
-  EXPECT_TRUE(engine_->release(lease->id, false)) << "releasing what was revoked is no error";
+  EXPECT_TRUE(engine_->release(lease->id, LeaseEnd::kUnchanged, Deadline::after_ms(5000)))
+      << "releasing what was revoked is no error";
 }
 
 TEST_F(Local, AWatchSeesEveryVersionThroughToItsLastState) {

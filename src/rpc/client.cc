@@ -29,9 +29,10 @@ namespace transfuse {
 
 namespace {
 
+// Who leaves is missed by its silence too: a coordinator that is stuck holds up no destructor.
+constexpr int64_t kLongestLeaveMs = 1000;
 constexpr size_t kMaxCachedLayouts = 4096;
 constexpr uint64_t kMaxCachedDescriptorBytes = uint64_t{64} << 20;
-constexpr size_t kMaxTables = 64;  // repeated to the next coordinator, of one member
 
 // A wait ends at the coordinator a little before the deadline, so that its answer, which says what
 // was waited for, is here in time.
@@ -85,12 +86,12 @@ class RpcControl final : public Control {
     return put(&reply);
   }
 
-  Result<Layout> get_layout(const Digest& digest) override {
+  Result<Layout> get_layout(const Digest& digest, Deadline deadline) override {
     TRANSFUSE_RETURN_IF_ERROR(connection_->check_process());
     if (auto known = find_layout(digest)) return *known;
     wire::GetLayoutReply reply;
     TRANSFUSE_RETURN_IF_ERROR(connection_->call(
-        "get_layout", &Stub::GetLayout, std::nullopt, connection_->default_deadline(),
+        "get_layout", &Stub::GetLayout, std::nullopt, deadline,
         [&](wire::GetLayoutRequest& request, const Link&, bool) {
           to_wire(digest, request.mutable_digest());
         },
@@ -124,7 +125,6 @@ class RpcControl final : public Control {
     return connection_->add_member(LocalMember{.registration = registration,
                                                .layout = find_layout(registration.layout),
                                                .state = {.id = reply.member()},
-                                               .tables = {},
                                                .epoch = epoch,
                                                .refused = std::nullopt,
                                                .events = {}});
@@ -139,7 +139,8 @@ class RpcControl final : public Control {
     }
     wire::Done done;
     auto left = connection_->call(
-        "leave", &Stub::Leave, std::nullopt, connection_->default_deadline(),
+        "leave", &Stub::Leave, std::nullopt,
+        connection_->default_deadline().earlier(Deadline::after_ms(kLongestLeaveMs)),
         [&](wire::LeaveRequest& request, const Link&, bool) {
           request.set_member(removed->state.id);
         },
@@ -149,7 +150,7 @@ class RpcControl final : public Control {
     return left;
   }
 
-  Result<std::string> describe(uint64_t member, uint64_t incarnation) override {
+  Result<std::string> describe(uint64_t member, uint64_t incarnation, Deadline deadline) override {
     TRANSFUSE_RETURN_IF_ERROR(connection_->check_process());
     {
       const MutexLock lock(mutex_);
@@ -158,7 +159,7 @@ class RpcControl final : public Control {
     }
     wire::DescribeReply reply;
     TRANSFUSE_RETURN_IF_ERROR(connection_->call(
-        "describe", &Stub::Describe, std::nullopt, connection_->default_deadline(),
+        "describe", &Stub::Describe, std::nullopt, deadline,
         [&](wire::DescribeRequest& request, const Link&, bool) {
           request.set_member(member);
           request.set_incarnation(incarnation);
@@ -299,11 +300,14 @@ class RpcControl final : public Control {
     }
     connection_->add_lease(LeaseId{reply.lease()}, target, reply.version());
     auto lease = lease_of(reply, model, epoch, std::move(known));
-    if (!lease) (void)release(LeaseId{reply.lease()}, false);  // the first error is the one to tell
+    if (!lease) {
+      // The first error is the one to tell.
+      (void)release(LeaseId{reply.lease()}, LeaseEnd::kUnchanged, deadline);
+    }
     return lease;
   }
 
-  Result<void> release(LeaseId lease, bool landed) override {
+  Result<void> release(LeaseId lease, LeaseEnd end, Deadline deadline) override {
     TRANSFUSE_RETURN_IF_ERROR(connection_->check_process());
     const auto held = connection_->take_lease(lease);
     if (!held) {
@@ -311,18 +315,18 @@ class RpcControl final : public Control {
                    fmt::format("lease {:x} was released before, or never granted to this handle",
                                static_cast<uint64_t>(lease))};
     }
-    if (landed) {
-      connection_->change_member(held->first,
-                                 [&](LocalMember& member) { member.state.landed = held->second; });
-    }
+    connection_->change_member(held->first, [&](LocalMember& member) {
+      if (end == LeaseEnd::kLanded) member.state.landed = held->second;
+      if (end == LeaseEnd::kLost) member.state.landed = 0;
+    });
     wire::Done done;
     auto released = connection_->call(
-        "release", &Stub::Release, held->first, connection_->default_deadline(),
+        "release", &Stub::Release, held->first, deadline,
         [&](wire::ReleaseRequest& request, const Link&, bool) {
           request.set_target(connection_->coordinator_id(held->first));
           request.set_lease(static_cast<uint64_t>(lease));
           request.set_version(held->second);
-          request.set_landed(landed);
+          request.set_end(to_wire(end));
         },
         &done);
     // Revoked, run out, or given by a coordinator that has died: the member was told by an event,
@@ -336,11 +340,12 @@ class RpcControl final : public Control {
     return open_watch(connection_, model);
   }
 
-  Result<void> request_table(MemberId from, uint64_t holder, const TableRequest& wanted) override {
+  Result<void> request_table(MemberId from, uint64_t holder, const TableRequest& wanted,
+                             Deadline deadline) override {
     TRANSFUSE_RETURN_IF_ERROR(connection_->check_process());
     wire::Done done;
     return connection_->call(
-        "request_table", &Stub::RequestTable, from, connection_->default_deadline(),
+        "request_table", &Stub::RequestTable, from, deadline,
         [&](wire::RequestTableRequest& request, const Link&, bool) {
           request.set_from(connection_->coordinator_id(from));
           request.set_holder(holder);
@@ -353,19 +358,14 @@ class RpcControl final : public Control {
                          std::string_view descriptor) override {
     TRANSFUSE_RETURN_IF_ERROR(connection_->check_process());
     wire::Done done;
-    TRANSFUSE_RETURN_IF_ERROR(connection_->call(
+    return connection_->call(
         "put_table", &Stub::PutTable, holder, connection_->default_deadline(),
         [&](wire::PutTableRequest& request, const Link&, bool) {
           request.set_holder(connection_->coordinator_id(holder));
           to_wire(plan_key, request.mutable_plan_key());
           request.set_description(std::string(descriptor));
         },
-        &done));
-    connection_->change_member(holder, [&](LocalMember& member) {
-      if (member.tables.size() >= kMaxTables) member.tables.clear();  // asked for again in time
-      member.tables[plan_key] = descriptor;
-    });
-    return {};
+        &done);
   }
 
   Result<std::string> get_table(uint64_t holder, const Digest& plan_key,

@@ -405,16 +405,6 @@ Result<void> Connection::register_member(const Link& link, MemberId id, const Lo
     joined = link.stub->Join(call.context(), request, &reply);
   }
   if (!joined.ok()) return made(joined);
-  for (const auto& [plan, description] : member.tables) {
-    KeeperCall call(*this, deadline);
-    wire::PutTableRequest table;
-    table.set_holder(reply.member());
-    to_wire(plan, table.mutable_plan_key());
-    table.set_description(description);
-    wire::Done done;
-    const grpc::Status put = link.stub->PutTable(call.context(), table, &done);
-    if (!put.ok()) return made(put);
-  }
   const MutexLock lock(mutex_);
   if (const auto found = members_.find(id); found != members_.end()) {
     found->second.state.id = reply.member();

@@ -43,7 +43,6 @@ struct LocalMember {
   Registration registration;
   std::optional<Layout> layout;  // if it was put through this handle
   Resume state;                  // with the coordinator's number
-  std::map<Digest, std::string> tables;
   uint64_t epoch = 0;            // of the coordinator that knows it; 0: none
   std::optional<Error> refused;  // the coordinator does not take it back
   std::deque<MemberEvent> events;

@@ -100,7 +100,7 @@ void acquire_and_release(benchmark::State& state) {
   for (auto _ : state) {
     const auto lease = control->acquire(target, {}, Deadline::after_ms(5000));
     benchmark::DoNotOptimize(lease.value().sources.data());
-    control->release(lease->id, true).value();
+    control->release(lease->id, LeaseEnd::kLanded, Deadline::after_ms(5000)).value();
   }
 }
 BENCHMARK(acquire_and_release)

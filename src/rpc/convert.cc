@@ -293,6 +293,31 @@ void to_wire(const JoinRequest& from, wire::JoinRequest* to) {
   resume->set_landed(from.resume->landed);
 }
 
+wire::LeaseEnd to_wire(LeaseEnd from) {
+  switch (from) {
+    case LeaseEnd::kUnchanged:
+      return wire::UNCHANGED;
+    case LeaseEnd::kLanded:
+      return wire::LANDED;
+    case LeaseEnd::kLost:
+      return wire::LOST;
+  }
+  check_failed(__FILE__, __LINE__, "a LeaseEnd outside the enum");
+}
+
+Result<LeaseEnd> from_wire(wire::LeaseEnd from) {
+  switch (from) {
+    case wire::UNCHANGED:
+      return LeaseEnd::kUnchanged;
+    case wire::LANDED:
+      return LeaseEnd::kLanded;
+    case wire::LOST:
+      return LeaseEnd::kLost;
+    default:
+      return out_of_range("lease end", from);
+  }
+}
+
 Result<JoinRequest> from_wire(const wire::JoinRequest& from) {
   constexpr int64_t kLongestMs = 86'400'000;
   if (from.ttl_ms() < 0 || from.ttl_ms() > kLongestMs || from.lease_ttl_ms() < 0 ||

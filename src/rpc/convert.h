@@ -34,6 +34,8 @@ void to_wire(const TableRequest& from, wire::TableRequest* to);
 TableRequest from_wire(const wire::TableRequest& from);
 void to_wire(const VersionRequest& from, wire::AcquireRequest* to);
 Result<VersionRequest> from_wire(const wire::AcquireRequest& from);
+wire::LeaseEnd to_wire(LeaseEnd from);
+Result<LeaseEnd> from_wire(wire::LeaseEnd from);
 void to_wire(const JoinRequest& from, wire::JoinRequest* to);
 Result<JoinRequest> from_wire(const wire::JoinRequest& from);
 

@@ -145,7 +145,7 @@ TEST(Convert, AVersionCostsAMemberLessThanOneKibibyteOnTheWire) {
   release.set_target(~0ull);
   release.set_lease(~0ull);
   release.set_version(1 << 30);
-  release.set_landed(true);
+  release.set_end(wire::LANDED);
   wire::Version change;
   to_wire(VersionInfo{.model = "policy",
                       .version = 1 << 30,

@@ -57,10 +57,13 @@ TEST_F(Coordinator, AVersionOfTwoProcessesIsReadyWhenBothHavePublished) {
   const MemberInfo& peer = lease->sources[1];
   EXPECT_EQ(peer.name, "trainer1");
   EXPECT_EQ(peer.generation, (Generation{9, 2}));
-  EXPECT_EQ(control->describe(peer.id, peer.incarnation).value(), "at trainer1");
-  EXPECT_EQ(control->get_layout(peer.layout)->digest(), small_layout().digest());
-  EXPECT_TRUE(control->release(lease->id, true));
-  EXPECT_EQ(control->release(lease->id, true).error().code, ErrorCode::kNotFound);
+  EXPECT_EQ(control->describe(peer.id, peer.incarnation, Deadline::after_ms(5000)).value(),
+            "at trainer1");
+  EXPECT_EQ(control->get_layout(peer.layout, Deadline::after_ms(5000))->digest(),
+            small_layout().digest());
+  EXPECT_TRUE(control->release(lease->id, LeaseEnd::kLanded, Deadline::after_ms(5000)));
+  EXPECT_EQ(control->release(lease->id, LeaseEnd::kLanded, Deadline::after_ms(5000)).error().code,
+            ErrorCode::kNotFound);
   const auto members = control->members("policy").value();
   ASSERT_EQ(members.size(), 3u);
   EXPECT_EQ(members[2].version, 1u) << "what landed is known";
@@ -94,20 +97,24 @@ TEST_F(Coordinator, AKilledCoordinatorIsStartedAgainAndItsMembersGoOn) {
   const CoordinatorInfo first = coordinator();
   ASSERT_EQ(::kill(static_cast<pid_t>(first.pid), SIGKILL), 0);
 
-  EXPECT_TRUE(control->release(before->id, true)) << "a lease of the dead one is no error";
+  EXPECT_TRUE(control->release(before->id, LeaseEnd::kLanded, Deadline::after_ms(5000)))
+      << "a lease of the dead one is no error";
   const auto after = control->acquire(target, {kExactly, 7}, Deadline::after_ms(20000));
   ASSERT_TRUE(after) << after.error().to_string();
   EXPECT_EQ(after->sources.at(0).id, before->sources.at(0).id) << "caches by number stay true";
   EXPECT_EQ(after->sources.at(0).generation, before->sources.at(0).generation);
-  EXPECT_EQ(control->describe(after->sources[0].id, after->sources[0].incarnation).value(),
-            "at trainer0");
+  EXPECT_EQ(
+      control
+          ->describe(after->sources[0].id, after->sources[0].incarnation, Deadline::after_ms(5000))
+          .value(),
+      "at trainer0");
   EXPECT_GT(coordinator().epoch, first.epoch);
   EXPECT_NE(coordinator().pid, first.pid);
   const auto event = control->next_event(source, Deadline::after_ms(20000));
   ASSERT_TRUE(event && event->has_value());
   EXPECT_EQ((*event)->kind, MemberEvent::Kind::kEpoch);
   EXPECT_EQ((*event)->epoch, coordinator().epoch);
-  ASSERT_TRUE(control->release(after->id, true));
+  ASSERT_TRUE(control->release(after->id, LeaseEnd::kLanded, Deadline::after_ms(5000)));
   EXPECT_EQ(control->publish(source, 7, {9, 14}).error().code, ErrorCode::kAlreadyExists);
   ASSERT_TRUE(write_version(*control, source, 8));
   EXPECT_TRUE(eventually([&] {
@@ -276,7 +283,7 @@ TEST_F(Coordinator, BeginWriteWaitsForAReaderOfAnotherProcess) {
   EXPECT_EQ(control->acquire(target, {kAtLeast, 2}, Deadline::after_ms(300)).error().code,
             ErrorCode::kDeadlineExceeded);
   EXPECT_EQ(control->versions("policy")->at(0).state, VersionState::kReady);
-  ASSERT_TRUE(control->release(lease->id, true));
+  ASSERT_TRUE(control->release(lease->id, LeaseEnd::kLanded, Deadline::after_ms(5000)));
   EXPECT_EQ(trainer->line(), "ok 0");
 }
 
@@ -303,7 +310,7 @@ TEST_F(Coordinator, AFingerprintTableIsRequestedAndAnnouncedAcrossHandles) {
   const uint64_t holder = engine->members("policy")->at(0).id;
   const TableRequest wanted{
       .plan_key = {1, 2}, .target = {3, 4}, .sources = {{5, 6}, {7, 8}}, .chunk_bytes = 1 << 20};
-  ASSERT_TRUE(engine->request_table(target, holder, wanted));
+  ASSERT_TRUE(engine->request_table(target, holder, wanted, Deadline::after_ms(5000)));
   EXPECT_EQ(engine->get_table(holder, {1, 2}, Deadline::after_ms(50)).error().code,
             ErrorCode::kDeadlineExceeded);
   const auto event = trainer->next_event(source, Deadline::after_ms(20000));

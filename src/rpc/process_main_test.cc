@@ -82,7 +82,8 @@ class MemberShell {
       lease_ = lease->id;
       return "ok " + std::to_string(lease->version);
     }
-    if (command == "release") return said(control_->release(lease_, true));
+    if (command == "release")
+      return said(control_->release(lease_, LeaseEnd::kLanded, Deadline::after_ms(5000)));
     return "unknown command";
   }
 

@@ -531,9 +531,11 @@ CoordinatorService::Unary* CoordinatorService::Acquire(Context* context,
 CoordinatorService::Unary* CoordinatorService::Release(Context* context,
                                                        const wire::ReleaseRequest* request,
                                                        wire::Done* /*reply*/) {
-  return answer(context, request->target(), [&](LeaseTable& table, TimePoint now) {
-    return table.release(request->target(), LeaseId{request->lease()}, request->version(),
-                         request->landed(), now);
+  const auto end = from_wire(request->end());
+  return answer(context, request->target(), [&](LeaseTable& table, TimePoint now) -> Result<void> {
+    if (!end) return end.error();
+    return table.release(request->target(), LeaseId{request->lease()}, request->version(), *end,
+                         now);
   });
 }
 

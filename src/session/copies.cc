@@ -1,9 +1,14 @@
 // Element sizes, casts, offsets and fingerprint keys of a run, ready for a copy engine.
 #include "session/copies.h"
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <numeric>
+#include <span>
 #include <utility>
+#include <vector>
+
 #include "transfuse/copy.h"
 #include "transfuse/layout.h"
 #include "transfuse/plan.h"
@@ -43,6 +48,29 @@ CopyTable::CopyTable(Plan plan) : plan_(std::move(plan)) {
     auto& dtypes = source_dtypes_.emplace_back();
     for (const ParameterSpec& parameter : layout.parameters()) dtypes.push_back(parameter.dtype);
   }
+  // A counting sort of (layout, run), each once.
+  std::vector<uint32_t> last_run(plan_.source_layouts().size(), UINT32_MAX);
+  const auto for_each_held = [&](auto visit) {
+    std::ranges::fill(last_run, UINT32_MAX);
+    for (uint32_t run = 0; run < plan_.runs().size(); ++run) {
+      for (const Holder& holder : plan_.holders_of(plan_.runs()[run])) {
+        if (std::exchange(last_run[holder.source_layout], run) != run) {
+          visit(holder.source_layout, run);
+        }
+      }
+    }
+  };
+  first_held_.assign(plan_.source_layouts().size() + 1, 0);
+  for_each_held([&](uint32_t layout, uint32_t) { ++first_held_[layout + 1]; });
+  std::partial_sum(first_held_.begin(), first_held_.end(), first_held_.begin());
+  held_runs_.resize(first_held_.back());
+  std::vector<uint32_t> next(first_held_.begin(), first_held_.end());
+  for_each_held([&](uint32_t layout, uint32_t run) { held_runs_[next[layout]++] = run; });
+}
+
+std::span<const uint32_t> CopyTable::held_runs(uint32_t source_layout) const {
+  const uint32_t first = first_held_[source_layout];
+  return {held_runs_.data() + first, first_held_[source_layout + 1] - first};
 }
 
 StridedCopy CopyTable::copy(const Run& run, const Holder& holder, uint64_t source_offset_bytes,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "transfuse/copy.h"
@@ -20,6 +21,8 @@ class CopyTable {
   // run's parameter starts (null for a sum without a write).
   StridedCopy copy(const Run& run, const Holder& holder, uint64_t source_offset_bytes,
                    std::byte* target, bool fingerprint) const;
+  // The runs that source layout `source_layout` holds, rising.
+  std::span<const uint32_t> held_runs(uint32_t source_layout) const;
   uint64_t target_bytes(const Run& run) const;
   uint64_t source_bytes(const Run& run, const Holder& holder) const;
 
@@ -28,6 +31,8 @@ class CopyTable {
   std::vector<uint64_t> keys_;                     // per tensor of the target layout
   std::vector<Dtype> target_dtypes_;               // per parameter of the target layout
   std::vector<std::vector<Dtype>> source_dtypes_;  // per source layout, per parameter
+  std::vector<uint32_t> held_runs_;                // by source layout
+  std::vector<uint32_t> first_held_;               // per source layout, and one past the last
 };
 
 }  // namespace transfuse

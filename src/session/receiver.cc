@@ -29,6 +29,7 @@ namespace transfuse {
 namespace {
 
 constexpr int64_t kAcquireSliceMs = 250;  // how late a cancel() is seen while no version fits
+constexpr auto kReleaseGrace = std::chrono::milliseconds(100);  // after the deadline of a refit
 constexpr auto kRetryPause = std::chrono::milliseconds(20);
 
 int64_t microseconds_since(TimePoint start) {
@@ -152,7 +153,9 @@ class InPlaceReceiver final : public Receiver {
     report_.phases.lease_us += microseconds_since(start);
     if (!lease) return Unexpected{std::move(lease).error()};
     auto outcome = attempt_.prepare(*lease, deadline, report_);
+    LeaseEnd end = LeaseEnd::kUnchanged;
     if (outcome) {
+      end = LeaseEnd::kLost;
       // From the first byte on the parameters hold no version, and peers that verify them see it.
       version_ = 0;
       weights_->begin_write();
@@ -161,10 +164,12 @@ class InPlaceReceiver final : public Receiver {
     const TimePoint commit_start = std::chrono::steady_clock::now();
     if (outcome) {
       weights_->end_write();
+      end = LeaseEnd::kLanded;
       version_ = lease->version;
       report_.version = lease->version;
     }
-    if (auto released = control_.release(lease->id, outcome.has_value()); !released) {
+    const Deadline release_by(std::max(deadline.at(), commit_start + kReleaseGrace));
+    if (auto released = control_.release(lease->id, end, release_by); !released) {
       // The bytes are proved; the lease ends by its time to live.
       report_.steps.push_back({released.error().code, "",
                                "the lease could not be returned: " + released.error().message});

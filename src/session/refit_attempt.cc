@@ -70,10 +70,10 @@ TableRequest RefitAttempt::table_request() const {
           .chunk_bytes = options_.plan.chunk_bytes};
 }
 
-Result<Layout> RefitAttempt::layout_of(const Digest& digest) {
+Result<Layout> RefitAttempt::layout_of(const Digest& digest, Deadline deadline) {
   const auto known = std::ranges::find(layouts_, digest, &Layout::digest);
   if (known != layouts_.end()) return *known;
-  TRANSFUSE_ASSIGN_OR_RETURN(Layout layout, control_.get_layout(digest));
+  TRANSFUSE_ASSIGN_OR_RETURN(Layout layout, control_.get_layout(digest, deadline));
   if (layout.digest() != digest) {
     return Error{ErrorCode::kCorrupt, fmt::format("layout {} was asked for, {} came",
                                                   digest.to_string(), layout.digest().to_string())};
@@ -83,7 +83,7 @@ Result<Layout> RefitAttempt::layout_of(const Digest& digest) {
 }
 
 // Compiles only when the set of source layouts changed.
-Result<void> RefitAttempt::plan_for(const Lease& lease, RefitReport& report) {
+Result<void> RefitAttempt::plan_for(const Lease& lease, Deadline deadline, RefitReport& report) {
   std::vector<Digest> digests;
   digests.reserve(lease.sources.size());
   for (const MemberInfo& source : lease.sources) digests.push_back(source.layout);
@@ -93,7 +93,7 @@ Result<void> RefitAttempt::plan_for(const Lease& lease, RefitReport& report) {
 
   std::vector<Layout> sources;
   for (const Digest& digest : digests) {
-    TRANSFUSE_ASSIGN_OR_RETURN(Layout layout, layout_of(digest));
+    TRANSFUSE_ASSIGN_OR_RETURN(Layout layout, layout_of(digest, deadline));
     sources.push_back(std::move(layout));
   }
   if (copies_) {
@@ -112,6 +112,7 @@ Result<void> RefitAttempt::plan_for(const Lease& lease, RefitReport& report) {
   proved_.assign(run_count, 0);
   sums_.assign(run_count, 0);
   expected_.assign(run_count, 0);
+  table_.reserve(run_count);
   missing_.reserve(run_count);
   copies_.emplace(std::move(plan));
   return {};
@@ -189,14 +190,14 @@ Error RefitAttempt::no_source_left(const Error& assign_error) const {
 Result<void> RefitAttempt::ready_source(Candidate& candidate, Deadline deadline) {
   const Deadline limit = deadline.earlier(Deadline::after_ms(options_.no_progress_ms));
   if (candidate.link == nullptr) {
-    TRANSFUSE_ASSIGN_OR_RETURN(const Layout layout, layout_of(candidate.info.layout));
+    TRANSFUSE_ASSIGN_OR_RETURN(const Layout layout, layout_of(candidate.info.layout, limit));
     TRANSFUSE_ASSIGN_OR_RETURN(
         auto link, SourceLink::open(transport_, control_, candidate.info, layout, limit));
     candidate.link = link.get();
     links_.push_back(std::move(link));
   }
   if (options_.verify == Verify::kFull) {
-    TRANSFUSE_RETURN_IF_ERROR(candidate.link->request_table(member_, table_request()));
+    TRANSFUSE_RETURN_IF_ERROR(candidate.link->request_table(member_, table_request(), limit));
   }
   TRANSFUSE_ASSIGN_OR_RETURN(const Generation now, candidate.link->read_generation(limit));
   if (now != candidate.info.generation) {
@@ -256,7 +257,7 @@ Result<void> RefitAttempt::prepare(const Lease& lease, Deadline deadline, RefitR
       }
     }
   }
-  TRANSFUSE_RETURN_IF_ERROR(plan_for(lease, report));
+  TRANSFUSE_RETURN_IF_ERROR(plan_for(lease, deadline, report));
   first_run_of_.clear();
   std::ranges::fill(landed_, uint8_t{0});
   std::ranges::fill(proved_, uint8_t{0});
@@ -416,8 +417,24 @@ Result<void> RefitAttempt::choose_vouchers() {
   return {};
 }
 
+// Reads the table of a source into expected_, at the runs that it holds.
+Result<void> RefitAttempt::expect_sums(Candidate& candidate, Deadline deadline,
+                                       const std::atomic<bool>& cancelled) {
+  const std::span<const Layout> layouts = copies_->plan().source_layouts();
+  const auto own = std::ranges::find(layouts, candidate.info.layout, &Layout::digest);
+  TRANSFUSE_CHECK(own != layouts.end());
+  const auto held = copies_->held_runs(static_cast<uint32_t>(own - layouts.begin()));
+  table_.resize(held.size());
+  TRANSFUSE_RETURN_IF_ERROR(candidate.link->read_table(member_, table_request(),
+                                                       candidate.info.generation, table_, deadline,
+                                                       options_.no_progress_ms, cancelled));
+  for (size_t i = 0; i < held.size(); ++i) expected_[held[i]] = table_[i];
+  return {};
+}
+
 // Compares what arrived with what the sources say they hold. Runs that differ are missing again.
-Result<void> RefitAttempt::verify(Deadline deadline, RefitReport& report) {
+Result<void> RefitAttempt::verify(Deadline deadline, const std::atomic<bool>& cancelled,
+                                  RefitReport& report) {
   report.verified_bytes = 0;
   TRANSFUSE_RETURN_IF_ERROR(choose_vouchers());
   for (uint32_t i = 0; i < candidates_.size(); ++i) {
@@ -425,10 +442,8 @@ Result<void> RefitAttempt::verify(Deadline deadline, RefitReport& report) {
     if (runs_of(i).empty()) continue;
     Result<void> table;
     if (!candidate.generation_checked) table = ready_source(candidate, deadline);
-    if (table) {
-      table = candidate.link->read_table(member_, table_request(), candidate.info.generation,
-                                         expected_, deadline, options_.no_progress_ms);
-    }
+    if (table) table = expect_sums(candidate, deadline, cancelled);
+    if (!table && table.error().code == ErrorCode::kCancelled) return table;
     if (table) {
       compare_sums(i, expected_, report);
       continue;
@@ -466,7 +481,7 @@ Result<void> RefitAttempt::transfer(Deadline deadline, const std::atomic<bool>& 
     count_missing();
     if (missing_.empty() && options_.verify == Verify::kFull && !landed_.empty()) {
       const TimePoint verify_start = std::chrono::steady_clock::now();
-      auto verified = verify(deadline, report);
+      auto verified = verify(deadline, cancelled, report);
       report.phases.verify_us += microseconds_since(verify_start);
       TRANSFUSE_RETURN_IF_ERROR(std::move(verified));
       count_missing();

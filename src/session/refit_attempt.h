@@ -47,8 +47,8 @@ class RefitAttempt {
     std::optional<Error> excluded;  // not asked again in this attempt
   };
 
-  Result<void> plan_for(const Lease& lease, RefitReport& report);
-  Result<Layout> layout_of(const Digest& digest);
+  Result<void> plan_for(const Lease& lease, Deadline deadline, RefitReport& report);
+  Result<Layout> layout_of(const Digest& digest, Deadline deadline);
   Result<void> choose_sources();
   Result<void> ready_sources(Deadline deadline, RefitReport& report);
   Result<void> ready_source(Candidate& candidate, Deadline deadline);
@@ -57,7 +57,9 @@ class RefitAttempt {
   Error no_source_left(const Error& assign_error) const;
   Result<void> move(Deadline deadline, const std::atomic<bool>& cancelled, RefitReport& report);
   void prove_landed(Deadline deadline, RefitReport& report);
-  Result<void> verify(Deadline deadline, RefitReport& report);
+  Result<void> verify(Deadline deadline, const std::atomic<bool>& cancelled, RefitReport& report);
+  Result<void> expect_sums(Candidate& candidate, Deadline deadline,
+                           const std::atomic<bool>& cancelled);
   void compare_sums(uint32_t candidate, std::span<const uint64_t> expected, RefitReport& report);
   void fill_padding();
   void report_routes(RefitReport& report) const;
@@ -103,6 +105,7 @@ class RefitAttempt {
   std::vector<uint8_t> proved_;  // and a later good generation read of the source was made
   std::vector<uint64_t> sums_;
   std::vector<uint64_t> expected_;
+  std::vector<uint64_t> table_;  // of one source: its runs only
 };
 
 }  // namespace transfuse

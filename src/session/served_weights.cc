@@ -38,6 +38,7 @@ constexpr size_t kMaxTables = 64;
 constexpr uint32_t kTableVersions = 64;
 // 4 TiB of target in chunks of 1 MiB; a peer that asks for more makes this process compile garbage.
 constexpr uint64_t kMaxTableChunks = uint64_t{1} << 22;
+constexpr int64_t kLayoutsMs = 5000;   // for the layouts of a plan to come
 constexpr int64_t kEventSliceMs = 50;  // how late stop_serving() is seen
 
 TableHeader* header_of(const LocalRegion& region) {
@@ -183,12 +184,32 @@ void ServedWeights::event_loop(MemberId member) {
       continue;
     }
     told = false;
-    if (!event->has_value() || (*event)->kind != MemberEvent::Kind::kTableRequest) continue;
+    if (!event->has_value()) continue;
+    if ((*event)->kind == MemberEvent::Kind::kEpoch) announce_tables(member);
+    if ((*event)->kind != MemberEvent::Kind::kTableRequest) continue;
     if (auto added = add_table(member, (*event)->table); !added) {
       // The reader that asked gets no table and reports that by its own deadline.
       log_event(
           LogLevel::kError, "table_refused",
           {{"plan", (*event)->table.plan_key.to_string()}, {"reason", added.error().to_string()}});
+    }
+  }
+}
+
+// To a coordinator that has restarted.
+void ServedWeights::announce_tables(MemberId member) {
+  std::vector<std::pair<Digest, std::string>> live;
+  {
+    const MutexLock lock(mutex_);
+    for (const auto& table : tables_)
+      live.emplace_back(table->key, encode(table->region->descriptor()));
+  }
+  for (const auto& [key, descriptor] : live) {
+    // Who needs one that could not be announced asks for it again.
+    if (auto put = control_.put_table(member, key, descriptor); !put) {
+      log_event(LogLevel::kWarn, "table_not_announced",
+                {{"plan", key.to_string()}, {"reason", put.error().to_string()}});
+      return;
     }
   }
 }
@@ -213,8 +234,9 @@ std::string ServedWeights::known_table(const TableRequest& request) {
 Result<void> ServedWeights::add_table(MemberId member, const TableRequest& request) {
   std::string announced = known_table(request);
   if (!announced.empty()) return control_.put_table(member, request.plan_key, announced);
+  const Deadline within = Deadline::after_ms(kLayoutsMs);
 
-  TRANSFUSE_ASSIGN_OR_RETURN(Layout target, control_.get_layout(request.target));
+  TRANSFUSE_ASSIGN_OR_RETURN(Layout target, control_.get_layout(request.target, within));
   if (request.chunk_bytes == 0 ||
       target.parameter_bytes() / request.chunk_bytes > kMaxTableChunks) {
     return Error{
@@ -228,7 +250,7 @@ Result<void> ServedWeights::add_table(MemberId member, const TableRequest& reque
     if (digest == layout_.digest()) {
       sources.push_back(layout_);
     } else {
-      TRANSFUSE_ASSIGN_OR_RETURN(Layout source, control_.get_layout(digest));
+      TRANSFUSE_ASSIGN_OR_RETURN(Layout source, control_.get_layout(digest, within));
       sources.push_back(std::move(source));
     }
   }
@@ -245,14 +267,14 @@ Result<void> ServedWeights::add_table(MemberId member, const TableRequest& reque
     return Error{ErrorCode::kInvalidArgument, "a table was asked for a plan without this source"};
   }
   const auto own_index = static_cast<uint32_t>(own - plan.source_layouts().begin());
-  const uint64_t run_count = plan.runs().size();
-  TRANSFUSE_ASSIGN_OR_RETURN(auto region,
-                             transport_.allocate(kTableHeaderBytes + run_count * sizeof(uint64_t)));
+  CopyTable copies(std::move(plan));
+  const uint64_t run_count = copies.held_runs(own_index).size();
+  TRANSFUSE_ASSIGN_OR_RETURN(auto region, transport_.allocate(table_bytes(run_count)));
   header_of(*region)->incarnation = incarnation_;
   header_of(*region)->run_count = run_count;
   announced = encode(region->descriptor());
   auto table = std::make_unique<Table>(Table{.key = request.plan_key,
-                                             .copies = CopyTable(std::move(plan)),
+                                             .copies = std::move(copies),
                                              .own = own_index,
                                              .region = std::move(region),
                                              .versions_left = kTableVersions});
@@ -312,13 +334,15 @@ void ServedWeights::sum_loop() {
 void ServedWeights::sum_chunk(const Table& table, const Chunk& chunk) const {
   const Plan& plan = table.copies.plan();
   auto* const sums = reinterpret_cast<uint64_t*>(table.region->bytes().data() + kTableHeaderBytes);
-  for (uint32_t i = chunk.first_run; i < chunk.first_run + chunk.run_count; ++i) {
-    const Run& run = plan.runs()[i];
-    for (const Holder& holder : plan.holders_of(run)) {
-      if (holder.source_layout != table.own) continue;
-      const StridedCopy copy = table.copies.copy(run, holder, 0, nullptr, true);
-      sums[i] = sum_copy(copy, memory_.data(holder.parameter) + copy.source_offset_bytes);
-    }
+  const std::span<const uint32_t> held = table.copies.held_runs(table.own);
+  auto at = std::ranges::lower_bound(held, chunk.first_run);
+  for (; at != held.end() && *at < chunk.first_run + chunk.run_count; ++at) {
+    const Run& run = plan.runs()[*at];
+    const Holder& holder =
+        *std::ranges::find(plan.holders_of(run), table.own, &Holder::source_layout);
+    const StridedCopy copy = table.copies.copy(run, holder, 0, nullptr, true);
+    sums[at - held.begin()] =
+        sum_copy(copy, memory_.data(holder.parameter) + copy.source_offset_bytes);
   }
 }
 

@@ -20,8 +20,8 @@
 namespace transfuse {
 
 // A fingerprint table in registered memory, for one plan: header, then one sum per run that this
-// layout holds (0 elsewhere). A reader trusts the sums only between two reads of a header whose
-// generation is the one that it expects.
+// layout holds, in the order of the runs (CopyTable::held_runs). A reader trusts the sums only
+// between two reads of a header whose generation is the one that it expects.
 struct TableHeader {
   uint64_t incarnation = 0;  // 0: the table was dropped, who needs it asks again
   uint64_t counter = 0;      // 0: the sums are not complete
@@ -31,6 +31,9 @@ struct TableHeader {
 };
 inline constexpr uint64_t kTableHeaderBytes = 64;
 static_assert(sizeof(TableHeader) <= kTableHeaderBytes);
+inline uint64_t table_bytes(size_t held_run_count) {
+  return kTableHeaderBytes + held_run_count * sizeof(uint64_t);
+}
 
 struct ServedWeightsOptions {
   uint32_t fingerprint_threads = 0;  // 0: one per usable core
@@ -84,6 +87,7 @@ class ServedWeights {
   void sum_loop();
   Result<void> add_table(MemberId member, const TableRequest& request);
   std::string known_table(const TableRequest& request);  // its region, "" if there is none yet
+  void announce_tables(MemberId member);
   void want(Table& table) REQUIRES(mutex_);
   void make_room_for_table() REQUIRES(mutex_);
   Table* next_table() REQUIRES(mutex_);

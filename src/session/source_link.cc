@@ -51,7 +51,8 @@ SourceLink::~SourceLink() { close(); }
 Result<std::unique_ptr<SourceLink>> SourceLink::open(Transport& transport, Control& control,
                                                      const MemberInfo& info, const Layout& layout,
                                                      Deadline deadline) {
-  TRANSFUSE_ASSIGN_OR_RETURN(const std::string bytes, control.describe(info.id, info.incarnation));
+  TRANSFUSE_ASSIGN_OR_RETURN(const std::string bytes,
+                             control.describe(info.id, info.incarnation, deadline));
   TRANSFUSE_ASSIGN_OR_RETURN(MemberDescriptor descriptor, decode_member_descriptor(bytes, layout));
   if (descriptor.transport != transport.kind()) {
     return Error{ErrorCode::kUnsupported,
@@ -122,13 +123,14 @@ Result<Generation> SourceLink::read_generation(Deadline deadline) {
   return Generation{.incarnation = words[0], .counter = words[1]};
 }
 
-Result<void> SourceLink::request_table(MemberId reader, const TableRequest& request) {
+Result<void> SourceLink::request_table(MemberId reader, const TableRequest& request,
+                                       Deadline deadline) {
   const auto known = std::ranges::find(tables_, request.plan_key, &Table::key);
   if (known != tables_.end() && known->refits_until_renewal > 1) {
     --known->refits_until_renewal;
     return {};
   }
-  TRANSFUSE_RETURN_IF_ERROR(control_.request_table(reader, info_.id, request));
+  TRANSFUSE_RETURN_IF_ERROR(control_.request_table(reader, info_.id, request, deadline));
   if (known != tables_.end()) {
     known->refits_until_renewal = kTableRenewalVersions;
     return {};
@@ -138,12 +140,12 @@ Result<void> SourceLink::request_table(MemberId reader, const TableRequest& requ
   return {};
 }
 
-Result<SourceLink::Table*> SourceLink::open_table(const Digest& key, size_t run_count,
-                                                  Deadline deadline) {
-  const auto table = std::ranges::find(tables_, key, &Table::key);
+Result<SourceLink::Table*> SourceLink::open_table(MemberId reader, const TableRequest& request,
+                                                  size_t run_count, Deadline deadline) {
+  const auto table = std::ranges::find(tables_, request.plan_key, &Table::key);
   TRANSFUSE_CHECK(table != tables_.end());
   if (table->region == nullptr) {
-    auto region = open_table_region(key, run_count, deadline);
+    auto region = open_table_region(reader, request, run_count, deadline);
     if (!region) {
       table->refits_until_renewal = 1;  // the request may be what was lost
       return Unexpected{std::move(region).error()};
@@ -153,14 +155,20 @@ Result<SourceLink::Table*> SourceLink::open_table(const Digest& key, size_t run_
   return &*table;
 }
 
-Result<std::unique_ptr<RemoteRegion>> SourceLink::open_table_region(const Digest& key,
+Result<std::unique_ptr<RemoteRegion>> SourceLink::open_table_region(MemberId reader,
+                                                                    const TableRequest& request,
                                                                     size_t run_count,
                                                                     Deadline deadline) {
   while (true) {
-    TRANSFUSE_ASSIGN_OR_RETURN(const std::string bytes,
-                               control_.get_table(info_.id, key, deadline));
-    TRANSFUSE_ASSIGN_OR_RETURN(const RegionDescriptor descriptor, decode_region_descriptor(bytes));
-    const uint64_t needed = kTableHeaderBytes + run_count * sizeof(uint64_t);
+    const auto bytes = control_.get_table(info_.id, request.plan_key, deadline);
+    if (!bytes && bytes.error().code == ErrorCode::kNotFound && !deadline.passed()) {
+      // The coordinator restarted since it was asked for.
+      TRANSFUSE_RETURN_IF_ERROR(control_.request_table(reader, info_.id, request, deadline));
+      continue;
+    }
+    if (!bytes) return bytes.error();
+    TRANSFUSE_ASSIGN_OR_RETURN(const RegionDescriptor descriptor, decode_region_descriptor(*bytes));
+    const uint64_t needed = table_bytes(run_count);
     if (descriptor.size_bytes < needed) {
       return Error{
           ErrorCode::kCorrupt,
@@ -180,8 +188,8 @@ Result<std::unique_ptr<RemoteRegion>> SourceLink::open_table_region(const Digest
 Result<SourceLink::Table*> SourceLink::reopen_table(MemberId reader, const TableRequest& request,
                                                     size_t run_count, Deadline deadline) {
   std::erase_if(tables_, [&](const Table& table) { return table.key == request.plan_key; });
-  TRANSFUSE_RETURN_IF_ERROR(request_table(reader, request));
-  return open_table(request.plan_key, run_count, deadline);
+  TRANSFUSE_RETURN_IF_ERROR(request_table(reader, request, deadline));
+  return open_table(reader, request, run_count, deadline);
 }
 
 Result<TableHeader> SourceLink::read_header(const Table& table, Deadline deadline) {
@@ -193,13 +201,13 @@ Result<TableHeader> SourceLink::read_header(const Table& table, Deadline deadlin
 
 Result<void> SourceLink::read_table(MemberId reader, const TableRequest& request,
                                     const Generation& generation, std::span<uint64_t> sums,
-                                    Deadline deadline, int64_t no_progress_ms) {
+                                    Deadline deadline, int64_t no_progress_ms,
+                                    const std::atomic<bool>& cancelled) {
   const auto next_limit = [&] { return deadline.earlier(Deadline::after_ms(no_progress_ms)); };
   const Deadline announced_by =
       deadline.earlier(Deadline::after_ms(kAnnouncementFactor * no_progress_ms));
-  TRANSFUSE_RETURN_IF_ERROR(request_table(reader, request));
-  TRANSFUSE_ASSIGN_OR_RETURN(Table * table,
-                             open_table(request.plan_key, sums.size(), announced_by));
+  TRANSFUSE_RETURN_IF_ERROR(request_table(reader, request, announced_by));
+  TRANSFUSE_ASSIGN_OR_RETURN(Table * table, open_table(reader, request, sums.size(), announced_by));
   Duration pause = kFirstPause;
   Deadline limit = next_limit();
   uint64_t progress = 0;
@@ -210,6 +218,7 @@ Result<void> SourceLink::read_table(MemberId reader, const TableRequest& request
       TRANSFUSE_ASSIGN_OR_RETURN(const TableHeader after, read_header(*table, next_limit()));
       if (after.counter == before.counter && after.incarnation == before.incarnation) return {};
     }
+    if (cancelled) return Error{ErrorCode::kCancelled, "the refit was cancelled by the caller"};
     if (!alive()) return gone("it ended before its fingerprints were complete");
     TRANSFUSE_ASSIGN_OR_RETURN(const Generation now, read_generation(next_limit()));
     if (now != generation) {

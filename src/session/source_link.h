@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -44,12 +45,13 @@ class SourceLink {
   Result<Generation> read_generation(Deadline deadline);
 
   // Asks the source to keep a table for the plan, unless it was asked lately.
-  Result<void> request_table(MemberId reader, const TableRequest& request);
-  // Copies the sums that are valid for `generation` into `sums` (one per run). Waits for the source
+  Result<void> request_table(MemberId reader, const TableRequest& request, Deadline deadline);
+  // Copies the sums that are valid for `generation` into `sums`, one per run that the source holds,
+  // in the order of the runs (CopyTable::held_runs). Waits for the source
   // to finish them, as long as it makes progress within `no_progress_ms`.
   Result<void> read_table(MemberId reader, const TableRequest& request,
                           const Generation& generation, std::span<uint64_t> sums, Deadline deadline,
-                          int64_t no_progress_ms);
+                          int64_t no_progress_ms, const std::atomic<bool>& cancelled);
 
   // Ends every read of this source: afterwards nothing writes target memory on its behalf.
   void close();
@@ -66,9 +68,11 @@ class SourceLink {
   // the caller's memory.
   Result<void> read_words(const RemoteRegion& region, uint64_t offset_bytes,
                           std::span<uint64_t> words, Deadline deadline);
-  Result<Table*> open_table(const Digest& key, size_t run_count, Deadline deadline);
-  Result<std::unique_ptr<RemoteRegion>> open_table_region(const Digest& key, size_t run_count,
-                                                          Deadline deadline);
+  Result<Table*> open_table(MemberId reader, const TableRequest& request, size_t run_count,
+                            Deadline deadline);
+  Result<std::unique_ptr<RemoteRegion>> open_table_region(MemberId reader,
+                                                          const TableRequest& request,
+                                                          size_t run_count, Deadline deadline);
   Result<Table*> reopen_table(MemberId reader, const TableRequest& request, size_t run_count,
                               Deadline deadline);
   Result<TableHeader> read_header(const Table& table, Deadline deadline);

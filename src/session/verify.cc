@@ -2,6 +2,7 @@
 #include "transfuse/verify.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -13,6 +14,7 @@
 #include <nlohmann/json.hpp>
 #include <vector>
 #include "base/random.h"
+#include "session/copies.h"
 #include "session/source_link.h"
 #include "transfuse/control.h"
 #include "transfuse/deadline.h"
@@ -71,12 +73,14 @@ Result<std::vector<uint64_t>> Verification::fingerprints(const Layout& probe,
   std::ranges::sort(members, {}, &MemberInfo::layout);
   for (const MemberInfo& member : members) {
     if (!layouts.empty() && layouts.back().digest() == member.layout) continue;
-    TRANSFUSE_ASSIGN_OR_RETURN(Layout layout, control_.get_layout(member.layout));
+    TRANSFUSE_ASSIGN_OR_RETURN(Layout layout, control_.get_layout(member.layout, deadline_));
     layouts.push_back(std::move(layout));
     request.sources.push_back(member.layout);
   }
   const PlanOptions options;
-  TRANSFUSE_ASSIGN_OR_RETURN(const Plan plan, compile(probe, layouts, options));
+  TRANSFUSE_ASSIGN_OR_RETURN(Plan compiled, compile(probe, layouts, options));
+  const CopyTable copies(std::move(compiled));
+  const Plan& plan = copies.plan();
   request.plan_key = plan.key();
   request.chunk_bytes = options.chunk_bytes;
   std::vector<uint32_t> counts(layouts.size(), 0);
@@ -88,12 +92,15 @@ Result<std::vector<uint64_t>> Verification::fingerprints(const Layout& probe,
   TRANSFUSE_RETURN_IF_ERROR(assign(plan, counts, 0, assignment));
 
   std::vector<uint64_t> result(probe.parameters().size(), 0);
-  std::vector<uint64_t> sums(plan.runs().size(), 0);
+  std::vector<uint64_t> sums;
+  const std::atomic<bool> cancelled{false};
   for (uint32_t i = 0; i < members.size(); ++i) {
     if (std::ranges::find(assignment.choice, i) == assignment.choice.end()) continue;
-    const Layout& layout = *std::ranges::find(layouts, members[i].layout, &Layout::digest);
+    const auto layout = std::ranges::find(layouts, members[i].layout, &Layout::digest);
+    const auto held = copies.held_runs(static_cast<uint32_t>(layout - layouts.begin()));
+    sums.resize(held.size());
     TRANSFUSE_ASSIGN_OR_RETURN(
-        auto link, SourceLink::open(transport_, control_, members[i], layout, deadline_));
+        auto link, SourceLink::open(transport_, control_, members[i], *layout, deadline_));
     Generation generation = members[i].generation;
     if (generation.incarnation == 0) {
       TRANSFUSE_ASSIGN_OR_RETURN(generation, link->read_generation(deadline_));
@@ -102,16 +109,17 @@ Result<std::vector<uint64_t>> Verification::fingerprints(const Layout& probe,
       return Error{ErrorCode::kTornRead, fmt::format("'{}' is being written", members[i].name)};
     }
     TRANSFUSE_RETURN_IF_ERROR(
-        link->read_table(member_, request, generation, sums, deadline_, kNoProgressMs));
-    for (size_t run = 0; run < sums.size(); ++run) {
-      if (assignment.choice[run] == i) result[plan.runs()[run].parameter] += sums[run];
+        link->read_table(member_, request, generation, sums, deadline_, kNoProgressMs, cancelled));
+    for (size_t at = 0; at < held.size(); ++at) {
+      const uint32_t run = held[at];
+      if (assignment.choice[run] == i) result[plan.runs()[run].parameter] += sums[at];
     }
   }
   return result;
 }
 
 Result<void> Verification::compare(const MemberInfo& target, TargetVerdict& verdict) {
-  TRANSFUSE_ASSIGN_OR_RETURN(const Layout layout, control_.get_layout(target.layout));
+  TRANSFUSE_ASSIGN_OR_RETURN(const Layout layout, control_.get_layout(target.layout, deadline_));
   TRANSFUSE_ASSIGN_OR_RETURN(const Layout probe, probe_layout(layout));
   TRANSFUSE_RETURN_IF_ERROR(control_.put_layout(probe));
   TRANSFUSE_ASSIGN_OR_RETURN(
@@ -119,7 +127,7 @@ Result<void> Verification::compare(const MemberInfo& target, TargetVerdict& verd
       control_.acquire(member_, {.kind = VersionRequest::Kind::kExactly, .version = target.version},
                        deadline_));
   auto expected = fingerprints(probe, lease.sources);
-  auto released = control_.release(lease.id, false);
+  auto released = control_.release(lease.id, LeaseEnd::kUnchanged, deadline_);
   if (!expected) return Unexpected{std::move(expected).error()};
   TRANSFUSE_RETURN_IF_ERROR(std::move(released));
 
