@@ -1,4 +1,4 @@
-"""`transfuse serve` by hand: on TCP with a token, and on a socket; members find it, Ctrl-C ends it."""
+"""`transfuse serve` by hand, on TCP with a token and on a socket; Ctrl-C ends it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 import transfuse
 
 
