@@ -12,99 +12,9 @@
 #include "transfuse/deadline.h"
 #include "transfuse/layout.h"
 #include "transfuse/result.h"
+#include "transfuse/versions.h"
 
 namespace transfuse {
-
-enum class MemberId : uint64_t {
-};  // of this Control instance; stays valid when the coordinator restarts
-enum class LeaseId : uint64_t {};
-
-// Lies in registered memory beside the weights; the counter is odd while the source is being
-// written.
-struct Generation {
-  uint64_t incarnation = 0;  // random, never 0: a restarted process has another
-  uint64_t counter = 0;
-  bool operator==(const Generation&) const = default;
-};
-
-enum class MemberRole : uint8_t { kSource, kTarget };
-
-struct Registration {
-  MemberRole role = MemberRole::kSource;
-  std::string model;  // the stream of versions: "policy"
-  std::string name;   // unique among live members of one model and role: "trainer0"
-  uint32_t source_count =
-      1;                     // kSource: a version is READY when this many sources have published it
-  uint64_t incarnation = 0;  // random, never 0
-  Digest layout;             // put_layout() first
-  std::string descriptor;  // opaque to the coordinator: endpoint, token, regions, binding. At most
-                           // 16 MiB, sent once
-};
-
-struct MemberInfo {
-  uint64_t id = 0;  // the coordinator's number, for describe() and tables
-  MemberRole role = MemberRole::kSource;
-  std::string model;
-  std::string name;
-  uint64_t incarnation = 0;
-  Digest layout;
-  uint64_t version = 0;  // published (source) or landed (target); 0: none
-  Generation generation;
-};
-
-enum class VersionState : uint8_t { kOpen, kReady, kRetired, kAborted };
-std::string_view version_state_name(VersionState state);
-
-struct VersionInfo {
-  std::string model;
-  uint64_t version = 0;  // from 1
-  VersionState state = VersionState::kOpen;
-  uint32_t published = 0;  // sources that have published it
-  uint32_t source_count = 0;
-  uint32_t leases = 0;
-  std::string reason;  // why aborted or retired
-};
-
-// What a receiver asks for.
-struct VersionRequest {
-  enum class Kind : uint8_t { kNewest, kExactly, kAtLeast } kind = Kind::kNewest;
-  uint64_t version = 0;
-};
-
-// What became of the target's parameters under a lease that is given back.
-enum class LeaseEnd : uint8_t {
-  kUnchanged,  // they hold what they held
-  kLanded,     // they hold the lease's version
-  kLost,       // writing began and did not succeed: they hold no version
-};
-
-struct Lease {
-  LeaseId id{};
-  uint64_t version = 0;
-  int64_t ttl_ms = 0;  // renewed by the heartbeat of the member; a dead member's leases end with it
-  std::vector<MemberInfo>
-      sources;  // everyone who published the version, with the generation of that moment
-};
-
-struct DrainOutcome {
-  uint32_t revoked = 0;  // readers that had not finished at the deadline; they will see a torn read
-  int64_t waited_us = 0;
-};
-
-// A request to a member to keep fingerprints of a plan ready: source digests and target digest name
-// the plan. The member sums its share of every run, per version, into a table in registered memory
-// and says where with put_table().
-struct TableRequest {
-  Digest plan_key;
-  Digest target;
-  std::vector<Digest> sources;
-  uint64_t chunk_bytes = 0;
-};
-struct MemberEvent {
-  enum class Kind : uint8_t { kTableRequest, kRevoked, kEpoch } kind = Kind::kTableRequest;
-  TableRequest table;
-  uint64_t epoch = 0;  // kEpoch: the coordinator restarted; registrations were repeated already
-};
 
 // A stream of version changes of one model; notifies, never writes (I9). Used from one thread.
 class Watch {
@@ -136,23 +46,43 @@ class Control {
   virtual Result<std::vector<MemberInfo>> members(std::string_view model) = 0;  // "" for all models
   virtual Result<std::vector<VersionInfo>> versions(std::string_view model) = 0;
 
+  // What happened to a version, oldest first; at most 256 entries are kept. kNotFound: unknown, or
+  // ended too long ago.
+  virtual Result<std::vector<VersionEvent>> history(std::string_view model, uint64_t version) = 0;
+  virtual Result<std::vector<GroupInfo>> groups(std::string_view model) = 0;  // "" for all models
+
   // -- source --
-  // No new lease on what this source published; waits until its readers are gone, at the deadline
-  // revokes them. Then the version it had published is RETIRED and `version` is OPEN.
-  // kAlreadyExists if `version` is not above the last one published. The deadline is the readers':
-  // the coordinator's answer may take the instance's default longer.
-  virtual Result<DrainOutcome> begin_write(MemberId source, uint64_t version,
+  // Makes room for a version: no new lease on what it replaces, whose readers are waited for as
+  // request.when_leased says; then that is RETIRED and request.version is OPEN. kAlreadyExists if
+  // the version is not above the last one published. The deadline is the readers': the
+  // coordinator's answer may take the instance's default longer.
+  virtual Result<DrainOutcome> begin_write(MemberId source, const WriteRequest& request,
                                            Deadline deadline) = 0;
-  virtual Result<void> publish(MemberId source, uint64_t version, const Generation& generation) = 0;
+  virtual Result<void> publish(MemberId source, const Offer& offer) = 0;
   virtual Result<void> abort_version(MemberId source, uint64_t version,
                                      std::string_view reason) = 0;
 
   // -- target --
   // Waits for a READY version that fits. kVersionGone: exactly N can never come. kDeadlineExceeded
-  // says who has not published.
+  // says who has not published. In a group every rank of a round gets the same version.
   virtual Result<Lease> acquire(MemberId target, const VersionRequest& request,
                                 Deadline deadline) = 0;
-  virtual Result<void> release(LeaseId lease, LeaseEnd end, Deadline deadline) = 0;
+  virtual Result<void> release(LeaseId lease, const LeaseOutcome& outcome, Deadline deadline) = 0;
+  // The target holds `version` from now on (0: none): after a commit without a group, a rollback,
+  // or the loss of what it held.
+  virtual Result<void> hold(MemberId target, uint64_t version, Deadline deadline) = 0;
+
+  // -- groups -- (see docs/control.md for the protocol)
+  // This rank has the round's version staged and verified, or (not ready) gives the round up.
+  virtual Result<void> vote(MemberId target, uint64_t round, bool ready, std::string_view reason,
+                            Deadline deadline) = 0;
+  // Waits for the one recorded decision. kGroupBroken: it cannot be learned by the deadline, or the
+  // coordinator that recorded it is gone and no rank knows it.
+  virtual Result<Decision> decision(MemberId target, uint64_t round, Deadline deadline) = 0;
+  // This rank holds the round's version; waits until every rank does. kGroupBroken names the rank
+  // that is missing.
+  virtual Result<void> applied(MemberId target, uint64_t round, Deadline deadline) = 0;
+
   virtual Result<std::unique_ptr<Watch>> watch(std::string_view model) = 0;
 
   // -- fingerprint tables (between members, through the coordinator once per plan) --

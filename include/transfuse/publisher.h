@@ -20,6 +20,13 @@ struct ParameterMemory {
   uint64_t size_bytes = 0;
 };
 
+// What readers of a version read while the trainer goes on.
+enum class Retention : uint8_t {
+  kInPlace,   // the weights themselves: the next write waits for readers, or revokes them
+  kSnapshot,  // a copy in one of `snapshot_slots` slots, made by publish(): training goes on at
+              // once
+};
+
 struct PublisherOptions {
   std::string model = "model";
   std::string name;                        // of this source, unique in the model: "trainer0"
@@ -27,7 +34,13 @@ struct PublisherOptions {
   std::vector<const LocalRegion*> arenas;  // outlive the publisher
   std::string token;                       // TransportOptions::token of `transport`
   uint32_t fingerprint_threads = 0;        // 0: one per core that this process may use
-  int64_t drain_ms = 30000;  // begin_write() waits so long for readers, then revokes them
+  int64_t drain_ms = 30000;  // the longest wait for readers, of begin_write() or publish()
+  // Copies in memory that the transport allocates when the publisher is opened, each of the bytes
+  // of all parameters (snapshot_bytes()). 0: only kInPlace.
+  uint32_t snapshot_slots = 0;
+  Retention retention = Retention::kInPlace;
+  // kSnapshot: if readers hold a lease on every slot. kRevokeAtDeadline waits drain_ms first.
+  WhenLeased when_leased = WhenLeased::kRevokeAtDeadline;
 };
 
 struct WriteTiming {
@@ -35,25 +48,40 @@ struct WriteTiming {
   uint32_t revoked = 0;
 };
 
-// in_place: the weights are read where the trainer keeps them. Between begin_write() and publish()
-// nobody may read; outside of it the caller must not write. `transport` and `control` outlive it.
-// Used from one thread at a time.
+struct PublishTiming {
+  int64_t waited_us = 0;  // for a slot
+  uint32_t revoked = 0;
+  int64_t copy_us = 0;   // into the slot
+  bool skipped = false;  // WhenLeased::kSkip: every slot was leased; readers never see this version
+};
+
+// Memory that `slots` snapshots of `layout` need, beside the weights.
+uint64_t snapshot_bytes(const Layout& layout, uint32_t slots);
+
+// kInPlace: the weights are read where the trainer keeps them. Between begin_write() and publish()
+// nobody may read; outside of it the caller must not write. kSnapshot: the caller may write at any
+// time but during publish(), which copies; a leased copy is never overwritten. `transport` and
+// `control` outlive it. Used from one thread at a time.
 class Publisher {
  public:
   // `memory` names every parameter of `layout` exactly once (I2: by name). Fails with
   // kInvalidArgument, kLayoutMismatch (a parameter has another size), kAlreadyExists (a live
-  // publisher has the name), kUnavailable.
+  // publisher has the name), kUnavailable, kResourceExhausted (no room for the snapshots: checked
+  // before anything is allocated).
   static Result<std::unique_ptr<Publisher>> open(Transport& transport, Control& control,
                                                  const Layout& layout,
                                                  std::vector<ParameterMemory> memory,
                                                  const PublisherOptions& options);
   virtual ~Publisher() = default;  // leaves; a version that is being written is aborted
 
-  // Versions rise. Waits for readers (options.drain_ms), then revokes them.
+  // Versions rise. Waits for readers of the weights themselves (options.drain_ms), then revokes
+  // them; for none if the version before was a snapshot.
   virtual Result<WriteTiming> begin_write(uint64_t version) = 0;
-  virtual Result<void> publish(uint64_t version) = 0;
-  // Gives up the version that is being written: nothing of it is ever visible, and the version
-  // before is gone too.
+  virtual Result<PublishTiming> publish(uint64_t version) = 0;
+  // From the next begin_write() on. kInvalidArgument: kSnapshot without slots, or while writing.
+  virtual Result<void> set_retention(Retention retention) = 0;
+  // Gives up the version that is being written: nothing of it is ever visible. The version before
+  // is gone too, unless it is a snapshot.
   virtual Result<void> abort_write(std::string_view reason) = 0;
   virtual uint64_t version() const = 0;  // last published, 0 if none or while writing
   virtual Result<void> close() = 0;

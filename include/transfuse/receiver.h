@@ -16,6 +16,12 @@ namespace transfuse {
 
 enum class Verify : uint8_t { kFull, kOff };
 
+enum class ReceiveInto : uint8_t {
+  kInPlace,  // the parameters themselves: least memory; after a failure they hold no version
+  kShadow,  // a second copy in memory of the transport, while the engine serves; commit() copies it
+            // into the parameters. A failure before the commit leaves the version that was there
+};
+
 struct ReceiverOptions {
   std::string model = "model";
   std::string name;  // of this target, unique in the model: "engine0"
@@ -26,6 +32,26 @@ struct ReceiverOptions {
   uint64_t spread = 0;  // this target's number among its peers: spreads readers over replicas
   int64_t no_progress_ms = 2000;  // a source without progress for so long counts as stalled
   uint32_t max_attempts = 8;      // of one refit, over all reasons
+  ReceiveInto into = ReceiveInto::kInPlace;
+  // kShadow: commit() exchanges shadow and parameters instead of copying, so that rollback() can
+  // bring the version before back until the next stage() begins.
+  bool keep_previous = false;
+  // The ranks of one engine commit all or none: the same group name and size for each of them.
+  std::string group;
+  uint32_t group_size = 0;
+  int64_t round_ms = 60000;  // a group without a decision after so long gives the round up
+};
+
+struct StageOptions {
+  double max_gigabytes_per_second = 0;  // of bytes written; 0: as fast as possible
+};
+
+enum class StageState : uint8_t { kNone, kMoving, kReady, kFailed };
+struct StageProgress {
+  StageState state = StageState::kNone;
+  uint64_t version = 0;  // 0: not known yet
+  uint64_t landed_bytes = 0;
+  uint64_t size_bytes = 0;  // of the target
 };
 
 struct RefitPhases {        // microseconds
@@ -33,7 +59,8 @@ struct RefitPhases {        // microseconds
   int64_t lease_us = 0;
   int64_t transfer_us = 0;
   int64_t verify_us = 0;
-  int64_t commit_us = 0;
+  int64_t decide_us = 0;  // a group's vote and decision
+  int64_t commit_us = 0;  // of a shadow: the copy, while the engine stands still
   int64_t total_us = 0;
 };
 
@@ -87,7 +114,26 @@ class Receiver {
   virtual Result<RefitReport> refit(const VersionRequest& request, Deadline deadline) = 0;
   virtual const RefitReport& last_report() const = 0;
   virtual uint64_t version() const = 0;  // what the parameters hold; 0: none
-  virtual void cancel() = 0;             // a running refit ends with kCancelled
+  virtual void cancel() = 0;             // a running refit or stage ends with kCancelled
+
+  // -- kShadow, in two steps; refit() makes both. kUnsupported with kInPlace --
+  // Begins to move and verify a version in the background, on own threads. kAlreadyExists while
+  // another one moves; one that is ready and not committed is replaced.
+  virtual Result<void> stage(const VersionRequest& request, Deadline deadline,
+                             const StageOptions& options = {}) = 0;
+  virtual StageProgress staged() const = 0;
+  // Waits until the stage is ready or has failed (its error), or the deadline passes.
+  virtual Result<StageProgress> wait_staged(Deadline deadline) = 0;
+  // At the engine's safe point: brings what is staged into the parameters at the speed of memory.
+  // In a group it votes, waits for the one decision, applies it, and returns when every rank holds
+  // the version: kCancelled if the group decided to abort (the version before stays), kGroupBroken
+  // if the decision or a rank was lost (do not serve).
+  virtual Result<RefitReport> commit(Deadline deadline) = 0;
+  // The version before the last commit() comes back. kNotFound: it was not kept, or the shadow was
+  // used since.
+  virtual Result<uint64_t> rollback(Deadline deadline) = 0;
+  // kGroupBroken if the ranks of the group do not all hold the same version. Asks the coordinator.
+  virtual Result<GroupInfo> check_group() = 0;
   virtual Result<void> close() = 0;
 };
 

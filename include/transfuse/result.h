@@ -26,9 +26,10 @@ enum class ErrorCode : uint8_t {
   kFingerprintMismatch,  // bytes that arrived differ from what the source holds
   kPoisoned,             // an abandoned operation may still write this memory
   kCancelled,            // ended by the caller
+  kGroupBroken,  // ranks of one engine do not hold the same version: none may serve until repaired
   kUnsupported,  // not available in this build or on this host; the message names what is missing
 };
-inline constexpr int kErrorCodeCount = 15;
+inline constexpr int kErrorCodeCount = 16;
 
 // "INVALID_ARGUMENT", "LAYOUT_MISMATCH", ...
 std::string_view error_code_name(ErrorCode code);
