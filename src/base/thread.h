@@ -17,9 +17,9 @@ Result<std::thread> start_thread(const char* name, F body) {
   try {
     return std::thread(std::move(body));
   } catch (const std::system_error& error) {  // the only way in which std::thread fails
-    return Error{ErrorCode::kResourceExhausted, std::string("the ") + name +
-                                                    " thread could not be started: " +
-                                                    error.code().message()};
+    return Error{
+        ErrorCode::kResourceExhausted,
+        std::string("the ") + name + " thread could not be started: " + error.code().message()};
   }
 }
 

@@ -41,8 +41,7 @@ Error corrupt(std::string what) {
 
 Result<void> check_binding(const Binding& binding, size_t slot,
                            const std::vector<RegionDescriptor>& regions, const Layout& layout) {
-  if (binding.layout != layout.digest() ||
-      binding.places.size() != layout.parameters().size()) {
+  if (binding.layout != layout.digest() || binding.places.size() != layout.parameters().size()) {
     return corrupt(fmt::format("binding {} of layout {} with {} parameters, expected {} with {}",
                                slot, binding.layout.to_string(), binding.places.size(),
                                layout.digest().to_string(), layout.parameters().size()));
@@ -54,10 +53,10 @@ Result<void> check_binding(const Binding& binding, size_t slot,
     const Place& place = binding.places[i];
     const uint64_t size = place.region < regions.size() ? regions[place.region].size_bytes : 0;
     if (place.offset_bytes > size || needed > size - place.offset_bytes) {
-      return corrupt(fmt::format("parameter '{}' in slot {} needs bytes [{}, +{}) of region {}, "
-                                 "which has {}",
-                                 parameter.name, slot, place.offset_bytes, needed, place.region,
-                                 size));
+      return corrupt(
+          fmt::format("parameter '{}' in slot {} needs bytes [{}, +{}) of region {}, "
+                      "which has {}",
+                      parameter.name, slot, place.offset_bytes, needed, place.region, size));
     }
   }
   return {};

@@ -74,13 +74,11 @@ TEST(MemberDescriptor, I13_EverySlotHasItsGenerationInsideTheControlWords) {
   const Layout layout = two_parameters();
   MemberDescriptor descriptor = descriptor_of(layout);
   descriptor.control.size_bytes = 64 + 15;  // enough for the first slot alone
-  EXPECT_EQ(decode_member_descriptor(encode(descriptor), layout).error().code,
-            ErrorCode::kCorrupt);
+  EXPECT_EQ(decode_member_descriptor(encode(descriptor), layout).error().code, ErrorCode::kCorrupt);
   descriptor.slots.pop_back();
   EXPECT_TRUE(decode_member_descriptor(encode(descriptor), layout));
   descriptor.control.size_bytes = 8;
-  EXPECT_EQ(decode_member_descriptor(encode(descriptor), layout).error().code,
-            ErrorCode::kCorrupt);
+  EXPECT_EQ(decode_member_descriptor(encode(descriptor), layout).error().code, ErrorCode::kCorrupt);
 }
 
 TEST(MemberDescriptor, I13_SlotsAreCountedBeforeAnythingIsMadeOfThem) {
@@ -90,11 +88,9 @@ TEST(MemberDescriptor, I13_SlotsAreCountedBeforeAnythingIsMadeOfThem) {
   descriptor.slots.resize(kMaxSlots, descriptor.slots[0]);
   EXPECT_TRUE(decode_member_descriptor(encode(descriptor), layout));
   descriptor.slots.push_back(descriptor.slots[0]);
-  EXPECT_EQ(decode_member_descriptor(encode(descriptor), layout).error().code,
-            ErrorCode::kCorrupt);
+  EXPECT_EQ(decode_member_descriptor(encode(descriptor), layout).error().code, ErrorCode::kCorrupt);
   descriptor.slots.clear();
-  EXPECT_EQ(decode_member_descriptor(encode(descriptor), layout).error().code,
-            ErrorCode::kCorrupt);
+  EXPECT_EQ(decode_member_descriptor(encode(descriptor), layout).error().code, ErrorCode::kCorrupt);
 }
 
 TEST(MemberDescriptor, I2_BindingOfAnotherLayoutIsRefused) {

@@ -199,7 +199,8 @@ Result<void> RefitAttempt::ready_source(Candidate& candidate, Deadline deadline)
   if (options_.verify == Verify::kFull) {
     TRANSFUSE_RETURN_IF_ERROR(candidate.link->request_table(member_, table_request(), limit));
   }
-  TRANSFUSE_ASSIGN_OR_RETURN(const Generation now, candidate.link->read_generation(candidate.info.slot, limit));
+  TRANSFUSE_ASSIGN_OR_RETURN(const Generation now,
+                             candidate.link->read_generation(candidate.info.slot, limit));
   if (now != candidate.info.generation) {
     return Error{
         ErrorCode::kTornRead,
@@ -432,9 +433,8 @@ Result<void> RefitAttempt::expect_sums(Candidate& candidate, Deadline deadline,
   table_.resize(held.size());
   const SourceLink::Offered offered{.slot = candidate.info.slot,
                                     .generation = candidate.info.generation};
-  TRANSFUSE_RETURN_IF_ERROR(candidate.link->read_table(member_, table_request(), offered, table_,
-                                                       deadline, options_.no_progress_ms,
-                                                       cancelled));
+  TRANSFUSE_RETURN_IF_ERROR(candidate.link->read_table(
+      member_, table_request(), offered, table_, deadline, options_.no_progress_ms, cancelled));
   for (size_t i = 0; i < held.size(); ++i) expected_[held[i]] = table_[i];
   return {};
 }
@@ -528,7 +528,8 @@ void RefitAttempt::report_routes(RefitReport& report) const {
       SourceLink* const link = candidates_[candidate].link;
       std::string route = "closed";
       if (link != nullptr) {
-        const auto where = link->where(parameter, candidates_[candidate].info.slot, Deadline::after_ms(0));
+        const auto where =
+            link->where(parameter, candidates_[candidate].info.slot, Deadline::after_ms(0));
         if (where) route = where->region->route();
       }
       report.routes.push_back({.source = candidates_[candidate].info.name,

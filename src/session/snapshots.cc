@@ -20,7 +20,7 @@
 namespace transfuse {
 namespace {
 
-constexpr uint64_t kAlignmentBytes = 64;            // a cache line, and the widest vector
+constexpr uint64_t kAlignmentBytes = 64;             // a cache line, and the widest vector
 constexpr uint64_t kChunkBytes = uint64_t{1} << 20;  // 100 us of copying: threads end together
 
 uint64_t aligned(uint64_t size_bytes) {

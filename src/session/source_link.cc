@@ -228,11 +228,13 @@ Result<void> SourceLink::read_table(MemberId reader, const TableRequest& request
   Deadline limit = next_limit();
   uint64_t progress = 0;
   while (true) {
-    TRANSFUSE_ASSIGN_OR_RETURN(const TableHeader before, read_header(*table, offset_bytes, next_limit()));
+    TRANSFUSE_ASSIGN_OR_RETURN(const TableHeader before,
+                               read_header(*table, offset_bytes, next_limit()));
     if (before.counter == generation.counter && before.incarnation == generation.incarnation) {
-      TRANSFUSE_RETURN_IF_ERROR(read_words(*table->region, offset_bytes + kTableHeaderBytes, sums,
-                                           next_limit()));
-      TRANSFUSE_ASSIGN_OR_RETURN(const TableHeader after, read_header(*table, offset_bytes, next_limit()));
+      TRANSFUSE_RETURN_IF_ERROR(
+          read_words(*table->region, offset_bytes + kTableHeaderBytes, sums, next_limit()));
+      TRANSFUSE_ASSIGN_OR_RETURN(const TableHeader after,
+                                 read_header(*table, offset_bytes, next_limit()));
       if (after.counter == before.counter && after.incarnation == before.incarnation) return {};
     }
     if (cancelled) return Error{ErrorCode::kCancelled, "the refit was cancelled by the caller"};
