@@ -32,8 +32,8 @@ struct FetchOrder {
 
 struct Fetched {
   uint64_t version = 0;
-  uint64_t round = 0;      // of the group; 0: the target is alone
-  bool voted = false;      // the coordinator has this rank's vote
+  uint64_t round = 0;  // of the group; 0: the target is alone
+  bool voted = false;  // the coordinator has this rank's vote
 };
 
 // Used from one thread, but cancelled() and progress(), which are for any. Outlived by everything

@@ -34,8 +34,8 @@ constexpr uint32_t kTriesPerSource = 2;
 }  // namespace
 
 RefitAttempt::RefitAttempt(Transport& transport, Control& control, const Layout& target,
-                           std::span<std::byte* const> target_data,
-                           const ReceiverOptions& options, MemberId member)
+                           std::span<std::byte* const> target_data, const ReceiverOptions& options,
+                           MemberId member)
     : transport_(transport),
       control_(control),
       target_(target),

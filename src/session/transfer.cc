@@ -22,7 +22,7 @@ constexpr size_t kSlots = 32;
 constexpr size_t kCopiesPerTicket = 512;
 constexpr auto kWaitSlice = std::chrono::milliseconds(50);
 constexpr auto kCancelGrace = std::chrono::milliseconds(200);
-constexpr auto kBurst = std::chrono::milliseconds(5);  // what a capped transfer may catch up
+constexpr auto kBurst = std::chrono::milliseconds(5);        // what a capped transfer may catch up
 constexpr auto kCancelPause = std::chrono::milliseconds(1);  // of polling what was cancelled
 
 }  // namespace
