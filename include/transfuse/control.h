@@ -79,9 +79,10 @@ class Control {
   // Waits for the one recorded decision. kGroupBroken: it cannot be learned by the deadline, or the
   // coordinator that recorded it is gone and no rank knows it.
   virtual Result<Decision> decision(MemberId target, uint64_t round, Deadline deadline) = 0;
-  // This rank holds the round's version; waits until every rank does. kGroupBroken names the rank
-  // that is missing.
-  virtual Result<void> applied(MemberId target, uint64_t round, Deadline deadline) = 0;
+  // This rank holds `version`, the round's; waits until every rank does. kGroupBroken names the
+  // rank that is missing.
+  virtual Result<void> applied(MemberId target, uint64_t round, uint64_t version,
+                               Deadline deadline) = 0;
 
   virtual Result<std::unique_ptr<Watch>> watch(std::string_view model) = 0;
 

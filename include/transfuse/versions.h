@@ -60,8 +60,8 @@ struct MemberInfo {
   uint32_t slot = 0;     // source: where `version` lies, see Offer
   uint64_t writing = 0;  // source: between begin_write() and publish()
   uint32_t leases = 0;   // target
-  std::string group;     // target
-  RefitSummary last_refit;
+  std::string group{};   // target
+  RefitSummary last_refit{};
 };
 
 enum class VersionState : uint8_t { kOpen, kReady, kRetired, kAborted };
@@ -170,10 +170,10 @@ struct GroupInfo {
   std::string name;
   uint32_t size = 0;
   GroupState state = GroupState::kForming;
-  uint64_t version = 0;          // kWhole: of every rank
-  uint64_t round = 0;            // under way; 0: none
-  std::string reason;            // why it is not whole, naming ranks
-  std::vector<GroupRank> ranks;  // alive
+  uint64_t version = 0;            // kWhole: of every rank
+  uint64_t round = 0;              // under way; 0: none
+  std::string reason{};            // why it is not whole, naming ranks
+  std::vector<GroupRank> ranks{};  // alive
 };
 
 // -- fingerprint tables --

@@ -37,6 +37,8 @@ std::string_view error_code_name(ErrorCode code) {
       return "POISONED";
     case ErrorCode::kCancelled:
       return "CANCELLED";
+    case ErrorCode::kGroupBroken:
+      return "GROUP_BROKEN";
     case ErrorCode::kUnsupported:
       return "UNSUPPORTED";
   }

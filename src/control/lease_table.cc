@@ -81,9 +81,11 @@ Result<uint64_t> LeaseTable::join(const JoinRequest& request, TimePoint now) {
     }
     // Its connection is broken already: no need to make the restarted process wait for the grace.
     TRANSFUSE_RETURN_IF_ERROR(check_source_join(wanted, member.id));
+    TRANSFUSE_RETURN_IF_ERROR(check_group_join(wanted, member.id));
     remove_member(member.id, "its connection broke and a process with its name has joined", now);
   } else {
     TRANSFUSE_RETURN_IF_ERROR(check_source_join(wanted, 0));
+    TRANSFUSE_RETURN_IF_ERROR(check_group_join(wanted, 0));
   }
   if (members_.size() >= limits_.members) {
     return Error{ErrorCode::kResourceExhausted,
@@ -224,6 +226,7 @@ uint64_t LeaseTable::admit(const JoinRequest& request, TimePoint now) {
   } else {
     model.targets[wanted.name] = id;
     if (request.resume) member.landed = request.resume->landed;
+    if (!wanted.group.empty()) join_group(member, request.resume, now);
   }
   return id;
 }
@@ -338,6 +341,7 @@ void LeaseTable::remove_member(uint64_t id, std::string_view why, TimePoint now)
     source_gone(found->second, why, now);
   } else {
     model.targets.erase(registration.name);
+    if (!registration.group.empty()) leave_group(found->second, why, now);
   }
   const Member& member = found->second;
   timers_.erase({member.timer, TimerKind::kMember, id});
@@ -360,14 +364,20 @@ void LeaseTable::erase_model_if_empty(std::string_view name) {
 
 MemberInfo LeaseTable::info(const Member& member) const {
   const bool source = member.registration.role == MemberRole::kSource;
+  const Offer newest = member.offers.empty() ? Offer{} : member.offers.rbegin()->second;
   return MemberInfo{.id = member.id,
                     .role = member.registration.role,
                     .model = member.registration.model,
                     .name = member.registration.name,
                     .incarnation = member.registration.incarnation,
                     .layout = member.registration.layout,
-                    .version = source ? member.readable : member.landed,
-                    .generation = member.generation};
+                    .version = source ? newest.version : member.landed,
+                    .generation = newest.generation,
+                    .slot = newest.slot,
+                    .writing = member.writing,
+                    .leases = static_cast<uint32_t>(member.leases.size()),
+                    .group = member.registration.group,
+                    .last_refit = member.last_refit};
 }
 
 Error LeaseTable::no_member(uint64_t id) const {
@@ -459,6 +469,9 @@ void LeaseTable::tick(TimePoint now) {
       case TimerKind::kWaiter:
         expire_waiter(id, now);
         break;
+      case TimerKind::kRound:
+        expire_round(id, now);
+        break;
     }
   }
   layouts_.drop_unused(now);
@@ -476,6 +489,7 @@ TableStats LeaseTable::stats() const {
                    .models = models_.size(),
                    .leases = leases_.size(),
                    .waiters = waiters_.size(),
+                   .rounds = rounds_.size(),
                    .timers = timers_.size(),
                    .layouts = layouts_.count(),
                    .layout_bytes = layouts_.size_bytes(),

@@ -35,6 +35,8 @@ struct TableLimits {
   size_t waiters_per_member = 16;
   size_t tables_per_member = 64;
   size_t finished_versions = 64;  // remembered per model
+  size_t version_events = 256;    // kept per version
+  size_t finished_rounds = 4;     // remembered per group
   uint64_t descriptor_bytes = uint64_t{16} << 20;
   uint64_t all_descriptor_bytes = uint64_t{1} << 30;
   uint64_t table_descriptor_bytes = uint64_t{1} << 20;
@@ -46,10 +48,13 @@ struct TableLimits {
 struct Resume {
   uint64_t id = 0;              // its number before
   uint64_t last_published = 0;  // the highest number it has published
-  uint64_t readable = 0;        // what it offers now, 0 while writing
-  Generation generation{};      // of `readable`
+  std::vector<Offer> offers{};  // what it offers now, rising
   uint64_t writing = 0;         // between begin_write() and publish()
   uint64_t landed = 0;          // target: what it holds
+  // Target in a group: the round that it has voted ready in and not applied or seen aborted.
+  uint64_t voted_round = 0;
+  uint64_t voted_version = 0;
+  bool told_commit = false;  // it has learned that the round was committed
 };
 
 struct JoinRequest {
@@ -64,6 +69,7 @@ struct JoinRequest {
 struct LeaseReply {
   WaiterId waiter{};
   Result<Lease> result;
+  uint64_t target = 0;  // whose lease it is
   uint64_t roster = 0;  // see LeaseTable::roster()
 };
 struct DrainReply {
@@ -74,6 +80,14 @@ struct TableReply {
   WaiterId waiter{};
   Result<std::string> result;
 };
+struct DecisionReply {
+  WaiterId waiter{};
+  Result<Decision> result;
+};
+struct AppliedReply {
+  WaiterId waiter{};
+  Result<void> result;
+};
 struct VersionChanged {
   VersionInfo version;
 };
@@ -82,7 +96,8 @@ struct MemberNotice {
   uint64_t owner = 0;
   MemberEvent event;
 };
-using Effect = std::variant<LeaseReply, DrainReply, TableReply, VersionChanged, MemberNotice>;
+using Effect = std::variant<LeaseReply, DrainReply, TableReply, DecisionReply, AppliedReply,
+                            VersionChanged, MemberNotice>;
 
 struct TableStats {
   size_t members = 0;
@@ -90,6 +105,7 @@ struct TableStats {
   size_t versions = 0;
   size_t leases = 0;
   size_t waiters = 0;
+  size_t rounds = 0;
   size_t tables = 0;
   size_t timers = 0;
   size_t layouts = 0;
@@ -103,9 +119,9 @@ struct TableStats {
 // clock or does I/O; a waiting call is answered by exactly one effect, at its deadline at the
 // latest (tick). Memory is bounded by TableLimits. Used from one thread at a time.
 //
-// What a publisher keeps is `in_place`: beginning to write closes what the source offered. Snapshot
-// retention (a ring of slots) belongs into begin_write(): it would drain the readers of the slot
-// that is written next instead of those of the newest version, and leave that one READY.
+// A group of targets changes versions in rounds: opened by the first rank that asks for a lease,
+// STAGING until every rank has voted ready (then COMMIT is recorded) or one gives up, is lost, or
+// the round's time runs out (ABORT); after COMMIT open until every rank has applied it.
 class LeaseTable {
  public:
   explicit LeaseTable(const TableLimits& limits = {});
@@ -138,20 +154,31 @@ class LeaseTable {
   // Changes with every source that joins or goes: who knows it knows the sources.
   uint64_t roster(std::string_view model) const;
 
+  Result<std::vector<VersionEvent>> history(std::string_view model, uint64_t version) const;
+  std::vector<GroupInfo> groups(std::string_view model) const;  // "": of all models
+
   // -- sources -- answered by a DrainReply
-  void begin_write(WaiterId waiter, uint64_t source, uint64_t version, TimePoint deadline,
-                   TimePoint now);
-  Result<void> publish(uint64_t source, uint64_t version, const Generation& generation,
-                       TimePoint now);
+  void begin_write(WaiterId waiter, uint64_t source, const WriteRequest& request,
+                   TimePoint deadline, TimePoint now);
+  Result<void> publish(uint64_t source, const Offer& offer, TimePoint now);
   Result<void> abort_version(uint64_t source, uint64_t version, std::string_view reason,
                              TimePoint now);
 
   // -- targets -- answered by a LeaseReply
   void acquire(WaiterId waiter, uint64_t target, const VersionRequest& request, TimePoint deadline,
                TimePoint now);
-  // kNotFound: `target` holds no such lease (any more). `end` is noted all the same.
-  Result<void> release(uint64_t target, LeaseId lease, uint64_t version, LeaseEnd end,
-                       TimePoint now);
+  // kNotFound: `target` holds no such lease (any more). `outcome` is noted all the same.
+  Result<void> release(uint64_t target, LeaseId lease, uint64_t version,
+                       const LeaseOutcome& outcome, TimePoint now);
+  Result<void> hold(uint64_t target, uint64_t version, TimePoint now);
+
+  // -- groups -- answered by a DecisionReply, an AppliedReply
+  Result<void> vote(uint64_t target, uint64_t round, bool ready, std::string_view reason,
+                    TimePoint now);
+  void decision(WaiterId waiter, uint64_t target, uint64_t round, TimePoint deadline,
+                TimePoint now);
+  void applied(WaiterId waiter, uint64_t target, uint64_t round, uint64_t version,
+               TimePoint deadline, TimePoint now);
 
   // -- fingerprint tables -- get_table() is answered by a TableReply
   Result<void> request_table(uint64_t from, uint64_t holder, const TableRequest& request);
@@ -173,7 +200,7 @@ class LeaseTable {
   bool is_member(uint64_t id) const { return members_.contains(id); }
 
  private:
-  enum class TimerKind : uint8_t { kMember, kLease, kWaiter };
+  enum class TimerKind : uint8_t { kMember, kLease, kWaiter, kRound };
   using Timer = std::tuple<TimePoint, TimerKind, uint64_t>;
 
   struct FingerprintTable {
@@ -195,10 +222,10 @@ class LeaseTable {
     TimePoint timer;  // when it is looked at next, at most `expires`
     bool suspect = false;
     uint64_t last_published = 0;
-    uint64_t readable = 0;
-    Generation generation;
+    std::map<uint64_t, Offer> offers;  // by version: OPEN or READY
     uint64_t writing = 0;
     uint64_t landed = 0;
+    RefitSummary last_refit;
     std::optional<uint64_t> drain;  // waiter of begin_write()
     std::set<uint64_t> leases;
     std::set<uint64_t> waiters;
@@ -209,20 +236,41 @@ class LeaseTable {
     uint64_t member = 0;  // 0: gone
     uint64_t incarnation = 0;
     bool published = false;
-    Generation generation{};
+    Offer offer{};
   };
   struct Version {
     VersionState state = VersionState::kOpen;
     uint32_t source_count = 0;
     bool closing = false;  // READY, but a source waits to write
     bool lost = false;     // finished because a source was lost: may come back with it
+    bool skipped = false;  // ABORTED for all, since a source had no slot for it
+    TimePoint opened;
+    std::vector<VersionEvent> events;
     std::string reason;
     std::map<std::string, Participant> participants;
     std::set<uint64_t> leases;
     std::set<uint64_t> drains;
   };
+  struct Round {
+    uint64_t id = 0;
+    uint64_t version = 0;
+    TimePoint deadline;
+    bool recovered = false;  // told by its ranks: the coordinator that opened it is gone
+    bool committed = false;
+    std::set<uint64_t> ready{};  // members that voted so
+  };
+  struct Group {
+    uint32_t size = 0;
+    std::map<std::string, uint64_t, std::less<>> ranks;  // alive
+    bool was_whole = false;
+    std::string trouble;         // why it is not whole any more
+    std::optional<Round> round;  // STAGING, or committed and not applied by all
+    std::map<uint64_t, Decision> finished;
+    std::set<uint64_t> waiters;  // decision() and applied()
+  };
   struct Model {
     std::map<uint64_t, Version> versions;
+    std::map<std::string, Group, std::less<>> groups;
     std::map<std::string, uint64_t, std::less<>> sources;
     std::map<std::string, uint64_t, std::less<>> targets;
     std::set<uint64_t> waiters;  // acquire()
@@ -237,14 +285,16 @@ class LeaseTable {
     TimePoint timer;
     uint32_t beats_without = 0;
   };
-  enum class WaiterKind : uint8_t { kDrain, kLease, kTable };
+  enum class WaiterKind : uint8_t { kDrain, kLease, kTable, kDecision, kApplied };
   struct Waiter {
     WaiterKind kind = WaiterKind::kLease;
     uint64_t member = 0;  // who waits; kTable: the holder
     TimePoint started;
     TimePoint deadline;
-    VersionRequest request{};  // kLease; kDrain: the version to be written
+    VersionRequest request{};  // kLease; kDrain, kApplied: the version
     uint64_t drained = 0;      // kDrain: the version that is drained
+    WhenLeased when_leased{};  // kDrain
+    uint64_t round = 0;        // kDecision, kApplied
     uint32_t revoked = 0;
     Digest plan_key{};
   };
@@ -271,7 +321,9 @@ class LeaseTable {
 
   // lease_table_versions.cc
   Result<void> check_begin(const Member& source, uint64_t version) const;
-  void open_version(Member& source, uint64_t version);
+  uint64_t choose_replaced(const Member& source, const WriteRequest& request) const;
+  void skip_version(const Member& source, uint64_t version, TimePoint now);
+  void open_version(Member& source, uint64_t version, TimePoint now);
   void finish_begin(uint64_t waiter_id, TimePoint now);
   void maybe_ready(const std::string& model, uint64_t version, TimePoint now);
   void finish_version(const std::string& model, uint64_t version, VersionState state,
@@ -286,14 +338,33 @@ class LeaseTable {
   void drained_if_empty(const std::string& model, uint64_t version, TimePoint now);
   VersionInfo info(const std::string& model, uint64_t number, const Version& version) const;
   void changed(const std::string& model, uint64_t number, const Version& version);
+  void note(const std::string& model, uint64_t number, std::string_view who, std::string what,
+            TimePoint now);
   // lease_table_leases.cc
   std::optional<uint64_t> choose(const Model& model, const VersionRequest& request) const;
   std::optional<Error> never(const std::string& name, const Model& model,
                              const VersionRequest& request) const;
   bool try_grant(uint64_t waiter_id, TimePoint now);
+  void grant(uint64_t waiter_id, uint64_t number, uint64_t round, TimePoint now);
   void serve_waiters(const std::string& model, TimePoint now);
   std::string who_is_missing(const std::string& name, const Model& model,
                              const VersionRequest& request) const;
+
+  // lease_table_groups.cc
+  Result<void> check_group_join(const Registration& wanted, uint64_t replaced) const;
+  Group* group_of(const Member& member);
+  void join_group(Member& member, const std::optional<Resume>& resume, TimePoint now);
+  void leave_group(const Member& member, std::string_view why, TimePoint now);
+  bool try_grant_in_group(uint64_t waiter_id, Group& group, TimePoint now);
+  void open_round(Group& group, const Waiter& waiter, uint64_t version, TimePoint now);
+  void end_round(const std::string& model, Group& group, Decision decision, TimePoint now);
+  void lose_round(const std::string& model, Group& group, const std::string& why, TimePoint now);
+  void commit_if_all_ready(const std::string& model, Group& group, TimePoint now);
+  void settle_group(const std::string& model, Group& group, TimePoint now);
+  void expire_round(uint64_t round, TimePoint now);
+  bool holds(const Group& group, uint64_t version) const;
+  std::string who_holds_not(const Group& group, uint64_t version) const;
+  GroupInfo info(const std::string& model, const std::string& name, const Group& group) const;
 
   // lease_table_waiters.cc
   void add_waiter(uint64_t id, Waiter waiter);
@@ -310,6 +381,7 @@ class LeaseTable {
   std::map<std::string, Model, std::less<>> models_;
   std::map<uint64_t, HeldLease> leases_;
   std::map<uint64_t, Waiter> waiters_;
+  std::map<uint64_t, std::pair<std::string, std::string>> rounds_;  // -> model, group
   std::set<Timer> timers_;
   std::vector<Effect> effects_;
   uint64_t next_id_ = 1;

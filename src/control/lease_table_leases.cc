@@ -115,6 +115,7 @@ std::optional<Error> LeaseTable::never(const std::string& name, const Model& mod
 bool LeaseTable::try_grant(uint64_t waiter_id, TimePoint now) {
   const Waiter& waiter = waiters_.at(waiter_id);
   Member& target = members_.at(waiter.member);
+  if (Group* const group = group_of(target)) return try_grant_in_group(waiter_id, *group, now);
   const auto at = models_.find(target.registration.model);
   Model& model = at->second;
   const auto number = choose(model, waiter.request);
@@ -123,23 +124,35 @@ bool LeaseTable::try_grant(uint64_t waiter_id, TimePoint now) {
     if (error) fail_waiter(waiter_id, *error);
     return error.has_value();
   }
+  grant(waiter_id, *number, 0, now);
+  return true;
+}
+
+// `round`: of the target's group. Always answers the waiter.
+void LeaseTable::grant(uint64_t waiter_id, uint64_t number, uint64_t round, TimePoint now) {
+  const Waiter waiter = waiters_.at(waiter_id);
+  Member& target = members_.at(waiter.member);
+  const auto at = models_.find(target.registration.model);
+  Model& model = at->second;
   if (target.leases.size() >= limits_.leases_per_member) {
-    fail_waiter(waiter_id, Error{ErrorCode::kResourceExhausted,
-                                 fmt::format("{} holds {} leases already; release() them first",
-                                             target.registration.name, target.leases.size())});
-    return true;
+    return fail_waiter(waiter_id,
+                       Error{ErrorCode::kResourceExhausted,
+                             fmt::format("{} holds {} leases already; release() them first",
+                                         target.registration.name, target.leases.size())});
   }
-  Version& version = model.versions.at(*number);
+  Version& version = model.versions.at(number);
   const uint64_t id = new_id();
   Lease lease{.id = LeaseId{id},
-              .version = *number,
+              .version = number,
+              .round = round,
               .ttl_ms = target.lease_ttl / std::chrono::milliseconds(1),
               .sources = {}};
   for (const auto& [name, part] : version.participants) {
     if (part.member == 0 || !part.published) continue;
     MemberInfo source = info(members_.at(part.member));
-    source.version = *number;
-    source.generation = part.generation;
+    source.version = number;
+    source.generation = part.offer.generation;
+    source.slot = part.offer.slot;
     lease.sources.push_back(std::move(source));
   }
   version.leases.insert(id);
@@ -147,14 +160,18 @@ bool LeaseTable::try_grant(uint64_t waiter_id, TimePoint now) {
   const TimePoint end = now + target.lease_ttl;
   leases_.emplace(id, HeldLease{.holder = target.id,
                                 .model = at->first,
-                                .version = *number,
+                                .version = number,
                                 .renewed = now,
                                 .timer = end});
   timers_.emplace(end, TimerKind::kLease, id);
   remove_waiter(waiter_id);
-  effects_.emplace_back(LeaseReply{
-      .waiter = WaiterId{waiter_id}, .result = std::move(lease), .roster = model.roster});
-  return true;
+  effects_.emplace_back(LeaseReply{.waiter = WaiterId{waiter_id},
+                                   .result = std::move(lease),
+                                   .target = target.id,
+                                   .roster = model.roster});
+  note(at->first, number, target.registration.name,
+       fmt::format("leased, after {} us", (now - waiter.started) / std::chrono::microseconds(1)),
+       now);
 }
 
 void LeaseTable::serve_waiters(const std::string& model, TimePoint now) {
@@ -162,12 +179,28 @@ void LeaseTable::serve_waiters(const std::string& model, TimePoint now) {
   for (const uint64_t waiter : waiting) try_grant(waiter, now);
 }
 
-Result<void> LeaseTable::release(uint64_t target, LeaseId lease, uint64_t version, LeaseEnd end,
-                                 TimePoint now) {
+Result<void> LeaseTable::release(uint64_t target, LeaseId lease, uint64_t version,
+                                 const LeaseOutcome& outcome, TimePoint now) {
   Member* member = find_member(target, MemberRole::kTarget);
   if (member == nullptr) return no_member(target);
-  if (end == LeaseEnd::kLanded) member->landed = version;
-  if (end == LeaseEnd::kLost) member->landed = 0;
+  if (outcome.end == LeaseEnd::kLanded) member->landed = version;
+  if (outcome.end == LeaseEnd::kLost) member->landed = 0;
+  const std::string& model = member->registration.model;
+  if (outcome.summary.version != 0) {
+    member->last_refit = outcome.summary;
+    note(model, version, member->registration.name,
+         fmt::format("{} in {} us ({} bytes in {} us, {} attempts)",
+                     outcome.end == LeaseEnd::kLanded ? "landed" : "staged",
+                     outcome.summary.total_us, outcome.summary.size_bytes,
+                     outcome.summary.transfer_us, outcome.summary.attempts),
+         now);
+  } else {
+    note(model, version, member->registration.name,
+         outcome.end == LeaseEnd::kLost ? "gave the lease back; its parameters hold no version"
+                                        : "gave the lease back",
+         now);
+  }
+  if (Group* const group = group_of(*member)) settle_group(model, *group, now);
   const auto id = static_cast<uint64_t>(lease);
   if (!member->leases.contains(id)) {
     return Error{ErrorCode::kNotFound,
@@ -175,6 +208,16 @@ Result<void> LeaseTable::release(uint64_t target, LeaseId lease, uint64_t versio
                              member->registration.name, id)};
   }
   end_lease(id, now);
+  return {};
+}
+
+Result<void> LeaseTable::hold(uint64_t target, uint64_t version, TimePoint now) {
+  Member* member = find_member(target, MemberRole::kTarget);
+  if (member == nullptr) return no_member(target);
+  member->landed = version;
+  const std::string& model = member->registration.model;
+  if (version != 0) note(model, version, member->registration.name, "holds it", now);
+  if (Group* const group = group_of(*member)) settle_group(model, *group, now);
   return {};
 }
 
@@ -201,9 +244,10 @@ std::string LeaseTable::who_is_missing(const std::string& name, const Model& mod
     if (published) continue;
     const Member& member = members_.at(id);
     missing += fmt::format("{}{} ({})", missing.empty() ? "" : ", ", source,
-                           member.writing != 0    ? fmt::format("writing {}", member.writing)
-                           : member.readable != 0 ? fmt::format("offers {}", member.readable)
-                                                  : "idle");
+                           member.writing != 0 ? fmt::format("writing {}", member.writing)
+                           : !member.offers.empty()
+                               ? fmt::format("offers {}", member.offers.rbegin()->first)
+                               : "idle");
   }
   out += "not published by " + (missing.empty() ? "any source that has yet to join" : missing);
   if (model.sources.size() < expected) {

@@ -25,11 +25,11 @@ constexpr size_t kMaxReasonBytes = 1024;
 
 }  // namespace
 
-void LeaseTable::begin_write(WaiterId waiter, uint64_t source, uint64_t version, TimePoint deadline,
-                             TimePoint now) {
+void LeaseTable::begin_write(WaiterId waiter, uint64_t source, const WriteRequest& request,
+                             TimePoint deadline, TimePoint now) {
   Member* member = find_member(source, MemberRole::kSource);
   Result<void> possible =
-      member == nullptr ? Result<void>(no_member(source)) : check_begin(*member, version);
+      member == nullptr ? Result<void>(no_member(source)) : check_begin(*member, request.version);
   if (!possible) {
     effects_.emplace_back(DrainReply{waiter, std::move(possible).error()});
     return;
@@ -40,37 +40,87 @@ void LeaseTable::begin_write(WaiterId waiter, uint64_t source, uint64_t version,
     fail_waiter(*member->drain,
                 Error{ErrorCode::kCancelled,
                       fmt::format("{} called begin_write({}) before an earlier call had ended",
-                                  name, version)});
+                                  name, request.version)});
   }
-  if (member->writing != 0 && member->writing != version) {
+  if (member->writing != 0 && member->writing != request.version) {
     finish_version(model, member->writing, VersionState::kAborted,
-                   fmt::format("source {} went on to version {}", name, version), now);
+                   fmt::format("source {} went on to version {}", name, request.version), now);
     member->writing = 0;
   }
+  const uint64_t drained = choose_replaced(*member, request);
   const auto id = static_cast<uint64_t>(waiter);
   add_waiter(id, Waiter{.kind = WaiterKind::kDrain,
                         .member = source,
                         .started = now,
                         .deadline = deadline,
-                        .request = {VersionRequest::Kind::kExactly, version},
-                        .drained = member->readable});
+                        .request = {VersionRequest::Kind::kExactly, request.version},
+                        .drained = drained,
+                        .when_leased = request.when_leased});
   member->drain = id;
 
   auto& versions = models_.find(model)->second.versions;
-  const auto offered = versions.find(member->readable);
-  if (offered == versions.end() || finished(offered->second.state)) {
-    finish_begin(id, now);
-  } else if (offered->second.state == VersionState::kOpen) {
-    finish_version(
-        model, offered->first, VersionState::kAborted,
-        fmt::format("source {} went on to version {} before all had published", name, version),
-        now);
-    finish_begin(id, now);
-  } else {
-    offered->second.closing = true;
-    offered->second.drains.insert(id);
-    drained_if_empty(model, offered->first, now);
+  const auto offered = versions.find(drained);
+  if (offered == versions.end() || finished(offered->second.state)) return finish_begin(id, now);
+  Version& version = offered->second;
+  if (version.state == VersionState::kOpen) {
+    finish_version(model, drained, VersionState::kAborted,
+                   fmt::format("source {} went on to version {} before all had published", name,
+                               request.version),
+                   now);
+    return finish_begin(id, now);
   }
+  if (!version.leases.empty() && request.when_leased == WhenLeased::kSkip) {
+    remove_waiter(id);
+    const auto count = version.leases.size();
+    skip_version(*member, request.version, now);
+    effects_.emplace_back(DrainReply{
+        waiter, Error{ErrorCode::kVersionGone,
+                      fmt::format("version {} of model {} is skipped: readers hold every version "
+                                  "that source {} could replace (version {}: {} leases)",
+                                  request.version, model, name, drained, count)}});
+    return;
+  }
+  version.closing = true;
+  version.drains.insert(id);
+  if (!version.leases.empty()) {
+    note(model, drained, name,
+         fmt::format("waits to write version {} until {} readers are done", request.version,
+                     version.leases.size()),
+         now);
+  }
+  if (request.when_leased == WhenLeased::kRevoke) return expire_waiter(id, now);
+  drained_if_empty(model, drained, now);
+}
+
+// Which of the versions that a source may overwrite makes room: one that has ended, else the oldest
+// that nobody reads, else the oldest.
+uint64_t LeaseTable::choose_replaced(const Member& source, const WriteRequest& request) const {
+  const Model& model = models_.find(source.registration.model)->second;
+  std::optional<uint64_t> unread;
+  std::optional<uint64_t> oldest;
+  for (const uint64_t number : request.replaces) {
+    const auto version = model.versions.find(number);
+    if (!source.offers.contains(number) || version == model.versions.end() ||
+        finished(version->second.state)) {
+      return number;
+    }
+    const bool read = !version->second.leases.empty();
+    if (!read && (!unread || number < *unread)) unread = number;
+    if (!oldest || number < *oldest) oldest = number;
+  }
+  return unread ? *unread : oldest.value_or(0);
+}
+
+// Ends a version for every source before it was complete.
+void LeaseTable::skip_version(const Member& source, uint64_t number, TimePoint now) {
+  const Registration& registration = source.registration;
+  Version& version = models_.find(registration.model)->second.versions[number];
+  if (version.opened == TimePoint{}) version.opened = now;
+  version.source_count = registration.source_count;
+  version.skipped = true;
+  finish_version(registration.model, number, VersionState::kAborted,
+                 fmt::format("skipped: source {} had no slot that nobody reads", registration.name),
+                 now);
 }
 
 Result<void> LeaseTable::check_begin(const Member& source, uint64_t version) const {
@@ -86,6 +136,11 @@ Result<void> LeaseTable::check_begin(const Member& source, uint64_t version) con
   const Model& model = models_.find(source.registration.model)->second;
   const auto found = model.versions.find(version);
   if (found == model.versions.end() || found->second.state == VersionState::kOpen) return {};
+  if (found->second.skipped) {
+    return Error{ErrorCode::kVersionGone,
+                 fmt::format("version {} of model {} was {}", version, source.registration.model,
+                             found->second.reason)};
+  }
   if (found->second.state == VersionState::kReady) {
     return Error{ErrorCode::kAlreadyExists,
                  fmt::format("version {} of model {} is READY already, source {} cannot write it",
@@ -109,7 +164,7 @@ bool LeaseTable::passed_by_live_source(const Model& model, uint64_t version,
   });
 }
 
-void LeaseTable::open_version(Member& source, uint64_t number) {
+void LeaseTable::open_version(Member& source, uint64_t number, TimePoint now) {
   const Registration& registration = source.registration;
   Model& model = models_.find(registration.model)->second;
   auto [at, inserted] = model.versions.try_emplace(number);
@@ -118,11 +173,13 @@ void LeaseTable::open_version(Member& source, uint64_t number) {
   if (opened) {
     version = Version{};
     version.source_count = registration.source_count;
+    version.opened = now;
   }
   version.participants[registration.name] =
       Participant{.member = source.id, .incarnation = registration.incarnation, .published = false};
-  source.writing = number;
-  source.readable = 0;
+  if (std::exchange(source.writing, number) != number) {
+    note(registration.model, number, registration.name, "began to write", now);
+  }
   if (opened) changed(registration.model, number, version);
 }
 
@@ -134,19 +191,20 @@ void LeaseTable::finish_begin(uint64_t waiter_id, TimePoint now) {
   DrainReply reply{
       .waiter = WaiterId{waiter_id},
       .result = DrainOutcome{.revoked = waiter.revoked,
-                             .waited_us = (now - waiter.started) / std::chrono::microseconds(1)}};
+                             .waited_us = (now - waiter.started) / std::chrono::microseconds(1),
+                             .replaced = waiter.drained}};
   // While this source waited, the version it wants may have ended without it.
   if (auto possible = check_begin(source, waiter.request.version); !possible) {
-    source.readable = 0;
     reply.result = std::move(possible).error();
   } else {
-    open_version(source, waiter.request.version);
+    open_version(source, waiter.request.version, now);
   }
   effects_.emplace_back(std::move(reply));
 }
 
-Result<void> LeaseTable::publish(uint64_t source, uint64_t version, const Generation& generation,
-                                 TimePoint now) {
+Result<void> LeaseTable::publish(uint64_t source, const Offer& offer, TimePoint now) {
+  const uint64_t version = offer.version;
+  const Generation& generation = offer.generation;
   Member* member = find_member(source, MemberRole::kSource);
   if (member == nullptr) return no_member(source);
   const Registration& registration = member->registration;
@@ -179,14 +237,12 @@ Result<void> LeaseTable::publish(uint64_t source, uint64_t version, const Genera
                                                            : found->second.reason)};
   }
   Participant& participant = found->second.participants[registration.name];
-  participant = Participant{.member = source,
-                            .incarnation = registration.incarnation,
-                            .published = true,
-                            .generation = generation};
+  participant = Participant{
+      .member = source, .incarnation = registration.incarnation, .published = true, .offer = offer};
   member->writing = 0;
   member->last_published = version;
-  member->readable = version;
-  member->generation = generation;
+  member->offers[version] = offer;
+  note(registration.model, version, registration.name, "published", now);
   maybe_ready(registration.model, version, now);
   return {};
 }
@@ -199,6 +255,7 @@ void LeaseTable::maybe_ready(const std::string& model, uint64_t number, TimePoin
                     [](const auto& p) { return p.second.published && p.second.member != 0; });
   if (published < version.source_count) return;
   version.state = VersionState::kReady;
+  note(model, number, "", "READY", now);
   changed(model, number, version);
   serve_waiters(model, now);
 }
@@ -232,6 +289,10 @@ void LeaseTable::finish_version(const std::string& model_name, uint64_t number, 
   version.state = state;
   version.closing = false;
   version.reason = reason;
+  for (const auto& [name, part] : version.participants) {
+    if (part.member != 0) members_.at(part.member).offers.erase(number);
+  }
+  note(model_name, number, "", fmt::format("{}: {}", version_state_name(state), reason), now);
   const uint32_t revoked = revoke_leases(version);
   changed(model_name, number, version);
 
@@ -349,7 +410,8 @@ bool LeaseTable::revive(const Member& source, uint64_t number) {
   Model& model = models_.find(registration.model)->second;
   for (const auto& [name, id] : model.sources) {
     const Member& other = members_.at(id);
-    if (other.last_published > number || other.writing > number) return false;
+    const bool went_on = other.last_published > number || other.writing > number;
+    if (went_on && !other.offers.contains(number)) return false;
   }
   const auto at = model.versions.find(number);
   if (at == model.versions.end()) return number > model.floor;
@@ -364,25 +426,30 @@ bool LeaseTable::revive(const Member& source, uint64_t number) {
 
 void LeaseTable::resume_source(Member& source, const Resume& resume, TimePoint now) {
   const Registration& registration = source.registration;
-  source.last_published = std::max(resume.last_published, resume.readable);
-  if (resume.readable != 0 && resume.generation.counter % 2 == 0 &&
-      revive(source, resume.readable)) {
-    source.readable = resume.readable;
-    source.generation = resume.generation;
+  source.last_published = resume.last_published;
+  for (const Offer& offer : resume.offers) {
+    source.last_published = std::max(source.last_published, offer.version);
+    if (offer.version == 0 || offer.generation.counter % 2 != 0 || !revive(source, offer.version)) {
+      continue;
+    }
     Model& model = models_.find(registration.model)->second;
-    auto [at, inserted] = model.versions.try_emplace(resume.readable);
+    auto [at, inserted] = model.versions.try_emplace(offer.version);
     if (inserted) {
       at->second.source_count = registration.source_count;
-      changed(registration.model, resume.readable, at->second);
+      at->second.opened = now;
+      changed(registration.model, offer.version, at->second);
     }
+    source.offers[offer.version] = offer;
     at->second.participants[registration.name] =
         Participant{.member = source.id,
                     .incarnation = registration.incarnation,
                     .published = true,
-                    .generation = resume.generation};
-    maybe_ready(registration.model, resume.readable, now);
-  } else if (resume.writing > source.last_published && revive(source, resume.writing)) {
-    open_version(source, resume.writing);
+                    .offer = offer};
+    note(registration.model, offer.version, registration.name, "offers it again", now);
+    maybe_ready(registration.model, offer.version, now);
+  }
+  if (resume.writing > source.last_published && revive(source, resume.writing)) {
+    open_version(source, resume.writing, now);
   }
 }
 
@@ -403,6 +470,35 @@ VersionInfo LeaseTable::info(const std::string& model, uint64_t number,
 
 void LeaseTable::changed(const std::string& model, uint64_t number, const Version& version) {
   effects_.emplace_back(VersionChanged{info(model, number, version)});
+}
+
+// The first and the last entries are kept.
+void LeaseTable::note(const std::string& model, uint64_t number, std::string_view who,
+                      std::string what, TimePoint now) {
+  auto& versions = models_.find(model)->second.versions;
+  const auto found = versions.find(number);
+  if (found == versions.end()) return;
+  auto& events = found->second.events;
+  if (events.size() >= limits_.version_events) {
+    events.erase(events.begin() + static_cast<ptrdiff_t>(limits_.version_events / 2));
+  }
+  events.push_back({.at_us = (now - found->second.opened) / std::chrono::microseconds(1),
+                    .who = std::string(who),
+                    .what = std::move(what)});
+}
+
+Result<std::vector<VersionEvent>> LeaseTable::history(std::string_view model,
+                                                      uint64_t version) const {
+  const auto found = models_.find(model);
+  if (found == models_.end()) {
+    return Error{ErrorCode::kNotFound, fmt::format("no model '{}' is known", model)};
+  }
+  const auto at = found->second.versions.find(version);
+  if (at == found->second.versions.end()) {
+    return Error{ErrorCode::kNotFound,
+                 fmt::format("version {} of model {} is not known (any more)", version, model)};
+  }
+  return at->second.events;
 }
 
 }  // namespace transfuse

@@ -55,6 +55,10 @@ void LeaseTable::remove_waiter(uint64_t id) {
         table->second.waiters.erase(id);
       }
       break;
+    case WaiterKind::kDecision:
+    case WaiterKind::kApplied:
+      if (Group* const group = group_of(member)) group->waiters.erase(id);
+      break;
   }
   waiters_.erase(found);
 }
@@ -72,6 +76,12 @@ void LeaseTable::fail_waiter(uint64_t id, const Error& error) {
     case WaiterKind::kTable:
       effects_.emplace_back(TableReply{WaiterId{id}, error});
       break;
+    case WaiterKind::kDecision:
+      effects_.emplace_back(DecisionReply{WaiterId{id}, error});
+      break;
+    case WaiterKind::kApplied:
+      effects_.emplace_back(AppliedReply{WaiterId{id}, error});
+      break;
   }
 }
 
@@ -82,6 +92,17 @@ void LeaseTable::expire_waiter(uint64_t id, TimePoint now) {
   const auto waited_ms = (now - waiter.started) / std::chrono::milliseconds(1);
   switch (waiter.kind) {
     case WaiterKind::kDrain:
+      if (waiter.when_leased == WhenLeased::kWait) {
+        const std::string model = registration.model;
+        fail_waiter(id, Error{ErrorCode::kDeadlineExceeded,
+                              fmt::format("source {} waited {} ms to write version {}: readers "
+                                          "hold every version that it could replace, the oldest is "
+                                          "{}",
+                                          registration.name, waited_ms, waiter.request.version,
+                                          waiter.drained)});
+        serve_waiters(model, now);  // it is open to readers again
+        break;
+      }
       finish_version(registration.model, waiter.drained, VersionState::kRetired,
                      fmt::format("source {} writes version {}; readers were revoked after {} ms",
                                  registration.name, waiter.request.version, waited_ms),
@@ -102,6 +123,20 @@ void LeaseTable::expire_waiter(uint64_t id, TimePoint now) {
                         fmt::format("{} has not announced the fingerprint table of plan {} "
                                     "after {} ms",
                                     registration.name, waiter.plan_key.to_string(), waited_ms)});
+      break;
+    case WaiterKind::kDecision:
+      fail_waiter(
+          id, Error{ErrorCode::kGroupBroken,
+                    fmt::format("{} waited {} ms for the decision of round {:x} of group "
+                                "{}: it is not known",
+                                registration.name, waited_ms, waiter.round, registration.group)});
+      break;
+    case WaiterKind::kApplied:
+      fail_waiter(id, Error{ErrorCode::kGroupBroken,
+                            fmt::format("{} holds version {}, but after {} ms {}",
+                                        registration.name, waiter.request.version, waited_ms,
+                                        who_holds_not(*group_of(members_.at(waiter.member)),
+                                                      waiter.request.version))});
       break;
   }
 }

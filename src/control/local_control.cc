@@ -141,10 +141,6 @@ class LocalCoordinator::State {
     deliver();
     return left;
   }
-  void granted(LeaseId lease, uint64_t member, uint64_t version) {
-    const MutexLock lock(mutex_);
-    leases_[lease] = {member, version};
-  }
   // Member and version of a lease that was granted and not released.
   std::optional<std::pair<uint64_t, uint64_t>> take_lease(LeaseId lease) {
     const MutexLock lock(mutex_);
@@ -227,11 +223,16 @@ class LocalCoordinator::State {
         if (found->second.size() >= kMaxEvents) found->second.pop_front();
         found->second.push_back(std::move(notice->event));
       } else if (auto* lease = std::get_if<LeaseReply>(&effect)) {
+        if (lease->result) leases_[lease->result->id] = {lease->target, lease->result->version};
         replies_.emplace(lease->waiter, std::move(effect));
       } else if (auto* drain = std::get_if<DrainReply>(&effect)) {
         replies_.emplace(drain->waiter, std::move(effect));
       } else if (auto* table = std::get_if<TableReply>(&effect)) {
         replies_.emplace(table->waiter, std::move(effect));
+      } else if (auto* decision = std::get_if<DecisionReply>(&effect)) {
+        replies_.emplace(decision->waiter, std::move(effect));
+      } else if (auto* applied = std::get_if<AppliedReply>(&effect)) {
+        replies_.emplace(applied->waiter, std::move(effect));
       }
       condition_.notify_all();
     }
@@ -353,21 +354,34 @@ class LocalControl final : public Control {
         [&](LeaseTable& table, TimePoint /*now*/) { return table.versions(model); });
   }
 
-  Result<DrainOutcome> begin_write(MemberId source, uint64_t version, Deadline deadline) override {
+  Result<std::vector<VersionEvent>> history(std::string_view model, uint64_t version) override {
+    TRANSFUSE_RETURN_IF_ERROR(check_process());
+    return state_->with_table(
+        [&](LeaseTable& table, TimePoint /*now*/) { return table.history(model, version); });
+  }
+
+  Result<std::vector<GroupInfo>> groups(std::string_view model) override {
+    TRANSFUSE_RETURN_IF_ERROR(check_process());
+    return state_->with_table(
+        [&](LeaseTable& table, TimePoint /*now*/) { return table.groups(model); });
+  }
+
+  Result<DrainOutcome> begin_write(MemberId source, const WriteRequest& request,
+                                   Deadline deadline) override {
     TRANSFUSE_RETURN_IF_ERROR(check_member(source));
     return state_
         ->wait_for<DrainReply>(deadline,
                                [&](LeaseTable& table, WaiterId waiter, TimePoint now) {
-                                 table.begin_write(waiter, static_cast<uint64_t>(source), version,
+                                 table.begin_write(waiter, static_cast<uint64_t>(source), request,
                                                    deadline.at(), now);
                                })
         .result;
   }
 
-  Result<void> publish(MemberId source, uint64_t version, const Generation& generation) override {
+  Result<void> publish(MemberId source, const Offer& offer) override {
     TRANSFUSE_RETURN_IF_ERROR(check_member(source));
     return state_->with_table([&](LeaseTable& table, TimePoint now) {
-      return table.publish(static_cast<uint64_t>(source), version, generation, now);
+      return table.publish(static_cast<uint64_t>(source), offer, now);
     });
   }
 
@@ -381,19 +395,16 @@ class LocalControl final : public Control {
   Result<Lease> acquire(MemberId target, const VersionRequest& request,
                         Deadline deadline) override {
     TRANSFUSE_RETURN_IF_ERROR(check_member(target));
-    auto result =
-        state_
-            ->wait_for<LeaseReply>(deadline,
-                                   [&](LeaseTable& table, WaiterId waiter, TimePoint now) {
-                                     table.acquire(waiter, static_cast<uint64_t>(target), request,
-                                                   deadline.at(), now);
-                                   })
-            .result;
-    if (result) state_->granted(result->id, static_cast<uint64_t>(target), result->version);
-    return result;
+    return state_
+        ->wait_for<LeaseReply>(deadline,
+                               [&](LeaseTable& table, WaiterId waiter, TimePoint now) {
+                                 table.acquire(waiter, static_cast<uint64_t>(target), request,
+                                               deadline.at(), now);
+                               })
+        .result;
   }
 
-  Result<void> release(LeaseId lease, LeaseEnd end, Deadline /*deadline*/) override {
+  Result<void> release(LeaseId lease, const LeaseOutcome& outcome, Deadline /*deadline*/) override {
     TRANSFUSE_RETURN_IF_ERROR(check_process());
     const auto held = state_->take_lease(lease);
     if (!held) {
@@ -402,12 +413,50 @@ class LocalControl final : public Control {
                                static_cast<uint64_t>(lease))};
     }
     auto released = state_->with_table([&](LeaseTable& table, TimePoint now) {
-      return table.release(held->first, lease, held->second, end, now);
+      return table.release(held->first, lease, held->second, outcome, now);
     });
     // Revoked in the meantime: the member was told by an event, and the generation of the source
     // says whether what was read is whole.
     if (!released && released.error().code == ErrorCode::kNotFound) return {};
     return released;
+  }
+
+  Result<void> hold(MemberId target, uint64_t version, Deadline /*deadline*/) override {
+    TRANSFUSE_RETURN_IF_ERROR(check_member(target));
+    return state_->with_table([&](LeaseTable& table, TimePoint now) {
+      return table.hold(static_cast<uint64_t>(target), version, now);
+    });
+  }
+
+  Result<void> vote(MemberId target, uint64_t round, bool ready, std::string_view reason,
+                    Deadline /*deadline*/) override {
+    TRANSFUSE_RETURN_IF_ERROR(check_member(target));
+    return state_->with_table([&](LeaseTable& table, TimePoint now) {
+      return table.vote(static_cast<uint64_t>(target), round, ready, reason, now);
+    });
+  }
+
+  Result<Decision> decision(MemberId target, uint64_t round, Deadline deadline) override {
+    TRANSFUSE_RETURN_IF_ERROR(check_member(target));
+    return state_
+        ->wait_for<DecisionReply>(deadline,
+                                  [&](LeaseTable& table, WaiterId waiter, TimePoint now) {
+                                    table.decision(waiter, static_cast<uint64_t>(target), round,
+                                                   deadline.at(), now);
+                                  })
+        .result;
+  }
+
+  Result<void> applied(MemberId target, uint64_t round, uint64_t version,
+                       Deadline deadline) override {
+    TRANSFUSE_RETURN_IF_ERROR(check_member(target));
+    return state_
+        ->wait_for<AppliedReply>(deadline,
+                                 [&](LeaseTable& table, WaiterId waiter, TimePoint now) {
+                                   table.applied(waiter, static_cast<uint64_t>(target), round,
+                                                 version, deadline.at(), now);
+                                 })
+        .result;
   }
 
   Result<std::unique_ptr<Watch>> watch(std::string_view model) override {

@@ -1,0 +1,466 @@
+// Groups of targets: rounds, votes, the one decision, and when every rank has applied it.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <optional>
+#include <set>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "control/lease_table.h"
+#include "transfuse/deadline.h"
+#include "transfuse/result.h"
+#include "transfuse/versions.h"
+
+namespace transfuse {
+
+namespace {
+
+constexpr uint32_t kMaxGroupSize = 65536;
+constexpr int64_t kMaxRoundMs = 86'400'000;
+// For the ranks of a round whose coordinator died to register again.
+constexpr Duration kRecovery = std::chrono::seconds(10);
+
+}  // namespace
+
+std::string_view group_state_name(GroupState state) {
+  switch (state) {
+    case GroupState::kForming:
+      return "FORMING";
+    case GroupState::kWhole:
+      return "WHOLE";
+    case GroupState::kSwitching:
+      return "SWITCHING";
+    case GroupState::kBroken:
+      return "BROKEN";
+  }
+  check_failed(__FILE__, __LINE__, "a GroupState outside the enum");
+}
+
+// -- ranks that come and go --
+
+Result<void> LeaseTable::check_group_join(const Registration& wanted, uint64_t replaced) const {
+  if (wanted.group.empty() && wanted.group_size == 0) return {};
+  if (wanted.role != MemberRole::kTarget || wanted.group.empty() || wanted.group_size == 0 ||
+      wanted.group_size > kMaxGroupSize) {
+    return Error{
+        ErrorCode::kInvalidArgument,
+        fmt::format("{} names group '{}' of {} ranks; a group is of targets, has a name and "
+                    "1 to {} ranks",
+                    wanted.name, wanted.group, wanted.group_size, kMaxGroupSize)};
+  }
+  const auto model = models_.find(wanted.model);
+  if (model == models_.end()) return {};
+  const auto group = model->second.groups.find(wanted.group);
+  if (group == model->second.groups.end()) return {};
+  std::string names;
+  uint32_t count = 0;
+  for (const auto& [name, id] : group->second.ranks) {
+    if (id == replaced || members_.at(id).suspect) continue;
+    ++count;
+    names += (names.empty() ? "" : ", ") + name;
+  }
+  if (count == 0) return {};  // an engine that starts again may have another size
+  if (group->second.size != wanted.group_size) {
+    return Error{
+        ErrorCode::kInvalidArgument,
+        fmt::format("{} joins group {} as one of {} ranks, but its live ranks ({}) are of {}",
+                    wanted.name, wanted.group, wanted.group_size, names, group->second.size)};
+  }
+  if (count < wanted.group_size) return {};
+  return Error{ErrorCode::kAlreadyExists,
+               fmt::format("{} cannot join group {}: its {} ranks are there already ({})",
+                           wanted.name, wanted.group, wanted.group_size, names)};
+}
+
+LeaseTable::Group* LeaseTable::group_of(const Member& member) {
+  const Registration& registration = member.registration;
+  if (registration.group.empty()) return nullptr;
+  auto& groups = models_.find(registration.model)->second.groups;
+  const auto found = groups.find(registration.group);
+  return found == groups.end() ? nullptr : &found->second;
+}
+
+void LeaseTable::join_group(Member& member, const std::optional<Resume>& resume, TimePoint now) {
+  const Registration& registration = member.registration;
+  const std::string& model = registration.model;
+  Group& group = models_.find(model)->second.groups[registration.group];
+  group.size = registration.group_size;
+  group.ranks[registration.name] = member.id;
+  if (resume && resume->voted_round != 0 &&
+      (!group.round || group.round->id == resume->voted_round)) {
+    // The coordinator that had the round is gone. What a rank was told is true for all.
+    if (!group.round) {
+      group.round = Round{.id = resume->voted_round,
+                          .version = resume->voted_version,
+                          .deadline = now + kRecovery,
+                          .recovered = true};
+      rounds_[resume->voted_round] = {model, registration.group};
+      timers_.emplace(group.round->deadline, TimerKind::kRound, resume->voted_round);
+    }
+    group.round->ready.insert(member.id);
+    if (resume->told_commit) group.round->committed = true;
+  }
+  if (group.round && group.round->recovered && !group.round->committed &&
+      group.ranks.size() == group.size) {
+    // Every rank is here, and none was told: nobody has applied it.
+    end_round(model, group,
+              {.commit = false,
+               .reason = "the coordinator was lost before it was "
+                         "known to any rank"},
+              now);
+  }
+  settle_group(model, group, now);
+}
+
+// `member` is in no index of its model any more.
+void LeaseTable::leave_group(const Member& member, std::string_view why, TimePoint now) {
+  const Registration& registration = member.registration;
+  const std::string& model = registration.model;
+  auto& groups = models_.find(model)->second.groups;
+  Group& group = groups.find(registration.group)->second;
+  group.ranks.erase(registration.name);
+  const std::string lost = fmt::format("rank {} was lost: {}", registration.name, why);
+  if (group.was_whole || (group.round && group.round->committed)) {
+    group.was_whole = true;
+    group.trouble = lost;
+  }
+  if (group.round && group.round->committed) {
+    lose_round(model, group, lost, now);
+  } else if (group.round && !group.round->recovered) {
+    end_round(model, group, {.commit = false, .reason = lost}, now);
+  }
+  const std::set<uint64_t> waiting = group.waiters;
+  for (const uint64_t id : waiting) {
+    if (waiters_.at(id).kind != WaiterKind::kApplied) continue;
+    fail_waiter(
+        id, Error{ErrorCode::kGroupBroken, fmt::format("group {}: {}", registration.group, lost)});
+  }
+  if (group.ranks.empty()) {
+    if (group.round) lose_round(model, group, lost, now);
+    groups.erase(registration.group);
+  }
+}
+
+// -- rounds --
+
+bool LeaseTable::try_grant_in_group(uint64_t waiter_id, Group& group, TimePoint now) {
+  const Waiter& waiter = waiters_.at(waiter_id);
+  const Member& target = members_.at(waiter.member);
+  const auto at = models_.find(target.registration.model);
+  Model& model = at->second;
+  if (group.round && (group.round->committed || group.round->recovered)) return false;
+  if (group.round) {
+    const auto version = model.versions.find(group.round->version);
+    if (version == model.versions.end() || finished(version->second.state)) {
+      end_round(at->first, group,
+                {.commit = false,
+                 .reason = fmt::format("version {} ended before every rank had it",
+                                       group.round->version)},
+                now);
+    }
+  }
+  if (!group.round) {
+    const auto number = choose(model, waiter.request);
+    if (!number) {
+      auto error = never(at->first, model, waiter.request);
+      if (error) fail_waiter(waiter_id, *error);
+      return error.has_value();
+    }
+    open_round(group, waiter, *number, now);
+  }
+  const uint64_t number = group.round->version;
+  const VersionRequest& request = waiter.request;
+  const bool fits = request.kind == VersionRequest::Kind::kNewest ||
+                    (request.kind == VersionRequest::Kind::kExactly ? number == request.version
+                                                                    : number >= request.version);
+  if (!fits) {
+    fail_waiter(waiter_id,
+                Error{ErrorCode::kInvalidArgument,
+                      fmt::format("{} asks for version {}, but the round of its group {} brings "
+                                  "version {}: the ranks of a group ask for the same",
+                                  target.registration.name, request.version,
+                                  target.registration.group, number)});
+    return true;
+  }
+  group.round->ready.erase(waiter.member);  // it starts again
+  grant(waiter_id, number, group.round->id, now);
+  return true;
+}
+
+void LeaseTable::open_round(Group& group, const Waiter& waiter, uint64_t version, TimePoint now) {
+  const Registration& registration = members_.at(waiter.member).registration;
+  const int64_t round_ms = std::clamp<int64_t>(waiter.request.round_ms, 1, kMaxRoundMs);
+  const uint64_t id = new_id();
+  group.round =
+      Round{.id = id, .version = version, .deadline = now + std::chrono::milliseconds(round_ms)};
+  rounds_[id] = {registration.model, registration.group};
+  timers_.emplace(group.round->deadline, TimerKind::kRound, id);
+  note(registration.model, version, registration.name,
+       fmt::format("opened round {:x} of group {}", id, registration.group), now);
+}
+
+// Records the decision and tells who waits. A committed round stays open until all have applied it.
+void LeaseTable::end_round(const std::string& model, Group& group, Decision decision,
+                           TimePoint now) {
+  Round& round = *group.round;
+  const uint64_t id = round.id;
+  const std::string name = rounds_.at(id).second;
+  note(model, round.version, name,
+       decision.commit ? fmt::format("group: round {:x} COMMIT", id)
+                       : fmt::format("group: round {:x} ABORT: {}", id, decision.reason),
+       now);
+  const bool commit = decision.commit;
+  const std::set<uint64_t> waiting = group.waiters;
+  for (const uint64_t waiter : waiting) {
+    const Waiter& each = waiters_.at(waiter);
+    if (each.kind != WaiterKind::kDecision || each.round != id) continue;
+    remove_waiter(waiter);
+    effects_.emplace_back(DecisionReply{WaiterId{waiter}, decision});
+  }
+  group.finished[id] = std::move(decision);
+  while (group.finished.size() > limits_.finished_rounds) {
+    group.finished.erase(group.finished.begin());
+  }
+  timers_.erase({round.deadline, TimerKind::kRound, id});
+  if (commit) {
+    round.committed = true;
+    return;
+  }
+  rounds_.erase(id);
+  group.round.reset();
+  serve_waiters(model, now);
+}
+
+// The round ends without a decision that is known, or without a rank that must apply it.
+void LeaseTable::lose_round(const std::string& model, Group& group, const std::string& why,
+                            TimePoint now) {
+  const Round round = *group.round;
+  const std::string name = rounds_.at(round.id).second;
+  note(model, round.version, name, fmt::format("group: BROKEN: {}", why), now);
+  timers_.erase({round.deadline, TimerKind::kRound, round.id});
+  rounds_.erase(round.id);
+  group.round.reset();
+  group.was_whole = true;
+  group.trouble = why;
+  const std::set<uint64_t> waiting = group.waiters;
+  for (const uint64_t waiter : waiting) {
+    if (waiters_.at(waiter).round != round.id) continue;
+    fail_waiter(waiter, Error{ErrorCode::kGroupBroken, fmt::format("group {}: {}", name, why)});
+  }
+  serve_waiters(model, now);
+}
+
+void LeaseTable::expire_round(uint64_t id, TimePoint now) {
+  const auto [model, name] = rounds_.at(id);
+  Group& group = models_.find(model)->second.groups.find(name)->second;
+  if (group.round->recovered) {
+    return lose_round(
+        model, group,
+        "the coordinator was lost, and not every rank has come back to say whether it "
+        "was told the decision",
+        now);
+  }
+  std::string missing;
+  for (const auto& [rank, member] : group.ranks) {
+    if (!group.round->ready.contains(member)) missing += (missing.empty() ? "" : ", ") + rank;
+  }
+  if (group.ranks.size() < group.size) {
+    missing += fmt::format("{}{} of {} ranks that are not there", missing.empty() ? "" : ", ",
+                           group.size - group.ranks.size(), group.size);
+  }
+  end_round(model, group,
+            {.commit = false, .reason = fmt::format("its time ran out without {}", missing)}, now);
+}
+
+Result<void> LeaseTable::vote(uint64_t target, uint64_t round, bool ready, std::string_view reason,
+                              TimePoint now) {
+  const Member* member = find_member(target, MemberRole::kTarget);
+  if (member == nullptr) return no_member(target);
+  const Registration& registration = member->registration;
+  Group* const group = group_of(*member);
+  if (group == nullptr) {
+    return Error{ErrorCode::kInvalidArgument,
+                 fmt::format("{} votes, but is in no group", registration.name)};
+  }
+  if (!group->round || group->round->id != round) {
+    if (group->finished.contains(round) || !ready) return {};  // decided: decision() tells
+    return Error{ErrorCode::kNotFound,
+                 fmt::format("round {:x} of group {} is not known", round, registration.group)};
+  }
+  if (group->round->committed) return {};
+  if (!ready) {
+    end_round(registration.model, *group,
+              {.commit = false,
+               .reason = fmt::format("rank {}: {}", registration.name, reason.substr(0, 1024))},
+              now);
+    return {};
+  }
+  group->round->ready.insert(target);
+  note(registration.model, group->round->version, registration.name, "voted ready", now);
+  commit_if_all_ready(registration.model, *group, now);
+  return {};
+}
+
+void LeaseTable::commit_if_all_ready(const std::string& model, Group& group, TimePoint now) {
+  if (group.round->recovered || group.ranks.size() != group.size) return;
+  for (const auto& [name, member] : group.ranks) {
+    if (!group.round->ready.contains(member)) return;
+  }
+  end_round(model, group, {.commit = true, .reason = {}}, now);
+}
+
+void LeaseTable::decision(WaiterId waiter, uint64_t target, uint64_t round, TimePoint deadline,
+                          TimePoint now) {
+  const auto refuse = [&](Error error) {
+    effects_.emplace_back(DecisionReply{waiter, std::move(error)});
+  };
+  const Member* member = find_member(target, MemberRole::kTarget);
+  if (member == nullptr) return refuse(no_member(target));
+  Group* const group = group_of(*member);
+  if (group == nullptr) {
+    return refuse(Error{ErrorCode::kInvalidArgument,
+                        fmt::format("{} is in no group", member->registration.name)});
+  }
+  const auto finished = group->finished.find(round);
+  if (finished != group->finished.end()) {
+    effects_.emplace_back(DecisionReply{waiter, finished->second});
+    return;
+  }
+  if (!group->round || group->round->id != round) {
+    return refuse(Error{ErrorCode::kGroupBroken,
+                        fmt::format("the decision of round {:x} of group {} is not known: the "
+                                    "coordinator that had it is gone, or it is long ago",
+                                    round, member->registration.group)});
+  }
+  if (group->round->committed) {
+    effects_.emplace_back(DecisionReply{waiter, Decision{.commit = true, .reason = {}}});
+    return;
+  }
+  const auto id = static_cast<uint64_t>(waiter);
+  add_waiter(id, Waiter{.kind = WaiterKind::kDecision,
+                        .member = target,
+                        .started = now,
+                        .deadline = deadline,
+                        .round = round});
+  group->waiters.insert(id);
+}
+
+void LeaseTable::applied(WaiterId waiter, uint64_t target, uint64_t round, uint64_t version,
+                         TimePoint deadline, TimePoint now) {
+  const auto refuse = [&](Error error) {
+    effects_.emplace_back(AppliedReply{waiter, std::move(error)});
+  };
+  Member* member = find_member(target, MemberRole::kTarget);
+  if (member == nullptr) return refuse(no_member(target));
+  Group* const group = group_of(*member);
+  if (group == nullptr || version == 0) {
+    return refuse(Error{ErrorCode::kInvalidArgument,
+                        fmt::format("{} has applied version {} in a round, but is in no group",
+                                    member->registration.name, version)});
+  }
+  member->landed = version;
+  note(member->registration.model, version, member->registration.name, "applied", now);
+  const auto id = static_cast<uint64_t>(waiter);
+  add_waiter(id, Waiter{.kind = WaiterKind::kApplied,
+                        .member = target,
+                        .started = now,
+                        .deadline = deadline,
+                        .request = {VersionRequest::Kind::kExactly, version},
+                        .round = round});
+  group->waiters.insert(id);
+  if (group->ranks.size() < group->size && (!group->round || group->round->id != round)) {
+    return fail_waiter(
+        id, Error{ErrorCode::kGroupBroken,
+                  fmt::format("group {}: {}", member->registration.group,
+                              group->trouble.empty() ? "a rank is missing" : group->trouble)});
+  }
+  settle_group(member->registration.model, *group, now);
+}
+
+bool LeaseTable::holds(const Group& group, uint64_t version) const {
+  return version != 0 && group.ranks.size() == group.size &&
+         std::all_of(group.ranks.begin(), group.ranks.end(),
+                     [&](const auto& rank) { return members_.at(rank.second).landed == version; });
+}
+
+std::string LeaseTable::who_holds_not(const Group& group, uint64_t version) const {
+  std::string out;
+  for (const auto& [name, id] : group.ranks) {
+    const uint64_t held = members_.at(id).landed;
+    if (held == version) continue;
+    out += fmt::format("{}rank {} holds {}", out.empty() ? "" : ", ", name,
+                       held == 0 ? "no version" : fmt::format("version {}", held));
+  }
+  if (group.ranks.size() < group.size) {
+    out += fmt::format("{}{} of {} ranks are missing", out.empty() ? "" : ", ",
+                       group.size - group.ranks.size(), group.size);
+  }
+  return out;
+}
+
+// After any change of what ranks hold.
+void LeaseTable::settle_group(const std::string& model, Group& group, TimePoint now) {
+  if (group.ranks.empty()) return;
+  const uint64_t version = members_.at(group.ranks.begin()->second).landed;
+  if (!holds(group, version)) return;
+  group.was_whole = true;
+  group.trouble.clear();
+  const std::set<uint64_t> waiting = group.waiters;
+  for (const uint64_t id : waiting) {
+    const Waiter& waiter = waiters_.at(id);
+    if (waiter.kind != WaiterKind::kApplied || waiter.request.version != version) continue;
+    remove_waiter(id);
+    effects_.emplace_back(AppliedReply{WaiterId{id}, Result<void>()});
+  }
+  if (group.round && group.round->committed && group.round->version == version) {
+    rounds_.erase(group.round->id);
+    timers_.erase({group.round->deadline, TimerKind::kRound, group.round->id});
+    group.finished[group.round->id] = Decision{.commit = true, .reason = {}};
+    group.round.reset();
+    serve_waiters(model, now);
+  }
+}
+
+GroupInfo LeaseTable::info(const std::string& model, const std::string& name,
+                           const Group& group) const {
+  GroupInfo info{.model = model, .name = name, .size = group.size};
+  for (const auto& [rank, id] : group.ranks) {
+    info.ranks.push_back({.name = rank, .version = members_.at(id).landed});
+  }
+  if (group.round) info.round = group.round->id;
+  const uint64_t version = info.ranks.empty() ? 0 : info.ranks.front().version;
+  if (holds(group, version)) {
+    info.state = GroupState::kWhole;
+    info.version = version;
+    return info;
+  }
+  const bool complete = group.ranks.size() == group.size;
+  if (group.round && group.round->committed && complete) {
+    info.state = GroupState::kSwitching;
+  } else if (group.was_whole) {
+    info.state = GroupState::kBroken;
+  }
+  uint64_t wanted = group.round ? group.round->version : 0;
+  for (const GroupRank& rank : info.ranks) wanted = std::max(wanted, rank.version);
+  info.reason = !group.trouble.empty() ? group.trouble
+                : wanted == 0          ? "no rank holds a version"
+                                       : who_holds_not(group, wanted);
+  return info;
+}
+
+std::vector<GroupInfo> LeaseTable::groups(std::string_view model) const {
+  std::vector<GroupInfo> out;
+  for (const auto& [name, each] : models_) {
+    if (!model.empty() && name != model) continue;
+    for (const auto& [group_name, group] : each.groups)
+      out.push_back(info(name, group_name, group));
+  }
+  return out;
+}
+
+}  // namespace transfuse
