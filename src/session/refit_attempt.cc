@@ -12,7 +12,7 @@
 #include <span>
 #include <utility>
 #include <vector>
-#include "session/memory.h"
+#include "session/stopwatch.h"
 #include "session/transfer.h"
 #include "transfuse/control.h"
 #include "transfuse/deadline.h"
@@ -31,27 +31,19 @@ namespace {
 // (I12).
 constexpr uint32_t kTriesPerSource = 2;
 
-int64_t microseconds_since(TimePoint start) {
-  return std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() -
-                                                               start)
-      .count();
-}
-
 }  // namespace
 
 RefitAttempt::RefitAttempt(Transport& transport, Control& control, const Layout& target,
-                           const BoundMemory& memory, const ReceiverOptions& options,
+                           std::span<std::byte* const> target_data, const ReceiverOptions& options,
                            MemberId member)
     : transport_(transport),
       control_(control),
       target_(target),
-      memory_(memory),
       options_(options),
       member_(member),
+      target_data_(target_data.begin(), target_data.end()),
       transfer_(transport) {
-  for (uint32_t i = 0; i < target_.parameters().size(); ++i) {
-    target_data_.push_back(memory_.data(i));
-  }
+  TRANSFUSE_CHECK(target_data_.size() == target_.parameters().size());
 }
 
 void RefitAttempt::close() {
@@ -245,6 +237,7 @@ Result<void> RefitAttempt::ready_sources(Deadline deadline, RefitReport& report)
 Result<void> RefitAttempt::prepare(const Lease& lease, Deadline deadline, RefitReport& report) {
   const TimePoint start = std::chrono::steady_clock::now();
   version_ = lease.version;
+  if (progress_.version.exchange(version_) != version_) progress_.landed_bytes = 0;
   // Connections to incarnations that no version refers to any more, or that broke, end here (I3).
   std::erase_if(links_, [&](const std::unique_ptr<SourceLink>& link) {
     const bool listed = std::ranges::any_of(lease.sources, [&](const MemberInfo& source) {
@@ -317,6 +310,10 @@ void RefitAttempt::fill_padding() {
 
 Result<void> RefitAttempt::move(Deadline deadline, const std::atomic<bool>& cancelled,
                                 RefitReport& report) {
+  uint64_t missing_bytes = 0;
+  for (const uint32_t run : missing_) {
+    missing_bytes += copies_->target_bytes(copies_->plan().runs()[run]);
+  }
   const TransferOrder order{.copies = &*copies_,
                             .runs = missing_,
                             .holder = holder_of_,
@@ -326,6 +323,9 @@ Result<void> RefitAttempt::move(Deadline deadline, const std::atomic<bool>& canc
                             .target = target_data_,
                             .fingerprint = options_.verify == Verify::kFull,
                             .no_progress_ms = options_.no_progress_ms,
+                            .gigabytes_per_second = gigabytes_per_second_,
+                            .landed_before = copies_->plan().size_bytes() - missing_bytes,
+                            .landed_bytes = &progress_.landed_bytes,
                             .deadline = deadline,
                             .cancelled = &cancelled};
   auto outcome = transfer_.run(order, landed_, sums_);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -9,12 +10,17 @@
 #include <vector>
 
 #include "session/copies.h"
-#include "session/memory.h"
 #include "session/source_link.h"
 #include "session/transfer.h"
 #include "transfuse/receiver.h"
 
 namespace transfuse {
+
+// What other threads may see of an attempt while it runs.
+struct AttemptProgress {
+  std::atomic<uint64_t> version{0};  // 0: no lease yet
+  std::atomic<uint64_t> landed_bytes{0};
+};
 
 // Keeps connections, layouts, the plan and all buffers from cycle to cycle: a warm attempt neither
 // connects, plans nor grows anything. Used from one thread; outlived by everything that it is
@@ -22,7 +28,8 @@ namespace transfuse {
 class RefitAttempt {
  public:
   RefitAttempt(Transport& transport, Control& control, const Layout& target,
-               const BoundMemory& memory, const ReceiverOptions& options, MemberId member);
+               std::span<std::byte* const> target_data, const ReceiverOptions& options,
+               MemberId member);
 
   // Everything before the first byte: layouts, plan, sources, connections, first generation reads.
   // Writes no parameter.
@@ -30,6 +37,13 @@ class RefitAttempt {
   // Moves and proves. On success every byte is that of the lease's version (I8). On failure the
   // parameters hold no version.
   Result<void> transfer(Deadline deadline, const std::atomic<bool>& cancelled, RefitReport& report);
+
+  // Of bytes written by later transfers; 0: as fast as possible.
+  void set_pace(double gigabytes_per_second) { gigabytes_per_second_ = gigabytes_per_second; }
+  // Something else wrote the target memory: its padding is filled again.
+  void forget_padding() { padding_filled_ = false; }
+  AttemptProgress& progress() { return progress_; }
+  const AttemptProgress& progress() const { return progress_; }
 
   void close();
   // Leaks what must not be touched in a forked child.
@@ -73,12 +87,13 @@ class RefitAttempt {
   Transport& transport_;
   Control& control_;
   const Layout target_;
-  const BoundMemory& memory_;
   const ReceiverOptions options_;
   const MemberId member_;
-  std::vector<std::byte*> target_data_;  // per target parameter
+  const std::vector<std::byte*> target_data_;  // per target parameter
   Transfer transfer_;
   bool padding_filled_ = false;
+  double gigabytes_per_second_ = 0;
+  AttemptProgress progress_;
 
   // From cycle to cycle.
   std::vector<Layout> layouts_;                     // of sources, by digest

@@ -22,6 +22,7 @@ constexpr size_t kSlots = 32;
 constexpr size_t kCopiesPerTicket = 512;
 constexpr auto kWaitSlice = std::chrono::milliseconds(50);
 constexpr auto kCancelGrace = std::chrono::milliseconds(200);
+constexpr auto kBurst = std::chrono::milliseconds(5);        // what a capped transfer may catch up
 constexpr auto kCancelPause = std::chrono::milliseconds(1);  // of polling what was cancelled
 
 }  // namespace
@@ -86,6 +87,13 @@ bool Transfer::fill(const TransferOrder& order, Slot& slot) {
   if (region == nullptr) return false;
   slot.sums.assign(order.fingerprint ? slot.copies.size() : 0, 0);
   submit(slot, *region);
+  if (order.gigabytes_per_second > 0) {
+    const TimePoint now = std::chrono::steady_clock::now();
+    next_submit_at_ =
+        std::max(next_submit_at_, now - kBurst) +
+        Duration(static_cast<int64_t>(static_cast<double>(slot.bytes) /
+                                      order.gigabytes_per_second));  // bytes per nanosecond
+  }
   return true;
 }
 
@@ -103,8 +111,14 @@ void Transfer::submit(Slot& slot, const RemoteRegion& region) {
   slot.cancelled_at = {};
 }
 
+// The bytes that were asked for already take the link longer than until now.
+bool Transfer::held_back(const TransferOrder& order) const {
+  return order.gigabytes_per_second > 0 && std::chrono::steady_clock::now() < next_submit_at_;
+}
+
 // True if the slot's ticket has ended.
-bool Transfer::reap(Slot& slot, std::span<uint8_t> landed, std::span<uint64_t> sums) {
+bool Transfer::reap(const TransferOrder& order, Slot& slot, std::span<uint8_t> landed,
+                    std::span<uint64_t> sums) {
   const TicketState state = transport_.poll(slot.ticket);
   if (state == TicketState::kPending || state == TicketState::kPoisoned) return false;
   auto outcome = transport_.finish(slot.ticket);
@@ -115,6 +129,9 @@ bool Transfer::reap(Slot& slot, std::span<uint8_t> landed, std::span<uint64_t> s
       landed[slot.runs[i]] = 1;
       if (!slot.sums.empty()) sums[slot.runs[i]] = slot.sums[i];
     }
+    landed_bytes_ += slot.bytes;
+    // A run that is read again has landed before: what others see does not fall for it.
+    if (landed_bytes_ > order.landed_bytes->load()) order.landed_bytes->store(landed_bytes_);
   } else if (outcome.error().code != ErrorCode::kCancelled) {
     fail_link(slot.link, std::move(outcome).error());
   }
@@ -164,6 +181,7 @@ Result<void> Transfer::run(const TransferOrder& order, std::span<uint8_t> landed
                            std::span<uint64_t> sums) {
   next_ = 0;
   failures_.clear();
+  landed_bytes_ = order.landed_before;
   progress_at_.assign(order.links.size(), TimePoint{});
   Result<void> outcome;
   bool stopping = false;
@@ -171,22 +189,27 @@ Result<void> Transfer::run(const TransferOrder& order, std::span<uint8_t> landed
     waiting_.clear();
     bool busy = false;
     for (Slot& slot : slots_) {
-      while (!slot.busy && !stopping && next_ < order.runs.size()) {
+      while (!slot.busy && !stopping && next_ < order.runs.size() && !held_back(order)) {
         if (!fill(order, slot)) break;
       }
       busy = busy || slot.busy;
       // A cancelled one is not pending any more, so that waiting for it would be no wait.
       if (slot.busy && slot.cancelled_at == TimePoint{}) waiting_.push_back(slot.ticket);
     }
-    if (!busy) return outcome;
-    const Deadline slice = Deadline::after(kWaitSlice);
-    if (waiting_.empty()) {
+    const bool more = !stopping && next_ < order.runs.size();
+    if (!busy && !more) return outcome;
+    Deadline slice = Deadline::after(kWaitSlice);
+    if (more && held_back(order)) slice = slice.earlier(Deadline(next_submit_at_));
+    if (!stopping) slice = slice.earlier(order.deadline);
+    if (!waiting_.empty()) {
+      transport_.wait_any(waiting_, slice);
+    } else if (busy) {
       std::this_thread::sleep_for(kCancelPause);
     } else {
-      transport_.wait_any(waiting_, stopping ? slice : slice.earlier(order.deadline));
+      std::this_thread::sleep_for(slice.remaining());
     }
     for (Slot& slot : slots_) {
-      if (slot.busy) (void)reap(slot, landed, sums);
+      if (slot.busy) (void)reap(order, slot, landed, sums);
     }
     watch_progress(order);
     if (!stopping && (order.cancelled->load() || order.deadline.passed())) {

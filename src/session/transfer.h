@@ -25,6 +25,9 @@ struct TransferOrder {
   std::span<std::byte* const> target;  // per target parameter
   bool fingerprint = false;
   int64_t no_progress_ms = 2000;
+  double gigabytes_per_second = 0;                // of bytes written; 0: as fast as possible
+  uint64_t landed_before = 0;                     // bytes of the plan that need not be moved
+  std::atomic<uint64_t>* landed_bytes = nullptr;  // of the plan; never falls
   Deadline deadline;
   const std::atomic<bool>* cancelled = nullptr;
 };
@@ -61,9 +64,11 @@ class Transfer {
     std::vector<uint32_t> runs;
   };
 
+  bool held_back(const TransferOrder& order) const;
   bool fill(const TransferOrder& order, Slot& slot);
   void submit(Slot& slot, const RemoteRegion& region);
-  bool reap(Slot& slot, std::span<uint8_t> landed, std::span<uint64_t> sums);
+  bool reap(const TransferOrder& order, Slot& slot, std::span<uint8_t> landed,
+            std::span<uint64_t> sums);
   void watch_progress(const TransferOrder& order);
   void abandon(const TransferOrder& order);
   void fail_link(uint32_t link, Error error);
@@ -75,6 +80,8 @@ class Transfer {
   std::vector<LinkFailure> failures_;
   size_t next_ = 0;                     // position in order.runs
   std::vector<TimePoint> progress_at_;  // per link: when a read of it last moved or ended
+  uint64_t landed_bytes_ = 0;
+  TimePoint next_submit_at_{};  // under a bandwidth cap
 };
 
 }  // namespace transfuse
