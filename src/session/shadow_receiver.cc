@@ -54,7 +54,8 @@ class ShadowReceiver final : public Receiver, private FetchMemory {
       : member_(std::move(member)),
         shadow_(std::move(shadow)),
         fetch_(std::make_unique<Fetch>(transport, control, member_->layout(), shadow_->data(),
-                                       *this, member_->options(), member_->id())),
+                                       static_cast<FetchMemory&>(*this), member_->options(),
+                                       member_->id())),
         stage_(std::make_unique<Stage>(*fetch_, staged_bytes(member_->layout()), cancelled_)) {}
 
   ~ShadowReceiver() override {
