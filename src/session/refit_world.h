@@ -34,20 +34,30 @@ T value_or_fail(Result<T> result, const char* what) {
 struct Trainer {
   Trainer(Transport& transport, Control& control, const Layout& layout, std::string name,
           uint32_t count, int64_t drain_ms = 5000)
-      : parameters(layout) {
-    PublisherOptions options;
-    options.name = std::move(name);
-    options.source_count = count;
-    options.drain_ms = drain_ms;
-    options.fingerprint_threads = 1;
-    publisher = value_or_fail(
-        Publisher::open(transport, control, layout, parameters.memory(), options), "publisher");
-  }
+      : Trainer(transport, control, layout, [&] {
+          PublisherOptions options;
+          options.name = std::move(name);
+          options.source_count = count;
+          options.drain_ms = drain_ms;
+          options.fingerprint_threads = 1;
+          return options;
+        }()) {}
+  Trainer(Transport& transport, Control& control, const Layout& layout,
+          const PublisherOptions& options)
+      : parameters(layout),
+        publisher(
+            value_or_fail(Publisher::open(transport, control, layout, parameters.memory(), options),
+                          "publisher")) {}
   void publish(uint64_t version) {
-    ASSERT_TRUE(publisher->begin_write(version));
-    parameters.write(version);
-    auto published = publisher->publish(version);
+    const auto published = try_publish(version);
     ASSERT_TRUE(published) << published.error().to_string();
+    ASSERT_FALSE(published->skipped);
+  }
+  Result<PublishTiming> try_publish(uint64_t version) {
+    TRANSFUSE_ASSIGN_OR_RETURN(const WriteTiming begun, publisher->begin_write(version));
+    (void)begun;
+    parameters.write(version);
+    return publisher->publish(version);
   }
   Parameters parameters;
   std::unique_ptr<Publisher> publisher;

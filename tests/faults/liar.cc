@@ -27,25 +27,26 @@ Result<std::string> Liar::describe(const std::string& lie) {
   TRANSFUSE_ASSIGN_OR_RETURN(told.endpoint, transport_.endpoint());
   told.control = words_->descriptor();
   told.regions.assign(bound_->regions().begin(), bound_->regions().end());
-  told.binding = bound_->binding();
+  told.slots = {bound_->binding()};
+  Binding& binding = told.slots[0];
   RegionDescriptor& region = told.regions[0];
   if (lie == "larger_region") {  // than what is registered: more weights seem to lie in it
     region.size_bytes *= 2;
-    for (Place& place : told.binding.places) place.offset_bytes += region.size_bytes / 2;
+    for (Place& place : binding.places) place.offset_bytes += region.size_bytes / 2;
   } else if (lie == "beyond_region") {
-    told.binding.places[0].offset_bytes = region.size_bytes - 1;
+    binding.places[0].offset_bytes = region.size_bytes - 1;
   } else if (lie == "offset_wraps") {
-    told.binding.places[0].offset_bytes = UINT64_MAX - 3;
+    binding.places[0].offset_bytes = UINT64_MAX - 3;
   } else if (lie == "no_such_place") {
-    told.binding.places[0].region = 7;
+    binding.places[0].region = 7;
   } else if (lie == "unregistered_region") {
     region.id = RegionId{1234567};
   } else if (lie == "nothing_mapped") {
     region = hole_->descriptor();
   } else if (lie == "fewer_places") {
-    told.binding.places.pop_back();
+    binding.places.pop_back();
   } else if (lie == "another_layout") {
-    told.binding.layout.low ^= 1;
+    binding.layout.low ^= 1;
   } else if (lie == "no_generation") {
     told.control.size_bytes = 8;
   } else if (lie == "another_transport") {
@@ -53,12 +54,12 @@ Result<std::string> Liar::describe(const std::string& lie) {
   } else if (lie == "nobody_there") {
     told.endpoint += "-gone";
   } else if (lie == "garbage") {
-    return std::string("\x54\x46\x44\x31\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01", 15);
+    return std::string("\x54\x46\x44\x32\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01", 15);
   } else if (lie == "truncated") {
     std::string bytes = encode(told);
     bytes.resize(bytes.size() / 2);
     return bytes;
-  } else if (lie != "none" && lie != "another_generation") {
+  } else if (lie != "none" && lie != "another_generation" && lie != "no_such_slot") {
     return Error{ErrorCode::kInvalidArgument, fmt::format("no lie is called '{}'", lie)};
   }
   return encode(told);
@@ -96,9 +97,11 @@ Result<std::unique_ptr<Liar>> Liar::open(Transport& transport, Control& control,
   registration.layout = layout.digest();
   TRANSFUSE_ASSIGN_OR_RETURN(registration.descriptor, liar->describe(lie));
   TRANSFUSE_ASSIGN_OR_RETURN(liar->member_, control.join(registration));
-  auto drained = control.begin_write(liar->member_, 1, Deadline::after_ms(5000));
+  auto drained = control.begin_write(liar->member_, {.version = 1}, Deadline::after_ms(5000));
   if (!drained) return Unexpected{std::move(drained).error()};
-  TRANSFUSE_RETURN_IF_ERROR(control.publish(liar->member_, 1, generation));
+  TRANSFUSE_RETURN_IF_ERROR(control.publish(
+      liar->member_,
+      {.version = 1, .generation = generation, .slot = lie == "no_such_slot" ? 5u : 0u}));
   return liar;
 }
 

@@ -155,6 +155,9 @@ Result<Json> Member::open_publisher(const Json& request) {
   options.source_count = request.value("source_count", 1u);
   options.drain_ms = request.value("drain_ms", int64_t{5000});
   options.fingerprint_threads = 1;
+  options.snapshot_slots = request.value("snapshot_slots", 0u);
+  if (options.snapshot_slots > 0) options.retention = Retention::kSnapshot;
+  options.when_leased = static_cast<WhenLeased>(request.value("when_leased", 0));
   options.arenas = weights_->arenas();
   testing::Parameters& parameters = weights_->parameters();
   TRANSFUSE_ASSIGN_OR_RETURN(
@@ -173,11 +176,11 @@ Result<Json> Member::publisher_call(const std::string& call, const Json& request
     answer["waited_us"] = timing.waited_us;
     if (call == "begin_write") return answer;
     TRANSFUSE_ASSIGN_OR_RETURN(const Json written, write(request));
-    TRANSFUSE_RETURN_IF_ERROR(publisher_->publish(version));
-    return answer;
   }
-  if (call == "publish") {
-    TRANSFUSE_RETURN_IF_ERROR(publisher_->publish(version));
+  if (call == "publish" || call == "update") {
+    TRANSFUSE_ASSIGN_OR_RETURN(const PublishTiming timing, publisher_->publish(version));
+    answer["skipped"] = timing.skipped;
+    answer["publish_revoked"] = timing.revoked;
     return answer;
   }
   if (call == "abort") {
