@@ -59,6 +59,11 @@ void bind_refit(nb::module_& m) {
   nb::class_<WriteTiming>(m, "WriteTiming", "How long begin_write() waited for readers.")
       .def_ro("waited_us", &WriteTiming::waited_us)
       .def_ro("revoked", &WriteTiming::revoked);
+  nb::class_<PublishTiming>(m, "PublishTiming", "What publish() waited for and copied.")
+      .def_ro("waited_us", &PublishTiming::waited_us)
+      .def_ro("revoked", &PublishTiming::revoked)
+      .def_ro("copy_us", &PublishTiming::copy_us)
+      .def_ro("skipped", &PublishTiming::skipped);
 }
 
 void bind_versions(nb::module_& m) {

@@ -139,9 +139,13 @@ class PythonPublisher : public Member<Publisher> {
     Publisher& publisher = native();
     return take(thread().run([&publisher, version] { return publisher.begin_write(version); }));
   }
-  void publish(uint64_t version) {
+  PublishTiming publish(uint64_t version) {
     Publisher& publisher = native();
-    take(thread().run([&publisher, version] { return publisher.publish(version); }));
+    return take(thread().run([&publisher, version] { return publisher.publish(version); }));
+  }
+  void set_retention(Retention retention) {
+    Publisher& publisher = native();
+    take(thread().run([&publisher, retention] { return publisher.set_retention(retention); }));
   }
   void abort_write(const std::string& reason) {
     Publisher& publisher = native();
@@ -168,11 +172,22 @@ class PythonReceiver : public Member<Receiver> {
 };
 
 void bind_publisher(nb::module_& m) {
+  nb::enum_<Retention>(m, "Retention", "What readers of a version read while the trainer goes on.")
+      .value("IN_PLACE", Retention::kInPlace)
+      .value("SNAPSHOT", Retention::kSnapshot);
+  nb::enum_<WhenLeased>(m, "WhenLeased", "What publish() does if readers hold every snapshot.")
+      .value("REVOKE_AT_DEADLINE", WhenLeased::kRevokeAtDeadline)
+      .value("WAIT", WhenLeased::kWait)
+      .value("REVOKE", WhenLeased::kRevoke)
+      .value("SKIP", WhenLeased::kSkip);
+  m.def("snapshot_bytes", &snapshot_bytes, "layout"_a, "slots"_a,
+        "Memory that so many snapshots of a layout need, beside the weights.");
   nb::class_<PythonPublisher>(m, "NativePublisher", "See transfuse.Publisher.")
       .def(
           "__init__",
           [](PythonPublisher* self, const Layout& layout, const Parameters& parameters,
              std::string name, std::string model, uint32_t source_count, int64_t drain_ms,
+             Retention retention, uint32_t snapshot_slots, WhenLeased when_leased,
              uint32_t fingerprint_threads, std::string job, std::optional<std::string> address,
              std::optional<std::string> token, std::optional<uint32_t> threads,
              std::optional<bool> allow_any_tracer) {
@@ -181,17 +196,22 @@ void bind_publisher(nb::module_& m) {
             options.name = std::move(name);
             options.source_count = source_count;
             options.drain_ms = drain_ms;
+            options.retention = retention;
+            options.snapshot_slots = snapshot_slots;
+            options.when_leased = when_leased;
             options.fingerprint_threads = fingerprint_threads;
             new (self) PythonPublisher(session_options(std::move(job), std::move(address),
                                                        std::move(token), threads, allow_any_tracer),
                                        layout, parameters, false, std::move(options));
           },
           "layout"_a, "parameters"_a, nb::kw_only(), "name"_a, "model"_a, "source_count"_a,
-          "drain_ms"_a, "fingerprint_threads"_a, "job"_a, "address"_a.none(), "token"_a.none(),
-          "threads"_a.none(), "allow_any_tracer"_a.none())
+          "drain_ms"_a, "retention"_a, "snapshot_slots"_a, "when_leased"_a, "fingerprint_threads"_a,
+          "job"_a, "address"_a.none(), "token"_a.none(), "threads"_a.none(),
+          "allow_any_tracer"_a.none())
       .def("begin_write", &PythonPublisher::begin_write, "version"_a)
       .def("publish", &PythonPublisher::publish, "version"_a)
       .def("abort_write", &PythonPublisher::abort_write, "reason"_a)
+      .def("set_retention", &PythonPublisher::set_retention, "retention"_a)
       .def_prop_ro("version", [](PythonPublisher& p) { return p.native().version(); })
       .def("close", &PythonPublisher::close);
 }

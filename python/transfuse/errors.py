@@ -97,6 +97,12 @@ class CancelledError(TransfuseError):
     code = ErrorCode.CANCELLED
 
 
+class GroupBrokenError(TransfuseError):
+    """Ranks of one engine do not hold the same version: none may serve until that is repaired."""
+
+    code = ErrorCode.GROUP_BROKEN
+
+
 class UnsupportedError(TransfuseError):
     """Not available in this build or on this host; the message names what is missing."""
 
@@ -120,6 +126,7 @@ CLASS_OF_CODE: dict[ErrorCode, type[TransfuseError]] = {
         FingerprintMismatchError,
         PoisonedError,
         CancelledError,
+        GroupBrokenError,
         UnsupportedError,
     )
 }

@@ -6,6 +6,7 @@ import contextlib
 import weakref
 from collections.abc import Iterator, Mapping
 from types import TracebackType
+from typing import TypeVar
 
 from transfuse._transfuse import (
     Layout,
@@ -13,15 +14,39 @@ from transfuse._transfuse import (
     NativeControl,
     NativePublisher,
     NativeReceiver,
+    PublishTiming,
     RefitReport,
+    Retention,
     Verify,
     VerifyReport,
     VersionInfo,
+    WhenLeased,
     WriteTiming,
 )
+from transfuse.errors import InvalidArgumentError
 
 DEFAULT_JOB = ""  # $TRANSFUSE_JOB or "default"
 _FOREVER_MS = 1 << 40
+
+
+_T = TypeVar("_T")
+_RETENTIONS = {"in_place": Retention.IN_PLACE, "snapshot": Retention.SNAPSHOT}
+_WHEN_LEASED = {
+    "revoke_at_deadline": WhenLeased.REVOKE_AT_DEADLINE,
+    "wait": WhenLeased.WAIT,
+    "revoke": WhenLeased.REVOKE,
+    "skip": WhenLeased.SKIP,
+}
+
+
+def _choice(what: str, value: _T | str, names: Mapping[str, _T]) -> _T:
+    """An enum member as it is, or by its name in lower case."""
+    if not isinstance(value, str):
+        return value
+    if value not in names:
+        message = f"{what}: expected one of {', '.join(names)}, found {value!r}"
+        raise InvalidArgumentError(message)
+    return names[value]
 
 
 def _milliseconds(seconds: float) -> int:
@@ -29,12 +54,20 @@ def _milliseconds(seconds: float) -> int:
 
 
 class Publisher:
-    """Offers the weights of this process, version after version, where the trainer keeps them.
+    """Offers the weights of this process, version after version.
 
     `parameters` names every parameter of `layout` once: a tensor (data_ptr), an array (DLPack) or a
-    buffer; contiguous CPU memory that stays where it is while the publisher lives. Between
-    begin_write() and publish() nobody reads; outside of it the caller must not write. Use it from
-    one thread at a time. Transport and coordinator of the job are opened inside and shared by
+    buffer; contiguous CPU memory that stays where it is while the publisher lives.
+
+    `retention` "in_place": readers read where the trainer keeps the weights. Between begin_write()
+    and publish() nobody reads; outside of it the caller must not write. "snapshot": publish()
+    copies the weights into one of `snapshot_slots` slots (snapshot_bytes() says what they take), and
+    the caller may write at any other time; a leased copy is never overwritten. If readers hold
+    every slot, `when_leased` says what publish() does: "revoke_at_deadline" (wait drain_s, then
+    revoke the readers of the oldest), "wait" (DeadlineExceededError after drain_s, readers are left
+    alone), "revoke" (at once) or "skip" (readers never see this version).
+
+    Use it from one thread at a time. Transport and coordinator of the job are opened inside and shared by
     everything of the job in this process; `address` names a coordinator started by hand, `token`
     is what it may ask for.
     """
@@ -48,6 +81,9 @@ class Publisher:
         model: str = "model",
         source_count: int = 1,
         drain_s: float = 30.0,
+        retention: Retention | str = Retention.IN_PLACE,
+        snapshot_slots: int = 0,
+        when_leased: WhenLeased | str = WhenLeased.REVOKE_AT_DEADLINE,
         fingerprint_threads: int = 0,
         job: str = DEFAULT_JOB,
         address: str | None = None,
@@ -62,6 +98,9 @@ class Publisher:
             model=model,
             source_count=source_count,
             drain_ms=_milliseconds(drain_s),
+            retention=_choice("retention", retention, _RETENTIONS),
+            snapshot_slots=snapshot_slots,
+            when_leased=_choice("when_leased", when_leased, _WHEN_LEASED),
             fingerprint_threads=fingerprint_threads,
             job=job,
             address=address,
@@ -77,15 +116,28 @@ class Publisher:
         return self._native.version
 
     def begin_write(self, version: int) -> WriteTiming:
-        """Waits until nobody reads (drain_s, then readers are revoked). Versions rise."""
+        """Waits until nobody reads the weights themselves (drain_s, then readers are revoked).
+
+        Versions rise. With snapshots nobody is waited for.
+        """
         return self._native.begin_write(version)
 
-    def publish(self, version: int) -> None:
-        """Offers what was written. READY when all `source_count` sources have published it."""
-        self._native.publish(version)
+    def publish(self, version: int) -> PublishTiming:
+        """Offers what was written. READY when all `source_count` sources have published it.
+
+        After DeadlineExceededError or UnavailableError it may be called again.
+        """
+        return self._native.publish(version)
+
+    def set_retention(self, retention: Retention | str) -> None:
+        """From the next begin_write() on; not while a version is being written."""
+        self._native.set_retention(_choice("retention", retention, _RETENTIONS))
 
     def abort_write(self, reason: str) -> None:
-        """Gives up the version that is being written; the one before is gone too."""
+        """Gives up the version that is being written.
+
+        The one before is gone too, unless it is a snapshot.
+        """
         self._native.abort_write(reason)
 
     @contextlib.contextmanager

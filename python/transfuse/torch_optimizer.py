@@ -28,7 +28,7 @@ class Attachment:
 
     @property
     def version(self) -> int:
-        """The last version that these hooks published, or that the publisher had before."""
+        """The last version that these hooks published or skipped, or that the publisher had before."""
         return self._version
 
     def publish_now(self) -> int:
@@ -89,9 +89,10 @@ class Attachment:
 def attach(optimizer: torch.optim.Optimizer, publisher: Publisher, *, every: int = 1) -> Attachment:
     """Wraps every optimizer step into begin_write() and publish().
 
-    Before a step the hook waits for readers; after it, it publishes the next version. With
-    `every` = k a version is published after every k-th step, and from the first of these steps on
-    the version before cannot be read. The weights as they are now are not published: call
+    Before a step the hook waits for readers; after it, it publishes the next version. A publisher
+    with snapshots lets the step begin at once, and copies the weights after it. With
+    `every` = k a version is published after every k-th step, and (in place) from the first of these
+    steps on the version before cannot be read. The weights as they are now are not published: call
     publish_now() for that.
     """
     if every < 1:

@@ -23,6 +23,7 @@ LIES = {
     "another_transport": ("UNSUPPORTED", "carrier pigeon"),
     "nobody_there": ("UNAVAILABLE", "-gone"),
     "another_generation": ("TORN_READ", "generation"),
+    "no_such_slot": ("CORRUPT", "slot 5"),
     "garbage": ("CORRUPT", "member descriptor"),
     "truncated": ("CORRUPT", "member descriptor"),
 }
