@@ -18,9 +18,10 @@
 namespace transfuse {
 namespace {
 
-constexpr uint32_t kMagic = 0x31444654;  // "TFD1"
+constexpr uint32_t kMagic = 0x32444654;  // "TFD2"
 constexpr uint64_t kMaxTextBytes = 4096;
 constexpr uint64_t kMaxBindingBytes = uint64_t{16} << 20;
+constexpr uint64_t kGenerationBytes = 2 * sizeof(uint64_t);
 
 void write(ByteWriter& out, const RegionDescriptor& region) {
   out.varint(static_cast<uint64_t>(region.id));
@@ -38,6 +39,29 @@ Error corrupt(std::string what) {
   return Error{ErrorCode::kCorrupt, "member descriptor: " + std::move(what)};
 }
 
+Result<void> check_binding(const Binding& binding, size_t slot,
+                           const std::vector<RegionDescriptor>& regions, const Layout& layout) {
+  if (binding.layout != layout.digest() || binding.places.size() != layout.parameters().size()) {
+    return corrupt(fmt::format("binding {} of layout {} with {} parameters, expected {} with {}",
+                               slot, binding.layout.to_string(), binding.places.size(),
+                               layout.digest().to_string(), layout.parameters().size()));
+  }
+  for (size_t i = 0; i < binding.places.size(); ++i) {
+    const ParameterSpec& parameter = layout.parameters()[i];
+    const uint64_t needed = parameter_size_bytes(parameter);
+    if (needed == 0) continue;
+    const Place& place = binding.places[i];
+    const uint64_t size = place.region < regions.size() ? regions[place.region].size_bytes : 0;
+    if (place.offset_bytes > size || needed > size - place.offset_bytes) {
+      return corrupt(
+          fmt::format("parameter '{}' in slot {} needs bytes [{}, +{}) of region {}, "
+                      "which has {}",
+                      parameter.name, slot, place.offset_bytes, needed, place.region, size));
+    }
+  }
+  return {};
+}
+
 }  // namespace
 
 std::string encode(const MemberDescriptor& descriptor) {
@@ -49,13 +73,14 @@ std::string encode(const MemberDescriptor& descriptor) {
   write(out, descriptor.control);
   out.varint(descriptor.regions.size());
   for (const RegionDescriptor& region : descriptor.regions) write(out, region);
-  out.text(encode(descriptor.binding));
+  out.varint(descriptor.slots.size());
+  for (const Binding& binding : descriptor.slots) out.text(encode(binding));
   return std::move(out).take();
 }
 
 Result<MemberDescriptor> decode_member_descriptor(std::string_view bytes, const Layout& layout) {
   ByteReader in(bytes);
-  if (in.fixed<uint32_t>() != kMagic) return corrupt("not of version TFD1");
+  if (in.fixed<uint32_t>() != kMagic) return corrupt("not of version TFD2");
   MemberDescriptor descriptor;
   descriptor.transport = in.text(kMaxTextBytes);
   descriptor.endpoint = in.text(kMaxTextBytes);
@@ -64,29 +89,23 @@ Result<MemberDescriptor> decode_member_descriptor(std::string_view bytes, const 
   const uint64_t region_count = in.count(2);
   descriptor.regions.reserve(region_count);
   for (uint64_t i = 0; i < region_count; ++i) descriptor.regions.push_back(read_region(in));
-  const std::string_view binding = in.text(kMaxBindingBytes);
-  if (!in.ok() || in.remaining() != 0) return corrupt("truncated or too long");
-  TRANSFUSE_ASSIGN_OR_RETURN(
-      descriptor.binding, decode_binding(std::as_bytes(std::span(binding.data(), binding.size()))));
-  if (descriptor.binding.layout != layout.digest() ||
-      descriptor.binding.places.size() != layout.parameters().size()) {
-    return corrupt(fmt::format("binding of layout {} with {} parameters, expected {} with {}",
-                               descriptor.binding.layout.to_string(),
-                               descriptor.binding.places.size(), layout.digest().to_string(),
-                               layout.parameters().size()));
+  const uint64_t slot_count = in.count(1);
+  if (!in.ok() || slot_count == 0 || slot_count > kMaxSlots) {
+    return corrupt(fmt::format("expected 1 to {} slots, found {}", kMaxSlots, slot_count));
   }
-  if (descriptor.control.size_bytes < 2 * sizeof(uint64_t)) return corrupt("no generation");
-  for (size_t i = 0; i < descriptor.binding.places.size(); ++i) {
-    const ParameterSpec& parameter = layout.parameters()[i];
-    const uint64_t needed = parameter_size_bytes(parameter);
-    if (needed == 0) continue;
-    const Place& place = descriptor.binding.places[i];
-    const uint64_t size =
-        place.region < region_count ? descriptor.regions[place.region].size_bytes : 0;
-    if (place.offset_bytes > size || needed > size - place.offset_bytes) {
-      return corrupt(fmt::format("parameter '{}' needs bytes [{}, +{}) of region {}, which has {}",
-                                 parameter.name, place.offset_bytes, needed, place.region, size));
-    }
+  for (uint64_t slot = 0; slot < slot_count; ++slot) {
+    const std::string_view binding = in.text(kMaxBindingBytes);
+    if (!in.ok()) return corrupt("truncated");
+    TRANSFUSE_ASSIGN_OR_RETURN(
+        Binding decoded, decode_binding(std::as_bytes(std::span(binding.data(), binding.size()))));
+    TRANSFUSE_RETURN_IF_ERROR(check_binding(decoded, slot, descriptor.regions, layout));
+    descriptor.slots.push_back(std::move(decoded));
+  }
+  if (!in.ok() || in.remaining() != 0) return corrupt("truncated or too long");
+  if (descriptor.control.size_bytes <
+      (slot_count - 1) * kGenerationStrideBytes + kGenerationBytes) {
+    return corrupt(fmt::format("no generation: {} slots, {} bytes of control words", slot_count,
+                               descriptor.control.size_bytes));
   }
   return descriptor;
 }

@@ -23,12 +23,15 @@ MemberDescriptor descriptor_of(const Layout& layout) {
   descriptor.transport = "shm";
   descriptor.endpoint = "/run/somewhere";
   descriptor.token = "secret";
-  descriptor.control = {.id = RegionId{1}, .size_bytes = 16};
+  descriptor.control = {.id = RegionId{1}, .size_bytes = 64 + 16};
   descriptor.regions = {{.id = RegionId{2}, .size_bytes = 64},
-                        {.id = RegionId{9}, .size_bytes = 32}};
-  descriptor.binding = {
-      .layout = layout.digest(),
-      .places = {{.region = 0, .offset_bytes = 32}, {.region = 1, .offset_bytes = 0}}};
+                        {.id = RegionId{9}, .size_bytes = 32},
+                        {.id = RegionId{11}, .size_bytes = 96}};
+  descriptor.slots = {
+      {.layout = layout.digest(),
+       .places = {{.region = 0, .offset_bytes = 32}, {.region = 1, .offset_bytes = 0}}},
+      {.layout = layout.digest(),
+       .places = {{.region = 2, .offset_bytes = 0}, {.region = 2, .offset_bytes = 64}}}};
   return descriptor;
 }
 
@@ -40,36 +43,63 @@ TEST(MemberDescriptor, SurvivesTheWire) {
   EXPECT_EQ(after->transport, before.transport);
   EXPECT_EQ(after->endpoint, before.endpoint);
   EXPECT_EQ(after->token, before.token);
-  ASSERT_EQ(after->regions.size(), 2u);
+  ASSERT_EQ(after->regions.size(), 3u);
   EXPECT_EQ(after->regions[1].id, RegionId{9});
-  EXPECT_EQ(after->binding.places, before.binding.places);
+  ASSERT_EQ(after->slots.size(), 2u);
+  for (size_t slot = 0; slot < 2; ++slot) {
+    EXPECT_EQ(after->slots[slot].places, before.slots[slot].places);
+  }
 }
 
 TEST(MemberDescriptor, I13_ParameterBeyondItsRegionIsCorruptAndNamed) {
   const Layout layout = two_parameters();
-  MemberDescriptor lie = descriptor_of(layout);
-  lie.binding.places[0].offset_bytes = 33;
-  auto decoded = decode_member_descriptor(encode(lie), layout);
-  ASSERT_FALSE(decoded);
-  EXPECT_EQ(decoded.error().code, ErrorCode::kCorrupt);
-  EXPECT_NE(decoded.error().message.find("'a'"), std::string::npos);
+  for (size_t slot = 0; slot < 2; ++slot) {
+    MemberDescriptor lie = descriptor_of(layout);
+    lie.slots[slot].places[0].offset_bytes = slot == 0 ? 33 : 65;
+    auto decoded = decode_member_descriptor(encode(lie), layout);
+    ASSERT_FALSE(decoded);
+    EXPECT_EQ(decoded.error().code, ErrorCode::kCorrupt);
+    EXPECT_NE(decoded.error().message.find("'a'"), std::string::npos);
 
-  lie = descriptor_of(layout);
-  lie.binding.places[1].region = 7;
-  EXPECT_EQ(decode_member_descriptor(encode(lie), layout).error().code, ErrorCode::kCorrupt);
-  lie = descriptor_of(layout);
-  lie.binding.places[1].offset_bytes = UINT64_MAX - 3;
-  EXPECT_EQ(decode_member_descriptor(encode(lie), layout).error().code, ErrorCode::kCorrupt);
-  lie = descriptor_of(layout);
-  lie.control.size_bytes = 8;
-  EXPECT_EQ(decode_member_descriptor(encode(lie), layout).error().code, ErrorCode::kCorrupt);
+    lie = descriptor_of(layout);
+    lie.slots[slot].places[1].region = 7;
+    EXPECT_EQ(decode_member_descriptor(encode(lie), layout).error().code, ErrorCode::kCorrupt);
+    lie = descriptor_of(layout);
+    lie.slots[slot].places[1].offset_bytes = UINT64_MAX - 3;
+    EXPECT_EQ(decode_member_descriptor(encode(lie), layout).error().code, ErrorCode::kCorrupt);
+  }
+}
+
+TEST(MemberDescriptor, I13_EverySlotHasItsGenerationInsideTheControlWords) {
+  const Layout layout = two_parameters();
+  MemberDescriptor descriptor = descriptor_of(layout);
+  descriptor.control.size_bytes = 64 + 15;  // enough for the first slot alone
+  EXPECT_EQ(decode_member_descriptor(encode(descriptor), layout).error().code, ErrorCode::kCorrupt);
+  descriptor.slots.pop_back();
+  EXPECT_TRUE(decode_member_descriptor(encode(descriptor), layout));
+  descriptor.control.size_bytes = 8;
+  EXPECT_EQ(decode_member_descriptor(encode(descriptor), layout).error().code, ErrorCode::kCorrupt);
+}
+
+TEST(MemberDescriptor, I13_SlotsAreCountedBeforeAnythingIsMadeOfThem) {
+  const Layout layout = two_parameters();
+  MemberDescriptor descriptor = descriptor_of(layout);
+  descriptor.control.size_bytes = uint64_t{1} << 20;
+  descriptor.slots.resize(kMaxSlots, descriptor.slots[0]);
+  EXPECT_TRUE(decode_member_descriptor(encode(descriptor), layout));
+  descriptor.slots.push_back(descriptor.slots[0]);
+  EXPECT_EQ(decode_member_descriptor(encode(descriptor), layout).error().code, ErrorCode::kCorrupt);
+  descriptor.slots.clear();
+  EXPECT_EQ(decode_member_descriptor(encode(descriptor), layout).error().code, ErrorCode::kCorrupt);
 }
 
 TEST(MemberDescriptor, I2_BindingOfAnotherLayoutIsRefused) {
   const Layout layout = two_parameters();
-  MemberDescriptor other = descriptor_of(layout);
-  other.binding.layout.low ^= 1;
-  EXPECT_EQ(decode_member_descriptor(encode(other), layout).error().code, ErrorCode::kCorrupt);
+  for (size_t slot = 0; slot < 2; ++slot) {
+    MemberDescriptor other = descriptor_of(layout);
+    other.slots[slot].layout.low ^= 1;
+    EXPECT_EQ(decode_member_descriptor(encode(other), layout).error().code, ErrorCode::kCorrupt);
+  }
 }
 
 TEST(MemberDescriptor, EveryTruncationAndRandomBytesAreCorrupt) {

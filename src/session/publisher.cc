@@ -1,15 +1,21 @@
-// The publishing side of a version's life, in place.
+// The publishing side of a version's life: in place, or into a slot that nobody reads.
 #include "transfuse/publisher.h"
 
 #include <unistd.h>
 
+#include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
 #include <fmt/format.h>
 #include "base/log.h"
+#include "session/descriptor.h"
 #include "session/memory.h"
 #include "session/served_weights.h"
 #include "transfuse/control.h"
@@ -21,19 +27,27 @@
 namespace transfuse {
 namespace {
 
-class InPlacePublisher final : public Publisher {
+constexpr uint32_t kInPlaceSlot = 0;
+
+int64_t microseconds_since(TimePoint start) {
+  return std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() -
+                                                               start)
+      .count();
+}
+
+class SlotPublisher final : public Publisher {
  public:
-  InPlacePublisher(Control& control, PublisherOptions options,
-                   std::unique_ptr<ServedWeights> weights, MemberId member)
+  SlotPublisher(Control& control, PublisherOptions options, std::unique_ptr<ServedWeights> weights,
+                MemberId member)
       : control_(control),
         options_(std::move(options)),
         weights_(std::move(weights)),
         member_(member),
-        owner_pid_(getpid()) {
-    weights_->serve(member_);
-  }
+        owner_pid_(getpid()),
+        retention_(options_.retention),
+        offered_(weights_->slot_count(), 0) {}
 
-  ~InPlacePublisher() override {
+  ~SlotPublisher() override {
     if (getpid() != owner_pid_) {
       (void)weights_.release();  // a forked child: its threads do not exist, its handles are inert
       return;
@@ -46,68 +60,103 @@ class InPlacePublisher final : public Publisher {
 
   Result<WriteTiming> begin_write(uint64_t version) override {
     TRANSFUSE_RETURN_IF_ERROR(check_usable());
-    if (state_ == State::kWriting || state_ == State::kWritten) {
+    if (state_ != State::kIdle) {
       return Error{ErrorCode::kInvalidArgument,
                    fmt::format("begin_write({}) while version {} is being written: publish or "
                                "abort it first",
                                version, version_)};
     }
-    TRANSFUSE_ASSIGN_OR_RETURN(
-        const DrainOutcome drained,
-        control_.begin_write(member_, version, Deadline::after_ms(options_.drain_ms)));
-    weights_->begin_write();
+    if (version <= published_) {
+      return Error{ErrorCode::kAlreadyExists,
+                   fmt::format("publisher '{}' has published version {} already, {} is not above "
+                               "it",
+                               options_.name, published_, version)};
+    }
+    WriteTiming timing;
+    opened_ = false;
+    // A snapshot needs no permission before it is taken; only readers of the weights themselves are
+    // in the trainer's way.
+    const uint64_t in_place = offered_[kInPlaceSlot];
+    if (retention_ == Retention::kInPlace || in_place != 0) {
+      WriteRequest request{.version = version, .replaces = {}, .when_leased = kDrainInPlace};
+      if (in_place != 0) request.replaces.push_back(in_place);
+      TRANSFUSE_ASSIGN_OR_RETURN(const DrainOutcome drained, open_version(request));
+      timing = {.waited_us = drained.waited_us, .revoked = drained.revoked};
+      withdraw(kInPlaceSlot);
+    }
     state_ = State::kWriting;
     version_ = version;
-    return WriteTiming{.waited_us = drained.waited_us, .revoked = drained.revoked};
+    timing_ = {};
+    return timing;
   }
 
-  Result<void> publish(uint64_t version) override {
+  Result<PublishTiming> publish(uint64_t version) override {
     TRANSFUSE_RETURN_IF_ERROR(check_usable());
-    if ((state_ != State::kWriting && state_ != State::kWritten) || version != version_) {
+    if (state_ == State::kIdle || version != version_) {
       return Error{ErrorCode::kInvalidArgument,
                    fmt::format("publish({}) without begin_write({}): {}", version, version,
-                               state_ == State::kIdle || state_ == State::kPublished
+                               state_ == State::kIdle
                                    ? "no version is being written"
                                    : fmt::format("version {} is being written", version_))};
     }
-    if (state_ == State::kWriting) {
-      generation_ = weights_->end_write();
-      state_ = State::kWritten;
+    auto timing = offer();
+    if (!timing && timing.error().code == ErrorCode::kVersionGone) {
+      // It can never be READY; another source may have ended it.
+      if (state_ == State::kWritten) withdraw(offer_.slot);
+      state_ = State::kIdle;
+      if (retention_ == Retention::kSnapshot && options_.when_leased == WhenLeased::kSkip) {
+        published_ = version;  // the number is used up
+        return PublishTiming{.waited_us = 0, .revoked = 0, .copy_us = 0, .skipped = true};
+      }
     }
-    // After a failure here the bytes are complete: publish() may be called again.
-    TRANSFUSE_RETURN_IF_ERROR(control_.publish(member_, version, generation_));
-    state_ = State::kPublished;
+    return timing;
+  }
+
+  Result<void> set_retention(Retention retention) override {
+    TRANSFUSE_RETURN_IF_ERROR(check_usable());
+    if (state_ != State::kIdle) {
+      return Error{ErrorCode::kInvalidArgument,
+                   fmt::format("set_retention() while version {} is being written", version_)};
+    }
+    if (retention == Retention::kSnapshot && weights_->slot_count() == 1) {
+      return Error{ErrorCode::kInvalidArgument,
+                   fmt::format("publisher '{}' was opened without snapshot slots", options_.name)};
+    }
+    retention_ = retention;
     return {};
   }
 
   Result<void> abort_write(std::string_view reason) override {
     TRANSFUSE_RETURN_IF_ERROR(check_usable());
-    if (state_ != State::kWriting && state_ != State::kWritten) {
+    if (state_ == State::kIdle) {
       return Error{ErrorCode::kInvalidArgument, "abort_write() while no version is being written"};
     }
-    weights_
-        ->begin_write();  // stays odd, or becomes odd again: nothing of this version is readable
-    state_ = State::kIdle;
-    return control_.abort_version(member_, version_, reason);
+    return give_up(reason);
   }
 
-  uint64_t version() const override { return state_ == State::kPublished ? version_ : 0; }
+  uint64_t version() const override {
+    return state_ == State::kIdle ? *std::ranges::max_element(offered_) : 0;
+  }
 
   Result<void> close() override {
     if (closed_ || getpid() != owner_pid_) return {};
     closed_ = true;
     weights_->stop_serving();
-    weights_->begin_write();
-    if (state_ == State::kWriting || state_ == State::kWritten) {
-      auto aborted = control_.abort_version(member_, version_, "publisher closed while writing");
-      auto left = control_.leave(member_);
-      return aborted ? std::move(left) : std::move(aborted);
-    }
-    return control_.leave(member_);
+    for (uint32_t slot = 0; slot < offered_.size(); ++slot) withdraw(slot);
+    Result<void> aborted;
+    if (state_ != State::kIdle) aborted = give_up("publisher closed while writing");
+    auto left = control_.leave(member_);
+    return aborted ? std::move(left) : std::move(aborted);
   }
 
  private:
-  enum class State { kIdle, kWriting, kWritten, kPublished };
+  enum class State : uint8_t {
+    kIdle,     // no version is being written
+    kWriting,  // begun
+    kWritten,  // its bytes are complete in offer_.slot, and not offered yet
+  };
+  // Who trains in place cannot go on before readers of the weights are gone.
+  static constexpr WhenLeased kDrainInPlace = WhenLeased::kRevokeAtDeadline;
 
   Result<void> check_usable() const {
     if (getpid() != owner_pid_) {
@@ -122,16 +171,114 @@ class InPlacePublisher final : public Publisher {
     return {};
   }
 
+  Result<DrainOutcome> open_version(const WriteRequest& request) {
+    auto drained = control_.begin_write(member_, request, Deadline::after_ms(options_.drain_ms));
+    opened_ = opened_ || drained.has_value();
+    return drained;
+  }
+
+  // Nothing of the slot is readable from here on.
+  void withdraw(uint32_t slot) {
+    weights_->begin_write(slot);
+    offered_[slot] = 0;
+  }
+
+  // Each step that succeeded is not repeated by a later call.
+  Result<PublishTiming> offer() {
+    if (state_ == State::kWriting) {
+      uint32_t slot = kInPlaceSlot;
+      if (retention_ == Retention::kSnapshot) {
+        TRANSFUSE_ASSIGN_OR_RETURN(slot, make_room());
+        const TimePoint start = std::chrono::steady_clock::now();
+        withdraw(slot);
+        weights_->copy_weights(slot);
+        timing_.copy_us = microseconds_since(start);
+      }
+      offer_ = {.version = version_, .generation = weights_->end_write(slot), .slot = slot};
+      state_ = State::kWritten;
+    }
+    // After a failure here the bytes are complete: publish() may be called again.
+    TRANSFUSE_RETURN_IF_ERROR(control_.publish(member_, offer_));
+    offered_[offer_.slot] = version_;
+    published_ = version_;
+    state_ = State::kIdle;
+    return timing_;
+  }
+
+  // A snapshot slot that may be overwritten.
+  Result<uint32_t> make_room() {
+    std::optional<uint32_t> free;
+    WriteRequest request{.version = version_, .replaces = {}, .when_leased = options_.when_leased};
+    for (uint32_t slot = 1; slot < offered_.size(); ++slot) {
+      if (offered_[slot] == 0 && !free) free = slot;
+      if (offered_[slot] != 0) request.replaces.push_back(offered_[slot]);
+    }
+    if (free) request.replaces.clear();
+    if (free && opened_) return *free;
+    TRANSFUSE_ASSIGN_OR_RETURN(const DrainOutcome drained, open_version(request));
+    timing_.waited_us += drained.waited_us;
+    timing_.revoked += drained.revoked;
+    if (free) return *free;
+    const auto replaced = std::find(offered_.begin() + 1, offered_.end(), drained.replaced);
+    if (replaced == offered_.end() || drained.replaced == 0) {
+      return Error{ErrorCode::kCorrupt,
+                   fmt::format("the coordinator replaced version {}, which is in no snapshot of "
+                               "publisher '{}'",
+                               drained.replaced, options_.name)};
+    }
+    return static_cast<uint32_t>(replaced - offered_.begin());
+  }
+
+  // Ends the version that is being written, for every source.
+  Result<void> give_up(std::string_view reason) {
+    if (retention_ == Retention::kInPlace) withdraw(kInPlaceSlot);
+    if (retention_ == Retention::kSnapshot && state_ == State::kWritten) withdraw(offer_.slot);
+    state_ = State::kIdle;
+    if (!opened_) {
+      // Others may have published it already, and would wait for this source.
+      const auto open = open_version({.version = version_, .replaces = {}, .when_leased = {}});
+      if (!open && open.error().code == ErrorCode::kVersionGone) return {};
+      if (!open) return open.error();
+    }
+    return control_.abort_version(member_, version_, reason);
+  }
+
   Control& control_;
   const PublisherOptions options_;
   std::unique_ptr<ServedWeights> weights_;
   const MemberId member_;
   const pid_t owner_pid_;
+  Retention retention_;
+  std::vector<uint64_t> offered_;  // per slot: the version in it that readers may know of; 0: none
+  uint64_t published_ = 0;         // the last one
   State state_ = State::kIdle;
-  uint64_t version_ = 0;
-  Generation generation_;
+  uint64_t version_ = 0;  // that is being written
+  bool opened_ = false;   // it, at the coordinator
+  Offer offer_;           // kWritten
+  PublishTiming timing_;  // of its publish(), over repeated calls
   bool closed_ = false;
 };
+
+Result<void> check_options(const PublisherOptions& options) {
+  if (options.name.empty() || options.model.empty() || options.source_count == 0) {
+    return Error{ErrorCode::kInvalidArgument,
+                 fmt::format("a publisher needs a model, a name and at least one source; found "
+                             "model '{}', name '{}', source_count {}",
+                             options.model, options.name, options.source_count)};
+  }
+  if (options.snapshot_slots >= kMaxSlots) {
+    return Error{ErrorCode::kInvalidArgument,
+                 fmt::format("publisher '{}': at most {} snapshot slots are possible, found {}",
+                             options.name, kMaxSlots - 1, options.snapshot_slots)};
+  }
+  if (options.retention == Retention::kSnapshot && options.snapshot_slots == 0) {
+    return Error{ErrorCode::kInvalidArgument,
+                 fmt::format("publisher '{}': retention snapshot needs snapshot_slots of at least "
+                             "1, found 0",
+                             options.name)};
+  }
+  return {};
+}
 
 }  // namespace
 
@@ -139,18 +286,14 @@ Result<std::unique_ptr<Publisher>> Publisher::open(Transport& transport, Control
                                                    const Layout& layout,
                                                    std::vector<ParameterMemory> memory,
                                                    const PublisherOptions& options) {
-  if (options.name.empty() || options.model.empty() || options.source_count == 0) {
-    return Error{ErrorCode::kInvalidArgument,
-                 fmt::format("a publisher needs a model, a name and at least one source; found "
-                             "model '{}', name '{}', source_count {}",
-                             options.model, options.name, options.source_count)};
-  }
+  TRANSFUSE_RETURN_IF_ERROR(check_options(options));
   TRANSFUSE_ASSIGN_OR_RETURN(BoundMemory bound,
                              BoundMemory::open(transport, layout, memory, options.arenas));
   TRANSFUSE_ASSIGN_OR_RETURN(
       auto weights, ServedWeights::open(transport, control, layout, std::move(bound),
                                         {.fingerprint_threads = options.fingerprint_threads,
-                                         .keep_tables_fresh = true}));
+                                         .keep_tables_fresh = true,
+                                         .snapshot_slots = options.snapshot_slots}));
   TRANSFUSE_RETURN_IF_ERROR(control.put_layout(layout));
   Registration registration;
   registration.role = MemberRole::kSource;
@@ -161,8 +304,12 @@ Result<std::unique_ptr<Publisher>> Publisher::open(Transport& transport, Control
   registration.layout = layout.digest();
   TRANSFUSE_ASSIGN_OR_RETURN(registration.descriptor, weights->descriptor(options.token));
   TRANSFUSE_ASSIGN_OR_RETURN(const MemberId member, control.join(registration));
+  if (auto serving = weights->serve(member); !serving) {
+    (void)control.leave(member);  // what matters is why nothing can be served
+    return Unexpected{std::move(serving).error()};
+  }
   return std::unique_ptr<Publisher>(
-      new InPlacePublisher(control, options, std::move(weights), member));
+      new SlotPublisher(control, options, std::move(weights), member));
 }
 
 }  // namespace transfuse

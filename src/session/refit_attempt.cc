@@ -191,7 +191,8 @@ Result<void> RefitAttempt::ready_source(Candidate& candidate, Deadline deadline)
   if (options_.verify == Verify::kFull) {
     TRANSFUSE_RETURN_IF_ERROR(candidate.link->request_table(member_, table_request(), limit));
   }
-  TRANSFUSE_ASSIGN_OR_RETURN(const Generation now, candidate.link->read_generation(limit));
+  TRANSFUSE_ASSIGN_OR_RETURN(const Generation now,
+                             candidate.link->read_generation(candidate.info.slot, limit));
   if (now != candidate.info.generation) {
     return Error{
         ErrorCode::kTornRead,
@@ -224,7 +225,11 @@ Result<void> RefitAttempt::ready_sources(Deadline deadline, RefitReport& report)
       }
     }
     candidate_links_.clear();
-    for (const Candidate& candidate : candidates_) candidate_links_.push_back(candidate.link);
+    candidate_slots_.clear();
+    for (const Candidate& candidate : candidates_) {
+      candidate_links_.push_back(candidate.link);
+      candidate_slots_.push_back(candidate.info.slot);
+    }
     if (all_ready) return {};
   }
 }
@@ -314,6 +319,7 @@ Result<void> RefitAttempt::move(Deadline deadline, const std::atomic<bool>& canc
                             .holder = holder_of_,
                             .link_of = candidate_of_,
                             .links = candidate_links_,
+                            .slots = candidate_slots_,
                             .target = target_data_,
                             .fingerprint = options_.verify == Verify::kFull,
                             .no_progress_ms = options_.no_progress_ms,
@@ -350,7 +356,7 @@ void RefitAttempt::prove_landed(Deadline deadline, RefitReport& report) {
     Candidate& candidate = candidates_[i];
     if (!candidate.proof_due || candidate.excluded) continue;
     const Deadline limit = deadline.earlier(Deadline::after_ms(options_.no_progress_ms));
-    auto now = candidate.link->read_generation(limit);
+    auto now = candidate.link->read_generation(candidate.info.slot, limit);
     if (!now) {
       exclude(i, std::move(now).error(), report);
       continue;
@@ -425,9 +431,10 @@ Result<void> RefitAttempt::expect_sums(Candidate& candidate, Deadline deadline,
   TRANSFUSE_CHECK(own != layouts.end());
   const auto held = copies_->held_runs(static_cast<uint32_t>(own - layouts.begin()));
   table_.resize(held.size());
-  TRANSFUSE_RETURN_IF_ERROR(candidate.link->read_table(member_, table_request(),
-                                                       candidate.info.generation, table_, deadline,
-                                                       options_.no_progress_ms, cancelled));
+  const SourceLink::Offered offered{.slot = candidate.info.slot,
+                                    .generation = candidate.info.generation};
+  TRANSFUSE_RETURN_IF_ERROR(candidate.link->read_table(
+      member_, table_request(), offered, table_, deadline, options_.no_progress_ms, cancelled));
   for (size_t i = 0; i < held.size(); ++i) expected_[held[i]] = table_[i];
   return {};
 }
@@ -521,7 +528,8 @@ void RefitAttempt::report_routes(RefitReport& report) const {
       SourceLink* const link = candidates_[candidate].link;
       std::string route = "closed";
       if (link != nullptr) {
-        const auto where = link->where(parameter, Deadline::after_ms(0));
+        const auto where =
+            link->where(parameter, candidates_[candidate].info.slot, Deadline::after_ms(0));
         if (where) route = where->region->route();
       }
       report.routes.push_back({.source = candidates_[candidate].info.name,

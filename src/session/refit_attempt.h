@@ -105,6 +105,7 @@ class RefitAttempt {
   uint64_t version_ = 0;
   std::vector<Candidate> candidates_;
   std::vector<SourceLink*> candidate_links_;
+  std::vector<uint32_t> candidate_slots_;
   std::vector<uint32_t> member_counts_;  // per source layout of the plan
   std::vector<uint32_t> members_;        // flattened: index into candidates_
   Assignment assignment_;

@@ -1,4 +1,4 @@
-// Generation words, table requests, and the threads that sum.
+// Generation words, table requests, and the threads that sum and copy.
 #include "session/served_weights.h"
 
 #include <algorithm>
@@ -8,6 +8,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -17,10 +18,12 @@
 #include "base/mutex.h"
 #include "base/random.h"
 #include "base/seqlock.h"
+#include "base/thread.h"
 #include "copy/copy.h"
 #include "session/copies.h"
 #include "session/descriptor.h"
 #include "session/memory.h"
+#include "session/snapshots.h"
 #include "transfuse/control.h"
 #include "transfuse/copy.h"
 #include "transfuse/deadline.h"
@@ -41,18 +44,21 @@ constexpr uint64_t kMaxTableChunks = uint64_t{1} << 22;
 constexpr int64_t kLayoutsMs = 5000;   // for the layouts of a plan to come
 constexpr int64_t kEventSliceMs = 50;  // how late stop_serving() is seen
 
-TableHeader* header_of(const LocalRegion& region) {
-  return reinterpret_cast<TableHeader*>(region.bytes().data());
-}
-
 std::atomic_ref<uint64_t> word(uint64_t& value) { return std::atomic_ref<uint64_t>(value); }
 
-// A reader keeps what it has mapped: it learns here that nobody sums this table any more.
-void mark_dropped(const LocalRegion& region) {
-  word(header_of(region)->incarnation).store(0, std::memory_order_release);
+}  // namespace
+
+bool ServedWeights::Table::busy() const {
+  return std::ranges::any_of(sums, [](const Sums& of_slot) { return of_slot.in_flight > 0; });
 }
 
-}  // namespace
+std::byte* ServedWeights::Table::bytes(uint32_t slot) const {
+  return region->bytes().data() + slot * table_bytes(copies.held_runs(own).size());
+}
+
+TableHeader* ServedWeights::Table::header(uint32_t slot) const {
+  return reinterpret_cast<TableHeader*>(bytes(slot));
+}
 
 ServedWeights::ServedWeights(Transport& transport, Control& control, const Layout& layout,
                              BoundMemory memory, const ServedWeightsOptions& options)
@@ -68,20 +74,34 @@ Result<std::unique_ptr<ServedWeights>> ServedWeights::open(Transport& transport,
                                                            const ServedWeightsOptions& options) {
   std::unique_ptr<ServedWeights> weights(
       new ServedWeights(transport, control, layout, std::move(memory), options));
-  TRANSFUSE_ASSIGN_OR_RETURN(weights->control_region_, transport.allocate(sizeof(GenerationWords)));
-  weights->words().incarnation = weights->incarnation_;
-  begin_generation(weights->words());
+  TRANSFUSE_ASSIGN_OR_RETURN(weights->snapshots_,
+                             Snapshots::open(transport, layout, options.snapshot_slots));
+  const uint32_t slot_count = weights->slot_count();
+  TRANSFUSE_ASSIGN_OR_RETURN(weights->control_region_,
+                             transport.allocate(slot_count * kGenerationStrideBytes));
+  for (uint32_t slot = 0; slot < slot_count; ++slot) {
+    weights->words(slot).incarnation = weights->incarnation_;
+    begin_generation(weights->words(slot));
+  }
+  const MutexLock lock(weights->mutex_);
+  weights->slots_.resize(slot_count);
   return weights;
 }
 
 ServedWeights::~ServedWeights() {
   stop_serving();
   // Odd for good: a peer that still has the words mapped never takes what it reads for a version.
-  if (control_region_) begin_write();
+  if (!control_region_) return;
+  for (uint32_t slot = 0; slot < slot_count(); ++slot) begin_write(slot);
 }
 
-GenerationWords& ServedWeights::words() const {
-  return *reinterpret_cast<GenerationWords*>(control_region_->bytes().data());
+GenerationWords& ServedWeights::words(uint32_t slot) const {
+  return *reinterpret_cast<GenerationWords*>(control_region_->bytes().data() +
+                                             slot * kGenerationStrideBytes);
+}
+
+std::byte* ServedWeights::data(uint32_t slot, uint32_t parameter) const {
+  return slot == 0 ? memory_.data(parameter) : snapshots_.data(slot - 1, parameter);
 }
 
 Result<std::string> ServedWeights::descriptor(const std::string& token) {
@@ -91,17 +111,36 @@ Result<std::string> ServedWeights::descriptor(const std::string& token) {
   descriptor.token = token;
   descriptor.control = control_region_->descriptor();
   descriptor.regions.assign(memory_.regions().begin(), memory_.regions().end());
-  descriptor.binding = memory_.binding();
+  descriptor.slots.push_back(memory_.binding());
+  for (uint32_t i = 0; i < snapshots_.count(); ++i) {
+    Binding binding{.layout = layout_.digest(), .places = {}};
+    for (uint32_t parameter = 0; parameter < layout_.parameters().size(); ++parameter) {
+      binding.places.push_back({.region = descriptor.regions.size(),
+                                .offset_bytes = snapshots_.offset_bytes(parameter)});
+    }
+    descriptor.regions.push_back(snapshots_.region(i));
+    descriptor.slots.push_back(std::move(binding));
+  }
   return encode(descriptor);
 }
 
-void ServedWeights::serve(MemberId member) {
+Result<void> ServedWeights::serve(MemberId member) {
   TRANSFUSE_CHECK(!event_thread_.joinable());
   stopping_ = false;
-  event_thread_ = std::thread([this, member] { event_loop(member); });
   const uint32_t count =
       options_.fingerprint_threads > 0 ? options_.fingerprint_threads : usable_core_count();
-  for (uint32_t i = 0; i < count; ++i) sum_threads_.emplace_back([this] { sum_loop(); });
+  auto events = start_thread("table request", [this, member] { event_loop(member); });
+  if (!events) return Unexpected{std::move(events).error()};
+  event_thread_ = std::move(*events);
+  for (uint32_t i = 0; i < count; ++i) {
+    auto worker = start_thread("fingerprint", [this] { work_loop(); });
+    if (!worker) {
+      stop_serving();
+      return Unexpected{std::move(worker).error()};
+    }
+    work_threads_.push_back(std::move(*worker));
+  }
+  return {};
 }
 
 void ServedWeights::stop_serving() {
@@ -111,40 +150,60 @@ void ServedWeights::stop_serving() {
     changed_.notify_all();
   }
   if (event_thread_.joinable()) event_thread_.join();
-  for (std::thread& thread : sum_threads_) thread.join();
-  sum_threads_.clear();
+  for (std::thread& thread : work_threads_) thread.join();
+  work_threads_.clear();
 }
 
-void ServedWeights::begin_write() {
+void ServedWeights::begin_write(uint32_t slot) {
   const MutexLock lock(mutex_);
-  writing_ = true;
+  slots_[slot].writing = true;
   for (const auto& table : tables_) {
-    table->wanted = false;
-    word(header_of(*table->region)->counter).store(0, std::memory_order_release);
+    table->sums[slot].wanted = false;
+    word(table->header(slot)->counter).store(0, std::memory_order_release);
   }
-  begin_generation(words());
-  while (chunks_in_flight_ > 0) changed_.wait(mutex_);
+  begin_generation(words(slot));
+  while (slots_[slot].sums_in_flight > 0) changed_.wait(mutex_);
 }
 
-Generation ServedWeights::end_write() {
+void ServedWeights::copy_weights(uint32_t slot) {
+  TRANSFUSE_CHECK(slot > 0 && slot < slot_count());
   const MutexLock lock(mutex_);
-  TRANSFUSE_CHECK(writing_);
-  writing_ = false;
-  counter_ = end_generation(words());
+  TRANSFUSE_CHECK(slots_[slot].writing && !copy_work_);
+  copy_work_ = CopyWork{.slot = slot};
+  changed_.notify_all();
+  while (copy_a_chunk()) continue;
+  while (copy_work_->in_flight > 0) changed_.wait(mutex_);
+  copy_work_.reset();
+}
+
+Generation ServedWeights::end_write(uint32_t slot) {
+  const MutexLock lock(mutex_);
+  Slot& written = slots_[slot];
+  TRANSFUSE_CHECK(written.writing);
+  written.writing = false;
+  written.counter = end_generation(words(slot));
+  written.written_as = ++write_count_;
   drop_stale_tables();
   if (options_.keep_tables_fresh) {
-    for (const auto& table : tables_) want(*table);
+    for (const auto& table : tables_) want(*table, slot);
   }
   changed_.notify_all();
-  return {.incarnation = incarnation_, .counter = counter_};
+  return {.incarnation = incarnation_, .counter = written.counter};
 }
 
 void ServedWeights::drop_stale_tables() {
   std::erase_if(tables_, [](const std::unique_ptr<Table>& table) {
-    const bool stale = table->chunks_in_flight == 0 && --table->versions_left == 0;
-    if (stale) mark_dropped(*table->region);
+    const bool stale = !table->busy() && --table->versions_left == 0;
+    if (stale) mark_dropped(*table);
     return stale;
   });
+}
+
+// A reader keeps what it has mapped: it learns here that nobody sums this table any more.
+void ServedWeights::mark_dropped(const Table& table) {
+  for (uint32_t slot = 0; slot < table.sums.size(); ++slot) {
+    word(table.header(slot)->incarnation).store(0, std::memory_order_release);
+  }
 }
 
 // Of plans that come and go, the one that was asked for longest ago makes room.
@@ -152,18 +211,18 @@ void ServedWeights::make_room_for_table() {
   if (tables_.size() < kMaxTables) return;
   auto oldest = tables_.end();
   for (auto at = tables_.begin(); at != tables_.end(); ++at) {
-    if ((*at)->chunks_in_flight > 0) continue;
+    if ((*at)->busy()) continue;
     if (oldest == tables_.end() || (*at)->versions_left < (*oldest)->versions_left) oldest = at;
   }
   if (oldest == tables_.end()) return;
-  mark_dropped(*(*oldest)->region);
+  mark_dropped(**oldest);
   tables_.erase(oldest);
 }
 
-void ServedWeights::want(Table& table) {
-  table.wanted = true;
-  table.next_chunk = 0;
-  TableHeader* header = header_of(*table.region);
+void ServedWeights::want(Table& table, uint32_t slot) {
+  table.sums[slot].wanted = true;
+  table.sums[slot].next_chunk = 0;
+  TableHeader* header = table.header(slot);
   word(header->counter).store(0, std::memory_order_release);
   word(header->progress).store(0, std::memory_order_relaxed);
 }
@@ -221,11 +280,12 @@ std::string ServedWeights::known_table(const TableRequest& request) {
   if (found == tables_.end()) return {};
   Table* const table = found->get();
   table->versions_left = kTableVersions;
-  if (!options_.keep_tables_fresh && !writing_) {
+  for (uint32_t slot = 0; slot < slots_.size() && !options_.keep_tables_fresh; ++slot) {
+    if (slots_[slot].writing) continue;
     // Sums under way may have begun before the request: they do not count for it.
-    table->wanted = false;
-    while (table->chunks_in_flight > 0) changed_.wait(mutex_);
-    if (!writing_) want(*table);
+    table->sums[slot].wanted = false;
+    while (table->sums[slot].in_flight > 0) changed_.wait(mutex_);
+    if (!slots_[slot].writing) want(*table, slot);
     changed_.notify_all();
   }
   return encode(table->region->descriptor());
@@ -234,8 +294,23 @@ std::string ServedWeights::known_table(const TableRequest& request) {
 Result<void> ServedWeights::add_table(MemberId member, const TableRequest& request) {
   std::string announced = known_table(request);
   if (!announced.empty()) return control_.put_table(member, request.plan_key, announced);
-  const Deadline within = Deadline::after_ms(kLayoutsMs);
+  TRANSFUSE_ASSIGN_OR_RETURN(std::unique_ptr<Table> table, make_table(request));
+  announced = encode(table->region->descriptor());
+  {
+    const MutexLock lock(mutex_);
+    make_room_for_table();
+    for (uint32_t slot = 0; slot < slots_.size(); ++slot) {
+      if (!slots_[slot].writing) want(*table, slot);
+    }
+    tables_.push_back(std::move(table));
+    changed_.notify_all();
+  }
+  return control_.put_table(member, request.plan_key, announced);
+}
 
+Result<std::unique_ptr<ServedWeights::Table>> ServedWeights::make_table(
+    const TableRequest& request) {
+  const Deadline within = Deadline::after_ms(kLayoutsMs);
   TRANSFUSE_ASSIGN_OR_RETURN(Layout target, control_.get_layout(request.target, within));
   if (request.chunk_bytes == 0 ||
       target.parameter_bytes() / request.chunk_bytes > kMaxTableChunks) {
@@ -269,71 +344,95 @@ Result<void> ServedWeights::add_table(MemberId member, const TableRequest& reque
   const auto own_index = static_cast<uint32_t>(own - plan.source_layouts().begin());
   CopyTable copies(std::move(plan));
   const uint64_t run_count = copies.held_runs(own_index).size();
-  TRANSFUSE_ASSIGN_OR_RETURN(auto region, transport_.allocate(table_bytes(run_count)));
-  header_of(*region)->incarnation = incarnation_;
-  header_of(*region)->run_count = run_count;
-  announced = encode(region->descriptor());
+  TRANSFUSE_ASSIGN_OR_RETURN(auto region,
+                             transport_.allocate(slot_count() * table_bytes(run_count)));
   auto table = std::make_unique<Table>(Table{.key = request.plan_key,
                                              .copies = std::move(copies),
                                              .own = own_index,
                                              .region = std::move(region),
+                                             .sums = std::vector<Sums>(slot_count()),
                                              .versions_left = kTableVersions});
-  {
-    const MutexLock lock(mutex_);
-    make_room_for_table();
-    if (!writing_) want(*table);
-    tables_.push_back(std::move(table));
-    changed_.notify_all();
+  for (uint32_t slot = 0; slot < slot_count(); ++slot) {
+    table->header(slot)->incarnation = incarnation_;
+    table->header(slot)->run_count = run_count;
   }
-  return control_.put_table(member, request.plan_key, announced);
+  return table;
 }
 
-ServedWeights::Table* ServedWeights::next_table() {
-  if (writing_) return nullptr;
-  for (const auto& table : tables_) {
-    if (table->wanted && table->next_chunk < table->copies.plan().chunks().size()) {
-      return table.get();
-    }
-  }
-  return nullptr;
-}
-
-void ServedWeights::sum_loop() {
-  mutex_.lock();
+void ServedWeights::work_loop() {
+  const MutexLock lock(mutex_);
   while (!stopping_) {
-    Table* const table = next_table();
-    if (table == nullptr) {
-      changed_.wait(mutex_);
-      continue;
-    }
-    const std::span<const Chunk> chunks = table->copies.plan().chunks();
-    const Chunk chunk = chunks[table->next_chunk++];
-    ++table->chunks_in_flight;
-    ++chunks_in_flight_;
-    mutex_.unlock();
-
-    sum_chunk(*table, chunk);
-
-    mutex_.lock();
-    --chunks_in_flight_;
-    --table->chunks_in_flight;
-    // Tables are summed one after another: who waits for a later one sees that this one moves.
-    for (const auto& due : tables_) {
-      if (!due->wanted) continue;
-      word(header_of(*due->region)->progress).fetch_add(chunk.run_count, std::memory_order_relaxed);
-    }
-    if (table->wanted && table->next_chunk == chunks.size() && table->chunks_in_flight == 0) {
-      table->wanted = false;
-      word(header_of(*table->region)->counter).store(counter_, std::memory_order_release);
-    }
-    if (table->chunks_in_flight == 0) changed_.notify_all();
+    // A trainer waits for copies, and readers alone for sums.
+    if (!copy_a_chunk() && !sum_a_chunk()) changed_.wait(mutex_);
   }
-  mutex_.unlock();
 }
 
-void ServedWeights::sum_chunk(const Table& table, const Chunk& chunk) const {
+bool ServedWeights::copy_a_chunk() {
+  if (!copy_work_ || copy_work_->next_chunk == snapshots_.chunks().size()) return false;
+  const SnapshotChunk chunk = snapshots_.chunks()[copy_work_->next_chunk++];
+  const uint32_t snapshot = copy_work_->slot - 1;
+  ++copy_work_->in_flight;
+  mutex_.unlock();
+
+  snapshots_.copy(memory_, snapshot, chunk);
+  copy_fence();
+
+  mutex_.lock();
+  if (--copy_work_->in_flight == 0) changed_.notify_all();
+  return true;
+}
+
+// The table that is due in the slot that was written first: what readers of an older version wait
+// for is not put off by every new one.
+ServedWeights::Table* ServedWeights::next_table(uint32_t& slot) {
+  Table* first = nullptr;
+  for (const auto& table : tables_) {
+    const size_t chunk_count = table->copies.plan().chunks().size();
+    for (uint32_t i = 0; i < slots_.size(); ++i) {
+      if (slots_[i].writing || !table->sums[i].wanted) continue;
+      if (table->sums[i].next_chunk == chunk_count) continue;
+      if (first != nullptr && slots_[i].written_as >= slots_[slot].written_as) continue;
+      first = table.get();
+      slot = i;
+    }
+  }
+  return first;
+}
+
+bool ServedWeights::sum_a_chunk() {
+  uint32_t slot = 0;
+  Table* const table = next_table(slot);
+  if (table == nullptr) return false;
+  Sums& sums = table->sums[slot];
+  const std::span<const Chunk> chunks = table->copies.plan().chunks();
+  const Chunk chunk = chunks[sums.next_chunk++];
+  ++sums.in_flight;
+  ++slots_[slot].sums_in_flight;
+  mutex_.unlock();
+
+  sum_chunk(*table, slot, chunk);
+
+  mutex_.lock();
+  --slots_[slot].sums_in_flight;
+  --sums.in_flight;
+  // Tables are summed one after another: who waits for a later one sees that this one moves.
+  for (const auto& due : tables_) {
+    for (uint32_t i = 0; i < slots_.size(); ++i) {
+      if (!due->sums[i].wanted) continue;
+      word(due->header(i)->progress).fetch_add(chunk.run_count, std::memory_order_relaxed);
+    }
+  }
+  if (sums.wanted && sums.next_chunk == chunks.size() && sums.in_flight == 0) {
+    sums.wanted = false;
+    word(table->header(slot)->counter).store(slots_[slot].counter, std::memory_order_release);
+  }
+  if (sums.in_flight == 0) changed_.notify_all();
+  return true;
+}
+
+void ServedWeights::sum_chunk(const Table& table, uint32_t slot, const Chunk& chunk) const {
   const Plan& plan = table.copies.plan();
-  auto* const sums = reinterpret_cast<uint64_t*>(table.region->bytes().data() + kTableHeaderBytes);
+  auto* const sums = reinterpret_cast<uint64_t*>(table.bytes(slot) + kTableHeaderBytes);
   const std::span<const uint32_t> held = table.copies.held_runs(table.own);
   auto at = std::ranges::lower_bound(held, chunk.first_run);
   for (; at != held.end() && *at < chunk.first_run + chunk.run_count; ++at) {
@@ -342,7 +441,7 @@ void ServedWeights::sum_chunk(const Table& table, const Chunk& chunk) const {
         *std::ranges::find(plan.holders_of(run), table.own, &Holder::source_layout);
     const StridedCopy copy = table.copies.copy(run, holder, 0, nullptr, true);
     sums[at - held.begin()] =
-        sum_copy(copy, memory_.data(holder.parameter) + copy.source_offset_bytes);
+        sum_copy(copy, data(slot, holder.parameter) + copy.source_offset_bytes);
   }
 }
 

@@ -1,10 +1,11 @@
-// The weights of this process as peers may read them: generation, regions, and the fingerprint
-// tables that peers asked for.
+// The weights of this process and their snapshots as peers may read them: generations, regions, and
+// the fingerprint tables that peers asked for.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -13,15 +14,17 @@
 #include "base/seqlock.h"
 #include "session/copies.h"
 #include "session/memory.h"
+#include "session/snapshots.h"
 #include "transfuse/control.h"
 #include "transfuse/layout.h"
 #include "transfuse/transport.h"
 
 namespace transfuse {
 
-// A fingerprint table in registered memory, for one plan: header, then one sum per run that this
-// layout holds, in the order of the runs (CopyTable::held_runs). A reader trusts the sums only
-// between two reads of a header whose generation is the one that it expects.
+// Fingerprint tables in registered memory, for one plan: one table for each slot, one after another
+// at a stride of table_bytes(). Each is a header, then one sum per run that this layout holds, in
+// the order of the runs (CopyTable::held_runs). A reader trusts the sums only between two reads of
+// a header whose generation is the one that it expects.
 struct TableHeader {
   uint64_t incarnation = 0;  // 0: the table was dropped, who needs it asks again
   uint64_t counter = 0;      // 0: the sums are not complete
@@ -31,8 +34,10 @@ struct TableHeader {
 };
 inline constexpr uint64_t kTableHeaderBytes = 64;
 static_assert(sizeof(TableHeader) <= kTableHeaderBytes);
+// Of one slot, in whole cache lines.
 inline uint64_t table_bytes(size_t held_run_count) {
-  return kTableHeaderBytes + held_run_count * sizeof(uint64_t);
+  const uint64_t size_bytes = kTableHeaderBytes + held_run_count * sizeof(uint64_t);
+  return (size_bytes + kTableHeaderBytes - 1) / kTableHeaderBytes * kTableHeaderBytes;
 }
 
 struct ServedWeightsOptions {
@@ -40,12 +45,16 @@ struct ServedWeightsOptions {
   // True: tables are summed again after every write (a publisher, whose readers come each version).
   // False: only when asked.
   bool keep_tables_fresh = true;
+  uint32_t snapshot_slots = 0;
 };
 
-// Sums tables on its own threads; begin_write() stops them first. begin_write/end_write from one
-// thread, the rest internal. Outlived by `transport`, `control` and the memory.
+// Slot 0 is the weights themselves, slots 1 to snapshot_slots are snapshots; each has its own
+// generation. Sums tables on its own threads, which help with copies first; begin_write() stops
+// sums of its slot. Writes and copies from one thread, the rest internal. Outlived by `transport`,
+// `control` and the memory.
 class ServedWeights {
  public:
+  // Room for the snapshots is checked before anything is allocated.
   static Result<std::unique_ptr<ServedWeights>> open(Transport& transport, Control& control,
                                                      const Layout& layout, BoundMemory memory,
                                                      const ServedWeightsOptions& options);
@@ -55,45 +64,72 @@ class ServedWeights {
 
   uint64_t incarnation() const { return incarnation_; }
   const BoundMemory& memory() const { return memory_; }
+  uint32_t slot_count() const { return 1 + snapshots_.count(); }
   Result<std::string> descriptor(const std::string& token);  // encoded MemberDescriptor
 
-  // Answers table requests for `member` from now on, until stop_serving().
-  void serve(MemberId member);
+  // Answers table requests for `member` from now on, until stop_serving(). kResourceExhausted:
+  // there are no threads to be had, and nothing is served.
+  Result<void> serve(MemberId member);
   void stop_serving();
 
-  // The counter becomes odd: whatever a peer reads from here on is torn. Waits for sums in progress
-  // (at most a chunk each).
-  void begin_write();
-  // The counter becomes even: the weights are those of the generation that is returned.
-  Generation end_write();
+  // The slot's counter becomes odd: whatever a peer reads of it from here on is torn. Waits for
+  // sums of it in progress (at most a chunk each).
+  void begin_write(uint32_t slot = 0);
+  // Between begin_write() and end_write() of a snapshot: all parameters, at the speed of memory.
+  void copy_weights(uint32_t slot);
+  // The counter becomes even: the slot's bytes are those of the generation that is returned.
+  Generation end_write(uint32_t slot = 0);
 
  private:
-  // One table under construction or complete. The plan names the runs; this layout is number `own`
-  // of its source layouts.
+  struct Sums {               // of one table in one slot
+    uint32_t next_chunk = 0;  // to be summed
+    uint32_t in_flight = 0;   // chunks
+    bool wanted = false;      // sums are due for the slot's generation
+  };
+  // The tables of one plan, under construction or complete. The plan names the runs; this layout is
+  // number `own` of its source layouts.
   struct Table {
     Digest key;
     CopyTable copies;
     uint32_t own = 0;
     std::unique_ptr<LocalRegion> region;
-    uint32_t next_chunk = 0;  // to be summed
-    uint32_t chunks_in_flight = 0;
-    bool wanted = false;         // sums are due for the current generation
+    std::vector<Sums> sums;      // per slot
     uint32_t versions_left = 0;  // dropped when no reader asked again for so many versions
+    bool busy() const;
+    std::byte* bytes(uint32_t slot) const;
+    TableHeader* header(uint32_t slot) const;
+  };
+  struct Slot {
+    bool writing = true;          // nothing published yet
+    uint64_t counter = 0;         // of the last end_write()
+    uint64_t written_as = 0;      // number of that end_write() over all slots
+    uint32_t sums_in_flight = 0;  // chunks, of any table
+  };
+  struct CopyWork {
+    uint32_t slot = 0;
+    size_t next_chunk = 0;
+    uint32_t in_flight = 0;
   };
 
   ServedWeights(Transport& transport, Control& control, const Layout& layout, BoundMemory memory,
                 const ServedWeightsOptions& options);
   void event_loop(MemberId member);
-  void sum_loop();
+  void work_loop();
   Result<void> add_table(MemberId member, const TableRequest& request);
+  Result<std::unique_ptr<Table>> make_table(const TableRequest& request);
   std::string known_table(const TableRequest& request);  // its region, "" if there is none yet
   void announce_tables(MemberId member);
-  void want(Table& table) REQUIRES(mutex_);
+  void want(Table& table, uint32_t slot) REQUIRES(mutex_);
   void make_room_for_table() REQUIRES(mutex_);
-  Table* next_table() REQUIRES(mutex_);
-  void sum_chunk(const Table& table, const Chunk& chunk) const;
+  // Each does a chunk, without the mutex meanwhile; false if there is none to do.
+  bool copy_a_chunk() REQUIRES(mutex_);
+  bool sum_a_chunk() REQUIRES(mutex_);
+  Table* next_table(uint32_t& slot) REQUIRES(mutex_);
+  void sum_chunk(const Table& table, uint32_t slot, const Chunk& chunk) const;
+  std::byte* data(uint32_t slot, uint32_t parameter) const;
   void drop_stale_tables() REQUIRES(mutex_);
-  GenerationWords& words() const;  // in registered memory
+  static void mark_dropped(const Table& table);
+  GenerationWords& words(uint32_t slot) const;  // in registered memory
 
   Transport& transport_;
   Control& control_;
@@ -101,16 +137,17 @@ class ServedWeights {
   const BoundMemory memory_;
   const ServedWeightsOptions options_;
   const uint64_t incarnation_;
+  Snapshots snapshots_;
   std::unique_ptr<LocalRegion> control_region_;
   std::atomic<bool> stopping_{false};
   std::thread event_thread_;
-  std::vector<std::thread> sum_threads_;
+  std::vector<std::thread> work_threads_;
 
   Mutex mutex_;
   CondVar changed_;
-  bool writing_ GUARDED_BY(mutex_) = true;   // nothing published yet
-  uint64_t counter_ GUARDED_BY(mutex_) = 0;  // of the last end_write()
-  uint32_t chunks_in_flight_ GUARDED_BY(mutex_) = 0;
+  std::vector<Slot> slots_ GUARDED_BY(mutex_);
+  uint64_t write_count_ GUARDED_BY(mutex_) = 0;
+  std::optional<CopyWork> copy_work_ GUARDED_BY(mutex_);
   std::vector<std::unique_ptr<Table>> tables_ GUARDED_BY(mutex_);
 };
 

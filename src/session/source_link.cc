@@ -79,9 +79,18 @@ Error SourceLink::gone(std::string what) const {
                fmt::format("source '{}' is gone: {}", info_.name, std::move(what))};
 }
 
-Result<SourceLink::Where> SourceLink::where(uint32_t parameter, Deadline deadline) {
+// What the coordinator says of a source need not agree with what the source says of itself (I13).
+Result<void> SourceLink::check_slot(uint32_t slot) const {
+  if (slot < descriptor_.slots.size()) return {};
+  return Error{ErrorCode::kCorrupt, fmt::format("source '{}' has {} slots, a version in slot {} "
+                                                "was offered",
+                                                info_.name, descriptor_.slots.size(), slot)};
+}
+
+Result<SourceLink::Where> SourceLink::where(uint32_t parameter, uint32_t slot, Deadline deadline) {
   if (peer_ == nullptr) return gone("its connection was closed");
-  const Place& place = descriptor_.binding.places[parameter];
+  TRANSFUSE_RETURN_IF_ERROR(check_slot(slot));
+  const Place& place = descriptor_.slots[slot].places[parameter];
   std::unique_ptr<RemoteRegion>& region = regions_[place.region];
   if (region == nullptr) {
     TRANSFUSE_ASSIGN_OR_RETURN(region,
@@ -116,10 +125,12 @@ Result<void> SourceLink::read_words(const RemoteRegion& region, uint64_t offset_
   return {};
 }
 
-Result<Generation> SourceLink::read_generation(Deadline deadline) {
+Result<Generation> SourceLink::read_generation(uint32_t slot, Deadline deadline) {
   if (generation_region_ == nullptr) return gone("its connection was closed");
+  TRANSFUSE_RETURN_IF_ERROR(check_slot(slot));
   std::array<uint64_t, 2> words{};
-  TRANSFUSE_RETURN_IF_ERROR(read_words(*generation_region_, 0, words, deadline));
+  TRANSFUSE_RETURN_IF_ERROR(
+      read_words(*generation_region_, slot * kGenerationStrideBytes, words, deadline));
   return Generation{.incarnation = words[0], .counter = words[1]};
 }
 
@@ -168,13 +179,14 @@ Result<std::unique_ptr<RemoteRegion>> SourceLink::open_table_region(MemberId rea
     }
     if (!bytes) return bytes.error();
     TRANSFUSE_ASSIGN_OR_RETURN(const RegionDescriptor descriptor, decode_region_descriptor(*bytes));
-    const uint64_t needed = table_bytes(run_count);
+    const uint64_t needed = descriptor_.slots.size() * table_bytes(run_count);
     if (descriptor.size_bytes < needed) {
       return Error{
           ErrorCode::kCorrupt,
-          fmt::format("source '{}' announced a fingerprint table of {} bytes, {} runs need "
-                      "{}",
-                      info_.name, descriptor.size_bytes, run_count, needed)};
+          fmt::format("source '{}' announced fingerprint tables of {} bytes, {} runs in {} "
+                      "slots need {}",
+                      info_.name, descriptor.size_bytes, run_count, descriptor_.slots.size(),
+                      needed)};
     }
     if (peer_ == nullptr) return gone("its connection was closed");
     auto region = peer_->open_region(descriptor, deadline);
@@ -192,17 +204,21 @@ Result<SourceLink::Table*> SourceLink::reopen_table(MemberId reader, const Table
   return open_table(reader, request, run_count, deadline);
 }
 
-Result<TableHeader> SourceLink::read_header(const Table& table, Deadline deadline) {
+Result<TableHeader> SourceLink::read_header(const Table& table, uint64_t offset_bytes,
+                                            Deadline deadline) {
   std::array<uint64_t, 4> words{};
-  TRANSFUSE_RETURN_IF_ERROR(read_words(*table.region, 0, words, deadline));
+  TRANSFUSE_RETURN_IF_ERROR(read_words(*table.region, offset_bytes, words, deadline));
   return TableHeader{
       .incarnation = words[0], .counter = words[1], .progress = words[2], .run_count = words[3]};
 }
 
 Result<void> SourceLink::read_table(MemberId reader, const TableRequest& request,
-                                    const Generation& generation, std::span<uint64_t> sums,
+                                    const Offered& offered, std::span<uint64_t> sums,
                                     Deadline deadline, int64_t no_progress_ms,
                                     const std::atomic<bool>& cancelled) {
+  TRANSFUSE_RETURN_IF_ERROR(check_slot(offered.slot));
+  const Generation& generation = offered.generation;
+  const uint64_t offset_bytes = offered.slot * table_bytes(sums.size());
   const auto next_limit = [&] { return deadline.earlier(Deadline::after_ms(no_progress_ms)); };
   const Deadline announced_by =
       deadline.earlier(Deadline::after_ms(kAnnouncementFactor * no_progress_ms));
@@ -212,15 +228,18 @@ Result<void> SourceLink::read_table(MemberId reader, const TableRequest& request
   Deadline limit = next_limit();
   uint64_t progress = 0;
   while (true) {
-    TRANSFUSE_ASSIGN_OR_RETURN(const TableHeader before, read_header(*table, next_limit()));
+    TRANSFUSE_ASSIGN_OR_RETURN(const TableHeader before,
+                               read_header(*table, offset_bytes, next_limit()));
     if (before.counter == generation.counter && before.incarnation == generation.incarnation) {
-      TRANSFUSE_RETURN_IF_ERROR(read_words(*table->region, kTableHeaderBytes, sums, next_limit()));
-      TRANSFUSE_ASSIGN_OR_RETURN(const TableHeader after, read_header(*table, next_limit()));
+      TRANSFUSE_RETURN_IF_ERROR(
+          read_words(*table->region, offset_bytes + kTableHeaderBytes, sums, next_limit()));
+      TRANSFUSE_ASSIGN_OR_RETURN(const TableHeader after,
+                                 read_header(*table, offset_bytes, next_limit()));
       if (after.counter == before.counter && after.incarnation == before.incarnation) return {};
     }
     if (cancelled) return Error{ErrorCode::kCancelled, "the refit was cancelled by the caller"};
     if (!alive()) return gone("it ended before its fingerprints were complete");
-    TRANSFUSE_ASSIGN_OR_RETURN(const Generation now, read_generation(next_limit()));
+    TRANSFUSE_ASSIGN_OR_RETURN(const Generation now, read_generation(offered.slot, next_limit()));
     if (now != generation) {
       return Error{ErrorCode::kTornRead,
                    fmt::format("source '{}' left generation {} for {} before its fingerprints were "

@@ -40,18 +40,24 @@ class SourceLink {
   const MemberInfo& info() const { return info_; }
   bool alive() const { return peer_ != nullptr && peer_->alive(); }
 
+  // `slot` is that of the leased version (MemberInfo::slot): kCorrupt if the source has no such
+  // slot.
   // Opens the parameter's region when it is first used. Parameters without bytes have none.
-  Result<Where> where(uint32_t parameter, Deadline deadline);
-  Result<Generation> read_generation(Deadline deadline);
+  Result<Where> where(uint32_t parameter, uint32_t slot, Deadline deadline);
+  Result<Generation> read_generation(uint32_t slot, Deadline deadline);
 
   // Asks the source to keep a table for the plan, unless it was asked lately.
   Result<void> request_table(MemberId reader, const TableRequest& request, Deadline deadline);
-  // Copies the sums that are valid for `generation` into `sums`, one per run that the source holds,
-  // in the order of the runs (CopyTable::held_runs). Waits for the source
-  // to finish them, as long as it makes progress within `no_progress_ms`.
-  Result<void> read_table(MemberId reader, const TableRequest& request,
-                          const Generation& generation, std::span<uint64_t> sums, Deadline deadline,
-                          int64_t no_progress_ms, const std::atomic<bool>& cancelled);
+  // Copies the sums that are valid for what is offered into `sums`, one per run that the source
+  // holds, in the order of the runs (CopyTable::held_runs). Waits for the source to finish them, as
+  // long as it makes progress within `no_progress_ms`.
+  struct Offered {  // one version of the source
+    uint32_t slot = 0;
+    Generation generation;
+  };
+  Result<void> read_table(MemberId reader, const TableRequest& request, const Offered& offered,
+                          std::span<uint64_t> sums, Deadline deadline, int64_t no_progress_ms,
+                          const std::atomic<bool>& cancelled);
 
   // Ends every read of this source: afterwards nothing writes target memory on its behalf.
   void close();
@@ -68,6 +74,7 @@ class SourceLink {
   // the caller's memory.
   Result<void> read_words(const RemoteRegion& region, uint64_t offset_bytes,
                           std::span<uint64_t> words, Deadline deadline);
+  Result<void> check_slot(uint32_t slot) const;
   Result<Table*> open_table(MemberId reader, const TableRequest& request, size_t run_count,
                             Deadline deadline);
   Result<std::unique_ptr<RemoteRegion>> open_table_region(MemberId reader,
@@ -75,7 +82,7 @@ class SourceLink {
                                                           size_t run_count, Deadline deadline);
   Result<Table*> reopen_table(MemberId reader, const TableRequest& request, size_t run_count,
                               Deadline deadline);
-  Result<TableHeader> read_header(const Table& table, Deadline deadline);
+  Result<TableHeader> read_header(const Table& table, uint64_t offset_bytes, Deadline deadline);
   Error gone(std::string what) const;
 
   Transport& transport_;

@@ -48,9 +48,7 @@ TargetMember::TargetMember(Control& control, Layout layout, ReceiverOptions opti
       options_(std::move(options)),
       weights_(std::move(weights)),
       id_(id),
-      owner_pid_(getpid()) {
-  weights_->serve(id_);
-}
+      owner_pid_(getpid()) {}
 
 Result<std::unique_ptr<TargetMember>> TargetMember::open(Transport& transport, Control& control,
                                                          const Layout& layout, BoundMemory memory,
@@ -69,6 +67,10 @@ Result<std::unique_ptr<TargetMember>> TargetMember::open(Transport& transport, C
   registration.group_size = options.group_size;
   TRANSFUSE_ASSIGN_OR_RETURN(registration.descriptor, weights->descriptor(options.token));
   TRANSFUSE_ASSIGN_OR_RETURN(const MemberId id, control.join(registration));
+  if (auto serving = weights->serve(id); !serving) {
+    (void)control.leave(id);  // what matters is why nothing can be served
+    return Unexpected{std::move(serving).error()};
+  }
   return std::unique_ptr<TargetMember>(
       new TargetMember(control, layout, options, std::move(weights), id));
 }

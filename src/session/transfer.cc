@@ -67,7 +67,7 @@ bool Transfer::fill(const TransferOrder& order, Slot& slot) {
     }
     const Run& run = plan.runs()[number];
     const Holder& holder = plan.holders()[order.holder[number]];
-    const auto where = order.links[link]->where(holder.parameter, limit);
+    const auto where = order.links[link]->where(holder.parameter, order.slots[link], limit);
     if (!where) {
       fail_link(link, where.error());
       continue;

@@ -21,6 +21,7 @@ struct TransferOrder {
   std::span<const uint32_t> holder;   // per run: index into Plan::holders()
   std::span<const uint32_t> link_of;  // per run: index into links
   std::span<SourceLink* const> links;
+  std::span<const uint32_t> slots;     // per link: where its leased version lies
   std::span<std::byte* const> target;  // per target parameter
   bool fingerprint = false;
   int64_t no_progress_ms = 2000;

@@ -103,13 +103,14 @@ Result<std::vector<uint64_t>> Verification::fingerprints(const Layout& probe,
         auto link, SourceLink::open(transport_, control_, members[i], *layout, deadline_));
     Generation generation = members[i].generation;
     if (generation.incarnation == 0) {
-      TRANSFUSE_ASSIGN_OR_RETURN(generation, link->read_generation(deadline_));
+      TRANSFUSE_ASSIGN_OR_RETURN(generation, link->read_generation(members[i].slot, deadline_));
     }
     if (generation.counter % 2 != 0) {
       return Error{ErrorCode::kTornRead, fmt::format("'{}' is being written", members[i].name)};
     }
-    TRANSFUSE_RETURN_IF_ERROR(
-        link->read_table(member_, request, generation, sums, deadline_, kNoProgressMs, cancelled));
+    TRANSFUSE_RETURN_IF_ERROR(link->read_table(member_, request,
+                                               {.slot = members[i].slot, .generation = generation},
+                                               sums, deadline_, kNoProgressMs, cancelled));
     for (size_t at = 0; at < held.size(); ++at) {
       const uint32_t run = held[at];
       if (assignment.choice[run] == i) result[plan.runs()[run].parameter] += sums[at];
@@ -127,7 +128,7 @@ Result<void> Verification::compare(const MemberInfo& target, TargetVerdict& verd
       control_.acquire(member_, {.kind = VersionRequest::Kind::kExactly, .version = target.version},
                        deadline_));
   auto expected = fingerprints(probe, lease.sources);
-  auto released = control_.release(lease.id, LeaseEnd::kUnchanged, deadline_);
+  auto released = control_.release(lease.id, {}, deadline_);
   if (!expected) return Unexpected{std::move(expected).error()};
   TRANSFUSE_RETURN_IF_ERROR(std::move(released));
 

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "base/affinity.h"
+#include "base/memory_room.h"
 #include "transfuse/result.h"
 #include "transport/shm/system_error.h"
 

@@ -47,12 +47,4 @@ Result<SharedMemory> create_shared_memory(uint64_t size_bytes);
 // cannot shrink (a read would end in SIGBUS), grow or be written by others.
 Result<Mapping> map_peer_memory(const UniqueFd& fd, uint64_t size_bytes);
 
-// How much memory this process may still take, and what says so ("/proc/meminfo", a cgroup file).
-struct MemoryRoom {
-  uint64_t size_bytes = UINT64_MAX;
-  std::string limit;
-};
-// `root` is "" but for tests: what stands before /proc and /sys.
-MemoryRoom memory_room(const std::string& root = {});
-
 }  // namespace transfuse::shm

@@ -1,4 +1,6 @@
 // What the host and the control groups of this process still allow it to take.
+#include "base/memory_room.h"
+
 #include <algorithm>
 #include <charconv>
 #include <cstddef>
@@ -9,9 +11,7 @@
 #include <string_view>
 #include <system_error>
 
-#include "transport/shm/shared_memory.h"
-
-namespace transfuse::shm {
+namespace transfuse {
 namespace {
 
 // False where the file is missing or holds no number ("max").
@@ -93,4 +93,4 @@ MemoryRoom memory_room(const std::string& root) {
   return room;
 }
 
-}  // namespace transfuse::shm
+}  // namespace transfuse
