@@ -26,6 +26,8 @@ const std::vector<Measurement>& measurements() {
       {"fingerprint", "T8: fingerprints on the CPU, alone and in the copy", measure_fingerprint},
       {"refit", "T2, T3, T10: refits through shared memory beside memcpy", measure_refit},
       {"tensors", "T4: 18,867 tensors against 398 of the same bytes", measure_tensor_count},
+      {"commit", "T14: the commit of a shadow beside memcpy; how long an engine stands still",
+       measure_commit},
       {"soak", "T11: a thousand refits leave nothing behind", measure_soak},
   };
   return list;

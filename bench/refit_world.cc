@@ -96,6 +96,17 @@ Result<std::unique_ptr<Receiver>> RefitWorld::open_receiver(const Layout& layout
   return Receiver::open(*transport_, *control_, layout, target_.memory(), options);
 }
 
+Result<std::unique_ptr<Receiver>> RefitWorld::open_shadow(bool keep_previous) {
+  TRANSFUSE_ASSIGN_OR_RETURN(const ParallelSpec target, parse_parallel_spec(spec_.target));
+  TRANSFUSE_ASSIGN_OR_RETURN(const Layout layout, make_layout(spec_.config, target, 0));
+  ReceiverOptions options;
+  options.model = spec_.name;
+  options.name = "shadow";
+  options.into = ReceiveInto::kShadow;
+  options.keep_previous = keep_previous;
+  return Receiver::open(*transport_, *control_, layout, target_.memory(), options);
+}
+
 Result<void> RefitWorld::publish() {
   ++version_;
   for (auto& source : sources_) TRANSFUSE_RETURN_IF_ERROR(source->publish(version_));

@@ -50,6 +50,8 @@ class RefitWorld {
   // Brings the newest version into the target. Fails with kUnsupported if bytes came by another
   // route than the memory of the sources asks for: a slower one is never measured in silence.
   Result<RefitReport> refit(Verify verify);
+  // Another receiver into the same target, through a shadow; ends before the world.
+  Result<std::unique_ptr<Receiver>> open_shadow(bool keep_previous);
 
   Weights& target() { return target_; }
   uint64_t version() const { return version_; }

@@ -1,16 +1,15 @@
 // Pieces are taken one by one, so that a thread that was held up takes fewer.
 #include "session/copy_threads.h"
 
-#include <fmt/format.h>
-
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <system_error>
 #include <thread>
+#include <utility>
 
 #include "base/mutex.h"
+#include "base/thread.h"
 #include "transfuse/result.h"
 
 namespace transfuse {
@@ -18,13 +17,9 @@ namespace transfuse {
 Result<std::unique_ptr<CopyThreads>> CopyThreads::open(uint32_t count) {
   std::unique_ptr<CopyThreads> threads(new CopyThreads());
   for (uint32_t i = 1; i < count; ++i) {
-    try {
-      threads->threads_.emplace_back([own = threads.get()] { own->serve(); });
-    } catch (const std::system_error& error) {
-      return Error{ErrorCode::kResourceExhausted,
-                   fmt::format("thread {} of {} of a receiver's shadow cannot be started: {}",
-                               i + 1, count, error.what())};
-    }
+    TRANSFUSE_ASSIGN_OR_RETURN(
+        auto thread, start_thread("shadow copy", [own = threads.get()] { own->serve(); }));
+    threads->threads_.push_back(std::move(thread));
   }
   return threads;
 }

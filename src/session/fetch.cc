@@ -94,9 +94,11 @@ Result<Fetched> Fetch::run(const FetchOrder& order, const std::atomic<bool>& can
 }
 
 Result<Lease> Fetch::acquire(const FetchOrder& order, const std::atomic<bool>& cancelled) {
+  VersionRequest request = order.request;
+  request.round_ms = options_.round_ms;
   while (true) {
     const Deadline slice = order.deadline.earlier(Deadline::after_ms(kAcquireSliceMs));
-    auto lease = control_.acquire(member_, order.request, slice);
+    auto lease = control_.acquire(member_, request, slice);
     if (lease || lease.error().code != ErrorCode::kDeadlineExceeded || order.deadline.passed()) {
       return lease;
     }

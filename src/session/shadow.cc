@@ -13,11 +13,13 @@
 #include <vector>
 
 #include "base/affinity.h"
+#include "base/memory_room.h"
 #include "copy/copy.h"
 #include "session/copy_threads.h"
 #include "session/memory.h"
 #include "transfuse/copy.h"
 #include "transfuse/layout.h"
+#include "transfuse/publisher.h"
 #include "transfuse/receiver.h"
 #include "transfuse/result.h"
 #include "transfuse/transport.h"
@@ -77,13 +79,7 @@ Result<void> check_apart(const Layout& layout, const BoundMemory& parameters) {
 
 }  // namespace
 
-uint64_t shadow_bytes(const Layout& layout) {
-  uint64_t sum = 0;
-  for (const ParameterSpec& parameter : layout.parameters()) {
-    sum += aligned(parameter_size_bytes(parameter));
-  }
-  return std::max(sum, kAlignment);  // a region has bytes
-}
+uint64_t shadow_bytes(const Layout& layout) { return snapshot_bytes(layout, 1); }
 
 Result<std::unique_ptr<Shadow>> Shadow::open(Transport& transport, const Layout& layout,
                                              const BoundMemory& parameters,
@@ -91,14 +87,13 @@ Result<std::unique_ptr<Shadow>> Shadow::open(Transport& transport, const Layout&
   if (options.keep_previous) TRANSFUSE_RETURN_IF_ERROR(check_apart(layout, parameters));
   std::unique_ptr<Shadow> shadow(new Shadow());
   const uint64_t needed = shadow_bytes(layout);
-  auto region = transport.allocate(needed);
-  if (!region) {
-    Error error = std::move(region).error();
-    error.message = fmt::format("the shadow of receiver '{}' needs {} bytes: {}", options.name,
-                                needed, error.message);
-    return error;
+  if (const MemoryRoom room = memory_room(); needed > room.size_bytes) {
+    return Error{ErrorCode::kResourceExhausted,
+                 fmt::format("the shadow of receiver '{}' needs {} bytes, {} leaves {}: receive in "
+                             "place, which needs none",
+                             options.name, needed, room.limit, room.size_bytes)};
   }
-  shadow->region_ = std::move(*region);
+  TRANSFUSE_ASSIGN_OR_RETURN(shadow->region_, transport.allocate(needed));
   TRANSFUSE_ASSIGN_OR_RETURN(shadow->threads_, CopyThreads::open(usable_core_count()));
   std::byte* at = shadow->region_->bytes().data();
   for (uint32_t i = 0; i < layout.parameters().size(); ++i) {

@@ -46,7 +46,4 @@ class Shadow {
   std::vector<Piece> pieces_;
 };
 
-// Memory that a shadow of `layout` needs, beside the parameters.
-uint64_t shadow_bytes(const Layout& layout);
-
 }  // namespace transfuse

@@ -6,11 +6,10 @@
 #include <atomic>
 #include <cstdint>
 #include <optional>
-#include <system_error>
-#include <thread>
 #include <utility>
 
 #include "base/mutex.h"
+#include "base/thread.h"
 #include "session/fetch.h"
 #include "session/stopwatch.h"
 #include "transfuse/deadline.h"
@@ -30,13 +29,7 @@ Result<void> Stage::begin(const FetchOrder& order) {
                              fetch_.progress().landed_bytes.load(), size_bytes_)};
   }
   if (!thread_.joinable()) {
-    try {
-      thread_ = std::thread([this] { serve(); });
-    } catch (const std::system_error& error) {
-      return Error{
-          ErrorCode::kResourceExhausted,
-          fmt::format("the thread that stages versions cannot be started: {}", error.what())};
-    }
+    TRANSFUSE_ASSIGN_OR_RETURN(thread_, start_thread("staging", [this] { serve(); }));
   }
   fetch_.clear_progress();
   state_ = StageState::kMoving;
