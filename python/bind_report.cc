@@ -24,6 +24,7 @@ void bind_refit(nb::module_& m) {
       .def_ro("lease_us", &RefitPhases::lease_us)
       .def_ro("transfer_us", &RefitPhases::transfer_us)
       .def_ro("verify_us", &RefitPhases::verify_us)
+      .def_ro("decide_us", &RefitPhases::decide_us)
       .def_ro("commit_us", &RefitPhases::commit_us)
       .def_ro("total_us", &RefitPhases::total_us);
   nb::class_<RefitRoute>(m, "RefitRoute", "What came from one source, and how.")
@@ -96,6 +97,42 @@ void bind_versions(nb::module_& m) {
       .def_ro("version", &MemberInfo::version);
 }
 
+void bind_groups(nb::module_& m) {
+  nb::enum_<StageState>(m, "StageState", "Where a version is on its way into a shadow.")
+      .value("NONE", StageState::kNone)
+      .value("MOVING", StageState::kMoving)
+      .value("READY", StageState::kReady)
+      .value("FAILED", StageState::kFailed);
+  nb::class_<StageProgress>(m, "StageProgress", "How far a stage is.")
+      .def_ro("state", &StageProgress::state)
+      .def_ro("version", &StageProgress::version)
+      .def_ro("landed_bytes", &StageProgress::landed_bytes)
+      .def_ro("size_bytes", &StageProgress::size_bytes);
+  nb::enum_<GroupState>(m, "GroupState", "Whether the ranks of one engine may serve.")
+      .value("FORMING", GroupState::kForming)
+      .value("WHOLE", GroupState::kWhole)
+      .value("SWITCHING", GroupState::kSwitching)
+      .value("BROKEN", GroupState::kBroken);
+  nb::class_<GroupRank>(m, "GroupRank", "A rank of a group, and the version that it holds.")
+      .def_ro("name", &GroupRank::name)
+      .def_ro("version", &GroupRank::version);
+  nb::class_<GroupInfo>(m, "GroupInfo", "The ranks of one engine as the coordinator knows them.")
+      .def_ro("model", &GroupInfo::model)
+      .def_ro("name", &GroupInfo::name)
+      .def_ro("size", &GroupInfo::size)
+      .def_ro("state", &GroupInfo::state)
+      .def_ro("version", &GroupInfo::version)
+      .def_ro("round", &GroupInfo::round)
+      .def_ro("reason", &GroupInfo::reason)
+      .def_ro("ranks", &GroupInfo::ranks)
+      .def("__repr__", [](const GroupInfo& g) {
+        return "GroupInfo(" + g.model + "/" + g.name + ", " + std::to_string(g.ranks.size()) +
+               " of " + std::to_string(g.size) + " ranks, " +
+               std::string(group_state_name(g.state)) + ", version " + std::to_string(g.version) +
+               ")";
+      });
+}
+
 void bind_verdicts(nb::module_& m) {
   nb::class_<BoxMismatch>(m, "BoxMismatch", "A box whose fingerprints differ.")
       .def_ro("tensor", &BoxMismatch::tensor)
@@ -124,6 +161,7 @@ void bind_verdicts(nb::module_& m) {
 void bind_report(nb::module_& m) {
   bind_refit(m);
   bind_versions(m);
+  bind_groups(m);
   bind_verdicts(m);
 }
 

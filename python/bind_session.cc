@@ -34,6 +34,7 @@ namespace {
 using namespace nanobind::literals;
 
 constexpr int64_t kWatchSliceMs = 100;  // how late Ctrl-C is seen
+constexpr int64_t kStageSliceMs = 200;  // likewise, in a wait that goes on behind it
 
 using Parameters = nb::typed<nb::dict, nb::str, nb::object>;
 
@@ -158,16 +159,60 @@ class PythonReceiver : public Member<Receiver> {
   using Member::Member;
   RefitReport refit(std::optional<uint64_t> exactly, std::optional<uint64_t> at_least,
                     int64_t timeout_ms) {
-    if (exactly && at_least)
-      throw Failure({ErrorCode::kInvalidArgument, "refit: give `exactly` or `at_least`, not both"});
-    VersionRequest request;
-    if (exactly) request = {.kind = VersionRequest::Kind::kExactly, .version = *exactly};
-    if (at_least) request = {.kind = VersionRequest::Kind::kAtLeast, .version = *at_least};
+    const VersionRequest request = version_request(exactly, at_least);
     Receiver& receiver = native();
     const auto call = [&receiver, request, timeout_ms] {
       return receiver.refit(request, Deadline::after_ms(timeout_ms));
     };
     return take(thread().run(call, [&receiver] { receiver.cancel(); }));
+  }
+  void stage(std::optional<uint64_t> exactly, std::optional<uint64_t> at_least, int64_t timeout_ms,
+             double max_gigabytes_per_second) {
+    const VersionRequest request = version_request(exactly, at_least);
+    const StageOptions options{.max_gigabytes_per_second = max_gigabytes_per_second};
+    Receiver& receiver = native();
+    take(thread().run([&receiver, request, timeout_ms, options] {
+      return receiver.stage(request, Deadline::after_ms(timeout_ms), options);
+    }));
+  }
+  // In slices: Ctrl-C ends the wait, and the stage goes on.
+  StageProgress wait_staged(int64_t timeout_ms) {
+    Receiver& receiver = native();
+    const Deadline deadline = Deadline::after_ms(timeout_ms);
+    while (true) {
+      const Deadline slice = deadline.earlier(Deadline::after_ms(kStageSliceMs));
+      auto progress = thread().run([&receiver, slice] { return receiver.wait_staged(slice); });
+      const bool moving = !progress && receiver.staged().state == StageState::kMoving;
+      if (!moving || deadline.passed()) return take(std::move(progress));
+    }
+  }
+  RefitReport commit(int64_t timeout_ms) {
+    Receiver& receiver = native();
+    const auto call = [&receiver, timeout_ms] {
+      return receiver.commit(Deadline::after_ms(timeout_ms));
+    };
+    return take(thread().run(call, [&receiver] { receiver.cancel(); }));
+  }
+  uint64_t rollback(int64_t timeout_ms) {
+    Receiver& receiver = native();
+    return take(thread().run(
+        [&receiver, timeout_ms] { return receiver.rollback(Deadline::after_ms(timeout_ms)); }));
+  }
+  GroupInfo check_group() {
+    Receiver& receiver = native();
+    return take(thread().run([&receiver] { return receiver.check_group(); }));
+  }
+
+ private:
+  static VersionRequest version_request(std::optional<uint64_t> exactly,
+                                        std::optional<uint64_t> at_least) {
+    if (exactly && at_least) {
+      throw Failure({ErrorCode::kInvalidArgument, "give `exactly` or `at_least`, not both"});
+    }
+    VersionRequest request;
+    if (exactly) request = {.kind = VersionRequest::Kind::kExactly, .version = *exactly};
+    if (at_least) request = {.kind = VersionRequest::Kind::kAtLeast, .version = *at_least};
+    return request;
   }
 };
 
@@ -220,13 +265,19 @@ void bind_receiver(nb::module_& m) {
   nb::enum_<Verify>(m, "Verify", "Whether a refit compares fingerprints.")
       .value("FULL", Verify::kFull)
       .value("OFF", Verify::kOff);
+  nb::enum_<ReceiveInto>(m, "ReceiveInto", "Where versions arrive.")
+      .value("IN_PLACE", ReceiveInto::kInPlace)
+      .value("SHADOW", ReceiveInto::kShadow);
+  m.def("shadow_bytes", &shadow_bytes, "layout"_a,
+        "Memory that a shadow of a layout needs, beside the parameters.");
   nb::class_<PythonReceiver>(m, "NativeReceiver", "See transfuse.Receiver.")
       .def(
           "__init__",
           [](PythonReceiver* self, const Layout& layout, const Parameters& parameters,
              std::string name, std::string model, Verify verify, uint64_t chunk_bytes,
-             uint64_t spread, int64_t no_progress_ms, uint32_t max_attempts, std::string job,
-             std::optional<std::string> address, std::optional<std::string> token,
+             uint64_t spread, int64_t no_progress_ms, uint32_t max_attempts, ReceiveInto into,
+             bool keep_previous, std::string group, uint32_t group_size, int64_t round_ms,
+             std::string job, std::optional<std::string> address, std::optional<std::string> token,
              std::optional<uint32_t> threads, std::optional<bool> allow_any_tracer) {
             ReceiverOptions options;
             options.model = std::move(model);
@@ -236,15 +287,28 @@ void bind_receiver(nb::module_& m) {
             options.spread = spread;
             options.no_progress_ms = no_progress_ms;
             options.max_attempts = max_attempts;
+            options.into = into;
+            options.keep_previous = keep_previous;
+            options.group = std::move(group);
+            options.group_size = group_size;
+            options.round_ms = round_ms;
             new (self) PythonReceiver(session_options(std::move(job), std::move(address),
                                                       std::move(token), threads, allow_any_tracer),
                                       layout, parameters, true, std::move(options));
           },
           "layout"_a, "parameters"_a, nb::kw_only(), "name"_a, "model"_a, "verify"_a,
-          "chunk_bytes"_a, "spread"_a, "no_progress_ms"_a, "max_attempts"_a, "job"_a,
-          "address"_a.none(), "token"_a.none(), "threads"_a.none(), "allow_any_tracer"_a.none())
+          "chunk_bytes"_a, "spread"_a, "no_progress_ms"_a, "max_attempts"_a, "into"_a,
+          "keep_previous"_a, "group"_a, "group_size"_a, "round_ms"_a, "job"_a, "address"_a.none(),
+          "token"_a.none(), "threads"_a.none(), "allow_any_tracer"_a.none())
       .def("refit", &PythonReceiver::refit, nb::kw_only(), "exactly"_a.none(), "at_least"_a.none(),
            "timeout_ms"_a)
+      .def("stage", &PythonReceiver::stage, nb::kw_only(), "exactly"_a.none(), "at_least"_a.none(),
+           "timeout_ms"_a, "max_gigabytes_per_second"_a)
+      .def_prop_ro("staged", [](PythonReceiver& r) { return r.native().staged(); })
+      .def("wait_staged", &PythonReceiver::wait_staged, "timeout_ms"_a)
+      .def("commit", &PythonReceiver::commit, "timeout_ms"_a)
+      .def("rollback", &PythonReceiver::rollback, "timeout_ms"_a)
+      .def("check_group", &PythonReceiver::check_group)
       .def_prop_ro("last_report", [](PythonReceiver& r) { return r.native().last_report(); })
       .def_prop_ro("version", [](PythonReceiver& r) { return r.native().version(); })
       .def("cancel", [](PythonReceiver& r) { r.native().cancel(); })
@@ -292,6 +356,10 @@ class PythonControl {
     const nb::gil_scoped_release unlocked;
     return take(control_->members(model));
   }
+  std::vector<GroupInfo> groups(const std::string& model) {
+    const nb::gil_scoped_release unlocked;
+    return take(control_->groups(model));
+  }
   std::unique_ptr<PythonWatch> watch(const std::string& model) {
     const nb::gil_scoped_release unlocked;
     return std::make_unique<PythonWatch>(session_, take(control_->watch(model)));
@@ -317,6 +385,7 @@ void bind_control(nb::module_& m) {
            nb::kw_only(), "job"_a, "address"_a.none(), "token"_a.none())
       .def("versions", &PythonControl::versions, "model"_a)
       .def("members", &PythonControl::members, "model"_a)
+      .def("groups", &PythonControl::groups, "model"_a)
       .def("watch", &PythonControl::watch, "model"_a)
       .def("verify", &PythonControl::verify, "model"_a, "timeout_ms"_a);
 }

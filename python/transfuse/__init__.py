@@ -20,6 +20,9 @@ from transfuse._transfuse import (
     Fill,
     Finding,
     FindingKind,
+    GroupInfo,
+    GroupRank,
+    GroupState,
     Holder,
     Layout,
     LayoutBuilder,
@@ -33,6 +36,7 @@ from transfuse._transfuse import (
     PlacementKind,
     Plan,
     PublishTiming,
+    ReceiveInto,
     RefitPhases,
     RefitReport,
     RefitRoute,
@@ -40,6 +44,8 @@ from transfuse._transfuse import (
     Retention,
     Run,
     RunLengthBucket,
+    StageProgress,
+    StageState,
     TargetVerdict,
     TensorSpec,
     Tile,
@@ -61,6 +67,7 @@ from transfuse._transfuse import (
     parse_model_config,
     parse_parallel_spec,
     plan_key,
+    shadow_bytes,
     snapshot_bytes,
 )
 from transfuse.arena import Arena
@@ -83,11 +90,19 @@ from transfuse.errors import (
     UnsupportedError,
     VersionGoneError,
 )
-from transfuse.session import Control, Publisher, Receiver
+from transfuse.session import Control, Publisher, Receiver, Stage
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Stage",
+    "shadow_bytes",
+    "StageState",
+    "StageProgress",
+    "ReceiveInto",
+    "GroupState",
+    "GroupRank",
+    "GroupInfo",
     "MAX_RANK",
     "AlreadyExistsError",
     "Arena",

@@ -6,17 +6,20 @@ import contextlib
 import weakref
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from transfuse._transfuse import (
+    GroupInfo,
     Layout,
     MemberInfo,
     NativeControl,
     NativePublisher,
     NativeReceiver,
     PublishTiming,
+    ReceiveInto,
     RefitReport,
     Retention,
+    StageProgress,
     Verify,
     VerifyReport,
     VersionInfo,
@@ -31,6 +34,7 @@ _FOREVER_MS = 1 << 40
 
 _T = TypeVar("_T")
 _RETENTIONS = {"in_place": Retention.IN_PLACE, "snapshot": Retention.SNAPSHOT}
+_INTO = {"in_place": ReceiveInto.IN_PLACE, "shadow": ReceiveInto.SHADOW}
 _WHEN_LEASED = {
     "revoke_at_deadline": WhenLeased.REVOKE_AT_DEADLINE,
     "wait": WhenLeased.WAIT,
@@ -167,12 +171,49 @@ class Publisher:
         self.close()
 
 
-class Receiver:
-    """Brings versions into the parameters of this process, in place and proved.
+class Stage:
+    """A version on its way into the shadow of a receiver; see Receiver.stage().
 
-    `parameters` as for Publisher, writable. After a refit that failed in or after the transfer the
-    parameters hold no version until one succeeds. `spread` is this target's number among its peers.
-    Use it from one thread at a time; cancel() from any.
+    `progress` may be asked from any thread and speaks of the receiver's latest stage.
+    """
+
+    def __init__(self, native: NativeReceiver) -> None:
+        self._native = native
+
+    @property
+    def progress(self) -> StageProgress:
+        """State, version (0: not known yet), bytes that have landed, bytes in all."""
+        return self._native.staged
+
+    def wait(self, timeout_s: float = 60.0) -> StageProgress:
+        """Returns when the version is ready to be committed; raises why it failed.
+
+        DeadlineExceededError: it still moves, and goes on moving; so it does after Ctrl-C.
+        """
+        return self._native.wait_staged(_milliseconds(timeout_s))
+
+    def cancel(self) -> None:
+        """Ends it with CancelledError. The parameters keep what they hold."""
+        self._native.cancel()
+
+
+class Receiver:
+    """Brings versions into the parameters of this process, proved.
+
+    `parameters` as for Publisher, writable. `spread` is this target's number among its peers.
+
+    `into="in_place"`: refit() overwrites the parameters; after one that failed in or after the
+    transfer they hold no version until one succeeds. `into="shadow"`: versions arrive in a second
+    copy in memory of Transfuse (`shadow_bytes(layout)`); refit() or commit() copies them into the
+    parameters, and a failure before leaves the version that was there. `keep_previous` exchanges
+    instead of copying, for rollback().
+
+    `group` and `group_size`: the ranks of one engine, which commit all or none. GroupBrokenError
+    means that no rank may serve until a refit() of all of them, or check_group(), succeeds;
+    `version` is what the parameters of this rank hold, whatever the others do. A round without a
+    decision is given up after `round_s`.
+
+    Use it from one thread at a time; cancel() and Stage.progress from any.
     """
 
     def __init__(
@@ -187,6 +228,11 @@ class Receiver:
         spread: int = 0,
         no_progress_s: float = 2.0,
         max_attempts: int = 8,
+        into: ReceiveInto | Literal["in_place", "shadow"] = "in_place",
+        keep_previous: bool = False,
+        group: str = "",
+        group_size: int = 0,
+        round_s: float = 60.0,
         job: str = DEFAULT_JOB,
         address: str | None = None,
         token: str | None = None,
@@ -203,6 +249,11 @@ class Receiver:
             spread=spread,
             no_progress_ms=_milliseconds(no_progress_s),
             max_attempts=max_attempts,
+            into=_choice("into", into, _INTO),
+            keep_previous=keep_previous,
+            group=group,
+            group_size=group_size,
+            round_ms=_milliseconds(round_s),
             job=job,
             address=address,
             token=token,
@@ -236,8 +287,47 @@ class Receiver:
         timeout_ms = _milliseconds(timeout_s)
         return self._native.refit(exactly=exactly, at_least=at_least, timeout_ms=timeout_ms)
 
+    def stage(
+        self,
+        *,
+        exactly: int | None = None,
+        at_least: int | None = None,
+        timeout_s: float = 60.0,
+        max_gigabytes_per_second: float = 0.0,
+    ) -> Stage:
+        """Begins to bring a version into the shadow while the engine serves; returns at once.
+
+        One that is ready and was not committed is replaced; AlreadyExistsError while one moves.
+        """
+        self._native.stage(
+            exactly=exactly,
+            at_least=at_least,
+            timeout_ms=_milliseconds(timeout_s),
+            max_gigabytes_per_second=max_gigabytes_per_second,
+        )
+        return Stage(self._native)
+
+    def commit(self, *, timeout_s: float = 60.0) -> RefitReport:
+        """Brings what is staged into the parameters. Call it at the engine's own safe point.
+
+        In a group: CancelledError if it was decided to give the version up (the one before stays),
+        GroupBrokenError if the decision or a rank was lost.
+        """
+        return self._native.commit(_milliseconds(timeout_s))
+
+    def rollback(self, *, timeout_s: float = 10.0) -> int:
+        """The version before the last commit comes back (keep_previous); returns its number.
+
+        NotFoundError if it was not kept, or a stage began since.
+        """
+        return self._native.rollback(_milliseconds(timeout_s))
+
+    def check_group(self) -> GroupInfo:
+        """Asks the coordinator; GroupBrokenError unless every rank holds the same version."""
+        return self._native.check_group()
+
     def cancel(self) -> None:
-        """A refit that runs in another thread ends with CancelledError."""
+        """A refit, stage or commit that runs in another thread ends with CancelledError."""
         self._native.cancel()
 
     def close(self) -> None:
@@ -271,6 +361,10 @@ class Control:
     def members(self, model: str = "") -> list[MemberInfo]:
         """The live members of a model, or of all models."""
         return self._native.members(model)
+
+    def groups(self, model: str = "") -> list[GroupInfo]:
+        """The groups of targets of a model, or of all models."""
+        return self._native.groups(model)
 
     def watch(self, model: str, *, timeout_s: float = float("inf")) -> Iterator[VersionInfo]:
         """Version changes of a model as they happen; ends when none came for `timeout_s`."""

@@ -29,6 +29,7 @@ std::string RefitReport::to_json() const {
                                  {"lease_us", phases.lease_us},
                                  {"transfer_us", phases.transfer_us},
                                  {"verify_us", phases.verify_us},
+                                 {"decide_us", phases.decide_us},
                                  {"commit_us", phases.commit_us},
                                  {"total_us", phases.total_us}}},
                                {"size_bytes", size_bytes},
@@ -48,11 +49,10 @@ std::string RefitReport::to_text() const {
   const auto ms = [](int64_t us) { return static_cast<double>(us) / 1e3; };
   std::string text = fmt::format(
       "version {}: {:.2f} ms (discover {:.2f}, lease {:.2f}, transfer {:.2f}, verify {:.2f}, "
-      "commit "
-      "{:.2f}); {} bytes at {:.2f} GB/s, {} verified, {} attempt{}{}\n",
+      "decide {:.2f}, commit {:.2f}); {} bytes at {:.2f} GB/s, {} verified, {} attempt{}{}\n",
       version, ms(phases.total_us), ms(phases.discover_us), ms(phases.lease_us),
-      ms(phases.transfer_us), ms(phases.verify_us), ms(phases.commit_us), size_bytes,
-      gigabytes_per_second, verified_bytes, attempts, attempts == 1 ? "" : "s",
+      ms(phases.transfer_us), ms(phases.verify_us), ms(phases.decide_us), ms(phases.commit_us),
+      size_bytes, gigabytes_per_second, verified_bytes, attempts, attempts == 1 ? "" : "s",
       planned ? ", planned" : "");
   for (const RefitRoute& route : routes) {
     text += fmt::format("  {} by {}/{}: {} bytes in {} runs\n", route.source, route.transport,
