@@ -28,6 +28,8 @@ const std::vector<Measurement>& measurements() {
       {"tensors", "T4: 18,867 tensors against 398 of the same bytes", measure_tensor_count},
       {"commit", "T14: the commit of a shadow beside memcpy; how long an engine stands still",
        measure_commit},
+      {"stall", "how long a trainer stands still for readers, in place and with snapshots",
+       measure_stall},
       {"soak", "T11: a thousand refits leave nothing behind", measure_soak},
   };
   return list;

@@ -61,6 +61,7 @@ Result<void> measure_fingerprint(const Options& options, const Sink& sink);   //
 Result<void> measure_refit(const Options& options, const Sink& sink);         // T2, T3, T10
 Result<void> measure_tensor_count(const Options& options, const Sink& sink);  // T4
 Result<void> measure_commit(const Options& options, const Sink& sink);        // T14
+Result<void> measure_stall(const Options& options, const Sink& sink);         // in_place, snapshot
 Result<void> measure_soak(const Options& options, const Sink& sink);          // T11
 
 }  // namespace transfuse::bench

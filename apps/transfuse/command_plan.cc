@@ -3,6 +3,7 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -21,6 +22,8 @@
 #include "transfuse/layout.h"
 #include "transfuse/model.h"
 #include "transfuse/plan.h"
+#include "transfuse/publisher.h"
+#include "transfuse/receiver.h"
 #include "transfuse/result.h"
 
 namespace transfuse {
@@ -127,8 +130,68 @@ int report_findings(const Side& sources, const Side& targets, bool json) {
   return kExitNo;
 }
 
+// What one rank needs beside its weights, by the choices that it has.
+struct RankMemory {
+  std::string name;
+  std::vector<uint64_t> size_bytes;  // one for each of the choices
+};
+constexpr std::array kSourceChoices = {"in_place", "snapshot_1", "snapshot_2"};
+constexpr std::array kTargetChoices = {"in_place", "shadow"};
+
+struct Memory {
+  std::vector<RankMemory> sources;
+  std::vector<RankMemory> targets;
+};
+
+// Sources keep fingerprints for every target, per slot; targets keep none.
+Memory memory_of(const Side& sources, const Side& targets, const std::vector<TimedPlan>& plans) {
+  Memory memory;
+  for (size_t s = 0; s < sources.layouts.size(); ++s) {
+    RankMemory& rank = memory.sources.emplace_back(RankMemory{sources.names[s], {}});
+    for (uint32_t slots = 0; slots < kSourceChoices.size(); ++slots) {
+      uint64_t size_bytes = slots == 0 ? 0 : snapshot_bytes(sources.layouts[s], slots);
+      for (const TimedPlan& timed : plans) {
+        size_bytes += fingerprint_table_bytes(timed.plan, sources.layouts[s], slots);
+      }
+      rank.size_bytes.push_back(size_bytes);
+    }
+  }
+  for (size_t t = 0; t < targets.layouts.size(); ++t) {
+    memory.targets.push_back({targets.names[t], {0, shadow_bytes(targets.layouts[t])}});
+  }
+  return memory;
+}
+
+template <size_t kCount>
+void print_memory(const std::array<const char*, kCount>& choices,
+                  const std::vector<RankMemory>& ranks) {
+  std::printf("%-26s", "MiB beside the weights");
+  for (const char* choice : choices) std::printf(" %11s", choice);
+  for (const RankMemory& rank : ranks) {
+    std::printf("\n%-26s", rank.name.c_str());
+    for (const uint64_t size_bytes : rank.size_bytes) {
+      std::printf(" %11.2f", static_cast<double>(size_bytes) / (1 << 20));
+    }
+  }
+  std::printf("\n\n");
+}
+
+template <size_t kCount>
+nlohmann::ordered_json memory_json(const std::array<const char*, kCount>& choices,
+                                   const std::vector<RankMemory>& ranks) {
+  auto list = nlohmann::ordered_json::array();
+  for (const RankMemory& rank : ranks) {
+    auto& entry = list.emplace_back(nlohmann::ordered_json{{"name", rank.name}});
+    for (size_t i = 0; i < kCount; ++i) {
+      entry[std::string(choices[i]) + "_bytes"] = rank.size_bytes[i];
+    }
+  }
+  return list;
+}
+
 void print_text(const Arguments& arguments, const ModelConfig& config, const Side& targets,
-                const std::vector<TimedPlan>& plans, const Explanation& explanation) {
+                const std::vector<TimedPlan>& plans, const Memory& memory,
+                const Explanation& explanation) {
   std::printf("%s from %s to %s\n\n", config.architecture.c_str(), arguments.from.c_str(),
               arguments.to.c_str());
   std::printf("%-12s %8s %8s %9s %9s %10s %11s\n", "target", "tensors", "tiles", "chunks", "runs",
@@ -140,12 +203,16 @@ void print_text(const Arguments& arguments, const ModelConfig& config, const Sid
                 plan.runs().size(), static_cast<double>(plan.memory_bytes()) / 1024,
                 plans[t].compile_ms);
   }
-  std::printf("\n%s", explanation.to_text().c_str());
+  std::printf("\n");
+  print_memory(kSourceChoices, memory.sources);
+  print_memory(kTargetChoices, memory.targets);
+  std::printf("%s", explanation.to_text().c_str());
   if (!arguments.svg.empty()) std::printf("picture: %s\n", arguments.svg.c_str());
 }
 
 void print_json(const Arguments& arguments, const ModelConfig& config, const Side& targets,
-                const std::vector<TimedPlan>& plans, const Explanation& explanation) {
+                const std::vector<TimedPlan>& plans, const Memory& memory,
+                const Explanation& explanation) {
   nlohmann::ordered_json body;
   body["architecture"] = config.architecture;
   body["from"] = arguments.from;
@@ -161,6 +228,8 @@ void print_json(const Arguments& arguments, const ModelConfig& config, const Sid
                              {"memory_bytes", plan.memory_bytes()},
                              {"compile_ms", plans[t].compile_ms}});
   }
+  body["memory"] = {{"sources", memory_json(kSourceChoices, memory.sources)},
+                    {"targets", memory_json(kTargetChoices, memory.targets)}};
   body["traffic"] = nlohmann::ordered_json::parse(explanation.to_json());
   std::printf("%s\n", body.dump(2).c_str());
 }
@@ -190,10 +259,11 @@ Result<int> run_plan(const Arguments& arguments) {
   if (!arguments.svg.empty()) {
     TRANSFUSE_RETURN_IF_ERROR(write_file(arguments.svg, explanation.to_svg()));
   }
+  const Memory memory = memory_of(sources, targets, *plans);
   if (arguments.json) {
-    print_json(arguments, config, targets, *plans, explanation);
+    print_json(arguments, config, targets, *plans, memory, explanation);
   } else {
-    print_text(arguments, config, targets, *plans, explanation);
+    print_text(arguments, config, targets, *plans, memory, explanation);
   }
   return static_cast<int>(kExitOk);
 }

@@ -4,6 +4,7 @@
 #include <sys/wait.h>
 
 #include <array>
+#include <cstdint>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
@@ -62,6 +63,35 @@ TEST_F(PlanCommand, JsonSumsAgreeWithThePlans) {
   const uint64_t moved = body["plans"][0]["size_bytes"].get<uint64_t>() +
                          body["plans"][1]["size_bytes"].get<uint64_t>();
   EXPECT_EQ(body["traffic"]["total_bytes"].get<uint64_t>(), moved);  // bf16 on both sides
+}
+
+TEST_F(PlanCommand, MemoryOfEveryChoiceIsSaidForEveryRank) {
+  ASSERT_EQ(plan("--from fsdp:dp=2 --to vllm:tp=2 --json"), 0) << output_;
+  const auto memory = nlohmann::json::parse(output_)["memory"];
+  ASSERT_EQ(memory["sources"].size(), 2u);
+  ASSERT_EQ(memory["targets"].size(), 2u);
+  uint64_t snapshots = 0;
+  for (const auto& source : memory["sources"]) {
+    const auto in_place = source["in_place_bytes"].get<uint64_t>();
+    const auto one = source["snapshot_1_bytes"].get<uint64_t>();
+    const auto two = source["snapshot_2_bytes"].get<uint64_t>();
+    EXPECT_GT(in_place, 0u);  // fingerprints
+    EXPECT_GT(one, uint64_t{100} << 20);
+    EXPECT_EQ(two - one, one - in_place);
+    snapshots += one - 2 * in_place;
+  }
+  uint64_t shadows = 0;
+  for (const auto& target : memory["targets"]) {
+    EXPECT_EQ(target["in_place_bytes"].get<uint64_t>(), 0u);
+    shadows += target["shadow_bytes"].get<uint64_t>();
+  }
+  // Both sides hold the model once, in bf16; the engine has its norms twice.
+  EXPECT_NEAR(static_cast<double>(snapshots), static_cast<double>(shadows), 1e6);
+
+  ASSERT_EQ(plan("--from fsdp:dp=2 --to vllm:tp=2"), 0) << output_;
+  for (const char* word : {"MiB beside the weights", "snapshot_2", "shadow", "fsdp.1"}) {
+    EXPECT_NE(output_.find(word), std::string::npos) << word << "\n" << output_;
+  }
 }
 
 TEST_F(PlanCommand, SvgIsWrittenAsOneDocument) {

@@ -12,6 +12,8 @@
 
 namespace transfuse {
 
+class Plan;
+
 // Where a parameter of this process lies. Memory inside a region of `transport` (allocate()) is
 // read at its best; anything else is registered as the caller's own memory.
 struct ParameterMemory {
@@ -57,6 +59,8 @@ struct PublishTiming {
 
 // Memory that `slots` snapshots of `layout` need, beside the weights.
 uint64_t snapshot_bytes(const Layout& layout, uint32_t slots);
+// Memory of the fingerprint tables that a source with so many snapshot slots keeps for `plan`.
+uint64_t fingerprint_table_bytes(const Plan& plan, const Layout& source, uint32_t slots);
 
 // kInPlace: the weights are read where the trainer keeps them. Between begin_write() and publish()
 // nobody may read; outside of it the caller must not write. kSnapshot: the caller may write at any

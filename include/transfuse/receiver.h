@@ -99,6 +99,9 @@ struct RefitReport {
   std::string to_text() const;
 };
 
+// Memory that ReceiveInto::kShadow needs beside the parameters.
+uint64_t shadow_bytes(const Layout& layout);
+
 // in_place: the target parameters are overwritten by refit(), which the engine calls at its own
 // safe point (I9). After a refit that failed in or after the transfer the parameters hold no
 // version (version() is 0) until one succeeds. `transport` and `control` outlive it. Used from one

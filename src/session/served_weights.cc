@@ -29,6 +29,7 @@
 #include "transfuse/deadline.h"
 #include "transfuse/layout.h"
 #include "transfuse/plan.h"
+#include "transfuse/publisher.h"
 #include "transfuse/result.h"
 #include "transfuse/transport.h"
 
@@ -47,6 +48,16 @@ constexpr int64_t kEventSliceMs = 50;  // how late stop_serving() is seen
 std::atomic_ref<uint64_t> word(uint64_t& value) { return std::atomic_ref<uint64_t>(value); }
 
 }  // namespace
+
+uint64_t fingerprint_table_bytes(const Plan& plan, const Layout& source, uint32_t slots) {
+  const auto is_held = [&](const Run& run) {
+    return std::ranges::any_of(plan.holders_of(run), [&](const Holder& holder) {
+      return plan.source_layouts()[holder.source_layout].digest() == source.digest();
+    });
+  };
+  const auto held_count = std::ranges::count_if(plan.runs(), is_held);
+  return (1 + uint64_t{slots}) * table_bytes(static_cast<size_t>(held_count));
+}
 
 bool ServedWeights::Table::busy() const {
   return std::ranges::any_of(sums, [](const Sums& of_slot) { return of_slot.in_flight > 0; });

@@ -97,7 +97,8 @@ Result<std::unique_ptr<Liar>> Liar::open(Transport& transport, Control& control,
   registration.layout = layout.digest();
   TRANSFUSE_ASSIGN_OR_RETURN(registration.descriptor, liar->describe(lie));
   TRANSFUSE_ASSIGN_OR_RETURN(liar->member_, control.join(registration));
-  auto drained = control.begin_write(liar->member_, {.version = 1}, Deadline::after_ms(5000));
+  auto drained = control.begin_write(
+      liar->member_, {.version = 1, .replaces = {}, .when_leased = {}}, Deadline::after_ms(5000));
   if (!drained) return Unexpected{std::move(drained).error()};
   TRANSFUSE_RETURN_IF_ERROR(control.publish(
       liar->member_,
