@@ -2,6 +2,7 @@
 #include "session/source_link.h"
 
 #include <algorithm>
+#include <atomic>
 #include <array>
 #include <chrono>
 #include <cstddef>

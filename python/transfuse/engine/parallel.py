@@ -27,7 +27,9 @@ class TensorParallel:
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in place; returned for convenience."""
         if self.size > 1:
-            dist.all_reduce(tensor, group=self._group)
+            parts = [torch.empty_like(tensor) for _ in range(self.size)]
+            dist.all_gather(parts, tensor, group=self._group)
+            torch.add(parts[0], parts[1], out=tensor)
         return tensor
 
     def gather_columns(self, local: torch.Tensor, note: bool) -> tuple[torch.Tensor, bool]:
