@@ -69,9 +69,9 @@ class Model:
         x = self._embed(tokens)
         for index, layer in enumerate(self._layers):
             heads = self._attention(index, layer, self._normed(x, layer.input_norm), shared, cache)
-            x = x + self._parallel.sum_(F.linear(heads, layer.attention_out))
+            x = x + self._parallel.sum(F.linear(heads, layer.attention_out))
             gate, up = F.linear(self._normed(x, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
-            x = x + self._parallel.sum_(F.linear(F.silu(gate) * up, layer.down))
+            x = x + self._parallel.sum(F.linear(F.silu(gate) * up, layer.down))
         return self._normed(x, self._norm)
 
     def logits(self, hidden: torch.Tensor, note: bool = False) -> tuple[torch.Tensor, bool]:
@@ -85,7 +85,7 @@ class Model:
         local = tokens - self._first_token
         elsewhere = (local < 0) | (local >= self._embedding.shape[0])
         x = F.embedding(local.masked_fill(elsewhere, 0), self._embedding)
-        return self._parallel.sum_(x.masked_fill_(elsewhere[..., None], 0))
+        return self._parallel.sum(x.masked_fill_(elsewhere[..., None], 0))
 
     def _shared(self, positions: torch.Tensor) -> _Positions:
         rows, count = positions.shape
