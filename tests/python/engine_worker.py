@@ -198,7 +198,7 @@ def lose(rank: int, folder: Path, attempt: int) -> None:
         engine = Engine(weights, parallel, slots=8, max_tokens=32, version=1)
         engine.safe_point = Planned({3}, die)
         start = time.monotonic()
-        error = message_of(RuntimeError, lambda: engine.generate(REQUESTS))
+        error = message_of(transfuse.UnavailableError, lambda: engine.generate(REQUESTS))
         (folder / "lost.txt").write_text(f"{time.monotonic() - start}\n{error}")
         dist.destroy_process_group()
         join(rank, 2, folder, "rendezvous-1")

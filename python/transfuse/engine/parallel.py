@@ -5,29 +5,18 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from transfuse.engine.shared_lane import SharedLane
 from transfuse.errors import InvalidArgumentError, UnavailableError
-
-_SLOT_BYTES = 1 << 20  # a step of 256 sequences with 1,024 hidden f32; longer messages take gloo
 
 
 class TensorParallel:
     """The tensor parallel group of one engine, as the caller made it; None: one rank, no group.
 
-    With `one_host`, which all ranks must say or none, what a step exchanges goes through shared
-    memory: the two threads that gloo wakes on either side cost more than the arithmetic of a small
-    model. Every call is collective and ends by the timeout that the group was made with, or by
-    `timeout_s` in shared memory; a rank that is gone is an UnavailableError on the others. Results
-    are bit-identical on all ranks. Used from one thread.
+    Every call is collective and ends by the timeout that the group was made with; a rank that is
+    gone or silent is an UnavailableError on the others. Results are bit-identical on all ranks.
+    Used from one thread.
     """
 
-    def __init__(
-        self,
-        group: dist.ProcessGroup | None = None,
-        *,
-        one_host: bool = False,
-        timeout_s: float = 60.0,
-    ) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self._group = group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
@@ -35,20 +24,6 @@ class TensorParallel:
             raise InvalidArgumentError(
                 "tensor parallel group: this process is not one of its ranks"
             )
-        self._lane: SharedLane | None = None
-        if group is not None and one_host and self.size > 1:
-            self._lane = SharedLane(
-                group,
-                rank=self.rank,
-                size=self.size,
-                slot_bytes=_SLOT_BYTES,
-                timeout_s=timeout_s,
-            )
-
-    def close(self) -> None:
-        """Lets the shared memory go; peers that wait for this rank fail at once."""
-        if self._lane is not None:
-            self._lane.close()
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, added in rank order and rounded once."""
@@ -75,13 +50,10 @@ class TensorParallel:
         return said
 
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[ranks, *shape]; valid until the next call."""
-        tensor = tensor.contiguous()
-        if self._lane is not None and tensor.nbytes <= self._lane.slot_bytes:
-            return self._lane.gather(tensor)
+        """[ranks, *shape]."""
         parts = tensor.new_empty((self.size, *tensor.shape))
         try:
-            dist.all_gather(list(parts.unbind()), tensor, group=self._group)
+            dist.all_gather(list(parts.unbind()), tensor.contiguous(), group=self._group)
         except RuntimeError as error:
             raise UnavailableError(f"a rank of the engine is gone or silent: {error}") from error
         return parts
