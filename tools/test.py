@@ -69,7 +69,9 @@ def run_ctest(build: Path, jobs: int, labels: str | None) -> Tally:
     command = ["ctest", "--test-dir", str(build), "--output-on-failure", f"-j{jobs}"]
     command += ["--no-tests=error", "--output-junit", str(report)]
     command += ["-L", labels] if labels else []
-    return read_junit(report, "ctest", subprocess.run(command, check=False).returncode)
+    environment = dict(os.environ, TSAN_OPTIONS=f"suppressions={ROOT / 'tools' / 'tsan.supp'}")
+    result = subprocess.run(command, check=False, env=environment)
+    return read_junit(report, "ctest", result.returncode)
 
 
 def run_pytest(build: Path) -> Tally:

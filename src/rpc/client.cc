@@ -450,7 +450,8 @@ class RpcControl final : public Control {
 
   std::shared_ptr<Connection> connection_;  // shared with watches
   Mutex mutex_;
-  std::map<Digest, Layout> layouts_ GUARDED_BY(mutex_);
+  // abseil's macro of that name, below gRPC, is taken for the one of base/mutex.h.
+  std::map<Digest, Layout> layouts_ GUARDED_BY(mutex_);  // NOLINT(misc-include-cleaner)
   std::map<std::pair<uint64_t, uint64_t>, std::string> descriptors_ GUARDED_BY(mutex_);
   uint64_t descriptor_bytes_ GUARDED_BY(mutex_) = 0;
   // shared: a lease is put together after the roster may have been replaced

@@ -117,13 +117,15 @@ TEST(SharedMemory, LeavesNeitherDescriptorsNorMappings) {
   static_cast<void>(create_shared_memory(4096).value());
   const uint64_t descriptors = open_descriptors(getpid());
   const uint64_t maps = mappings(getpid());
-  for (int i = 0; i < 200; ++i) {
+  const int rounds = 200;
+  for (int i = 0; i < rounds; ++i) {
     const auto memory = create_shared_memory(4096).value();
     static_cast<void>(map_peer_memory(memory.fd, 4096).value());
     static_cast<void>(map_peer_memory(memory.fd, 4097));
   }
   EXPECT_EQ(open_descriptors(getpid()), descriptors);
-  EXPECT_EQ(mappings(getpid()), maps);
+  // A leak would be one a round; the allocator, a sanitizer's above all, may map a few for itself.
+  EXPECT_LT(mappings(getpid()), maps + rounds / 2);
 }
 
 }  // namespace
