@@ -26,6 +26,17 @@ Layout small_layout() {
   return builder.build().value();
 }
 
+// In place: what was offered before is overwritten.
+WriteRequest replacing(uint64_t version) {
+  WriteRequest request{.version = version, .replaces = {}, .when_leased = {}};
+  if (version > 1) request.replaces.push_back(version - 1);
+  return request;
+}
+
+Offer offer_of(uint64_t version, uint32_t slot = 0) {
+  return {.version = version, .generation = {7, 2 * version}, .slot = slot};
+}
+
 class Local : public testing::Test {
  protected:
   MemberId join(Control& control, MemberRole role, const std::string& name, uint32_t count = 1) {
@@ -42,8 +53,8 @@ class Local : public testing::Test {
         .value();
   }
   void write(Control& control, MemberId source, uint64_t version) {
-    ASSERT_TRUE(control.begin_write(source, version, Deadline::after_ms(5000)));
-    ASSERT_TRUE(control.publish(source, version, {7, 2 * version}));
+    ASSERT_TRUE(control.begin_write(source, replacing(version), Deadline::after_ms(5000)));
+    ASSERT_TRUE(control.publish(source, offer_of(version)));
   }
 
   LocalCoordinator coordinator_;
@@ -64,8 +75,10 @@ TEST_F(Local, AnAcquireInOneThreadEndsWhenAnotherPublishes) {
             "at trainer0");
   EXPECT_EQ(engine_->get_layout(lease->sources[0].layout, Deadline::after_ms(5000))->digest(),
             small_layout().digest());
-  EXPECT_TRUE(engine_->release(lease->id, LeaseEnd::kLanded, Deadline::after_ms(5000)));
-  EXPECT_EQ(engine_->release(lease->id, LeaseEnd::kLanded, Deadline::after_ms(5000)).error().code,
+  EXPECT_TRUE(engine_->release(lease->id, {.end = LeaseEnd::kLanded}, Deadline::after_ms(5000)));
+  EXPECT_EQ(engine_->release(lease->id, {.end = LeaseEnd::kLanded}, Deadline::after_ms(5000))
+                .error()
+                .code,
             ErrorCode::kNotFound);
   EXPECT_EQ(engine_->members("policy")->at(1).version, 1u) << "what has landed is known";
 }
@@ -83,13 +96,13 @@ TEST_F(Local, BeginWriteRevokesAReaderThatNeverReleases) {
   write(*trainer_, source, 1);
   const auto lease = engine_->acquire(target, {}, Deadline::after_ms(1000));
   ASSERT_TRUE(lease);
-  const auto drained = trainer_->begin_write(source, 2, Deadline::after_ms(50));
+  const auto drained = trainer_->begin_write(source, replacing(2), Deadline::after_ms(50));
   ASSERT_TRUE(drained);
   EXPECT_EQ(drained->revoked, 1u);
   const auto event = engine_->next_event(target, Deadline::after_ms(1000));
   ASSERT_TRUE(event && event->has_value());
   EXPECT_EQ((*event)->kind, MemberEvent::Kind::kRevoked);
-  EXPECT_TRUE(engine_->release(lease->id, LeaseEnd::kUnchanged, Deadline::after_ms(5000)))
+  EXPECT_TRUE(engine_->release(lease->id, {.end = LeaseEnd::kUnchanged}, Deadline::after_ms(5000)))
       << "releasing what was revoked is no error";
 }
 
@@ -117,7 +130,7 @@ TEST_F(Local, ALostMemberIsUnknownToItsOwnHandle) {
   write(*trainer_, source, 1);
   EXPECT_TRUE(coordinator_.lose("policy", MemberRole::kSource, "trainer0"));
   EXPECT_FALSE(coordinator_.lose("policy", MemberRole::kSource, "trainer0"));
-  EXPECT_EQ(trainer_->publish(source, 2, {7, 4}).error().code, ErrorCode::kNotFound);
+  EXPECT_EQ(trainer_->publish(source, offer_of(2)).error().code, ErrorCode::kNotFound);
 }
 
 TEST_F(Local, AHandleCannotActForAMemberOfAnother) {
