@@ -10,6 +10,10 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <utility>
+#include <vector>
+
+#include "base/mutex.h"
 #include "transfuse/control.h"
 #include "transfuse/deadline.h"
 #include "transfuse/layout.h"
@@ -60,6 +64,8 @@ class Local : public testing::Test {
   LocalCoordinator coordinator_;
   std::unique_ptr<Control> trainer_ = coordinator_.connect();
   std::unique_ptr<Control> engine_ = coordinator_.connect();
+  Mutex mutex_;
+  std::vector<std::unique_ptr<Control>> handles_ GUARDED_BY(mutex_);
 };
 
 TEST_F(Local, AnAcquireInOneThreadEndsWhenAnotherPublishes) {
@@ -137,6 +143,41 @@ TEST_F(Local, AHandleCannotActForAMemberOfAnother) {
   const MemberId source = join(*trainer_, MemberRole::kSource, "trainer0");
   EXPECT_EQ(engine_->leave(source).error().code, ErrorCode::kNotFound);
   EXPECT_EQ(coordinator_.stats().members, 1u);
+}
+
+TEST_F(Local, RanksInTwoThreadsCommitTogether) {
+  const MemberId source = join(*trainer_, MemberRole::kSource, "trainer0");
+  write(*trainer_, source, 1);
+  const auto rank = [&](const std::string& name) {
+    auto control = coordinator_.connect();
+    Registration registration;
+    registration.role = MemberRole::kTarget;
+    registration.model = "policy";
+    registration.name = name;
+    registration.incarnation = 7;
+    registration.layout = small_layout().digest();
+    registration.group = "engine";
+    registration.group_size = 2;
+    const MemberId id = control->join(registration).value();
+    const Deadline deadline = Deadline::after_ms(10000);
+    const Lease lease = control->acquire(id, {}, deadline).value();
+    EXPECT_TRUE(control->release(lease.id, {.end = LeaseEnd::kUnchanged}, deadline));
+    EXPECT_TRUE(control->vote(id, lease.round, true, "", deadline));
+    EXPECT_TRUE(control->decision(id, lease.round, deadline)->commit);
+    EXPECT_TRUE(control->applied(id, lease.round, lease.version, deadline));
+    const GroupInfo group = control->groups("policy")->front();
+    EXPECT_EQ(group.state, GroupState::kWhole);
+    EXPECT_EQ(group.version, 1u);
+    EXPECT_TRUE(control->hold(id, 1, deadline));
+    // Whoever leaves first must not break the group before the other has looked.
+    const MutexLock lock(mutex_);
+    handles_.push_back(std::move(control));
+  };
+  std::thread first([&] { rank("rank0"); });
+  rank("rank1");
+  first.join();
+  EXPECT_EQ(trainer_->groups("")->size(), 1u);
+  EXPECT_FALSE(trainer_->history("policy", 1)->empty());
 }
 
 TEST_F(Local, AHandleOfTheParentIsInertInAForkedChild) {
