@@ -111,10 +111,11 @@ void LeaseTable::expire_waiter(uint64_t id, TimePoint now) {
       break;
     case WaiterKind::kLease: {
       const auto model = models_.find(registration.model);
-      fail_waiter(id,
-                  Error{ErrorCode::kDeadlineExceeded,
-                        fmt::format("{} waited {} ms: {}", registration.name, waited_ms,
-                                    who_is_missing(model->first, model->second, waiter.request))});
+      fail_waiter(
+          id,
+          Error{ErrorCode::kDeadlineExceeded,
+                fmt::format("{} waited {} ms: {}", registration.name, waited_ms,
+                            who_is_missing(model->first, model->second, member, waiter.request))});
       break;
     }
     case WaiterKind::kTable:
