@@ -81,6 +81,7 @@ class ShadowReceiver final : public Receiver, private FetchMemory {
     const Stopwatch watch;
     auto outcome = refit_until({.request = request, .deadline = deadline});
     report_.phases.total_us = watch.elapsed_us();
+    log_refit(member_->options(), report_, outcome);
     if (!outcome) return Unexpected{std::move(outcome).error()};
     return report_;
   }
@@ -115,6 +116,7 @@ class ShadowReceiver final : public Receiver, private FetchMemory {
     if (!stage_->moving()) cancelled_ = false;
     const Stopwatch watch;
     auto outcome = commit_staged(deadline);
+    log_refit(member_->options(), report_, outcome);
     if (!outcome) return Unexpected{std::move(outcome).error()};
     report_.phases.total_us += watch.elapsed_us();
     return report_;
