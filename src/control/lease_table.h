@@ -237,6 +237,7 @@ class LeaseTable {
     uint64_t member = 0;  // 0: gone
     uint64_t incarnation = 0;
     bool published = false;
+    bool withdrawn = false;  // the source was told that it may write over it
     Offer offer{};
   };
   struct Version {
@@ -331,6 +332,7 @@ class LeaseTable {
   void finish_version(const std::string& model, uint64_t version, VersionState state,
                       std::string_view reason, TimePoint now);
   void resume_source(Member& source, const Resume& resume, TimePoint now);
+  void withdraw(Member& source, uint64_t version);
   bool revive(const Member& source, uint64_t version);
   void drop_versions_of(const Registration& restarted, TimePoint now);
   void source_gone(const Member& source, std::string_view why, TimePoint now);

@@ -215,6 +215,48 @@ TEST_F(TwoSources, OneThatWaitsInVainDoesNotOpenWhatAnotherStillDrains) {
   EXPECT_EQ(reply<LeaseReply>(late)->result.error().code, ErrorCode::kVersionGone);
 }
 
+// A source dies before it has published what the other has, and comes back.
+class Revived : public Table {
+ protected:
+  void SetUp() override {
+    for (const uint64_t number : {1u, 2u}) {
+      write_slot(a_, replacing(number, {}), static_cast<uint32_t>(number));
+      ASSERT_TRUE(drained(begin(b_, replacing(number, {}))));
+      if (number == 1) {
+        ASSERT_TRUE(publish(b_, number, 1));
+      }
+    }
+    table().lose(b_, "silent", now_);
+  }
+  void come_back() {
+    b_ = try_join(MemberRole::kSource, "b", 7, 2,
+                  Resume{.last_published = 1, .offers = {offer_of(1, 1)}, .writing = 2})
+             .value();
+  }
+  uint64_t a_ = source("a", 2);
+  uint64_t b_ = source("b", 2);
+};
+
+TEST_F(Revived, WhatTheOthersStillOfferIsOpenAgain) {
+  EXPECT_EQ(version(2).state, VersionState::kAborted);
+  come_back();
+  EXPECT_EQ(version(2).state, VersionState::kOpen);
+  ASSERT_TRUE(publish(b_, 2, 2));
+  EXPECT_EQ(version(2).state, VersionState::kReady);
+  const Lease held = lease(target("t"));
+  EXPECT_EQ(held.sources.size(), 2u);
+  EXPECT_EQ(drained(begin(a_, replacing(3, {2, 1})))->replaced, 1u) << "2 is read, and no slot is "
+                                                                       "taken for one that ended";
+}
+
+TEST_F(Revived, WhatTheOthersMayHaveWrittenOverIsNotReadyAgain) {
+  EXPECT_EQ(drained(begin(a_, replacing(3, {2})))->replaced, 2u);
+  ASSERT_TRUE(table().abort_version(a_, 3, "the trainer failed", now_));
+  come_back();
+  ASSERT_TRUE(publish(b_, 2, 2));
+  EXPECT_EQ(version(2).state, VersionState::kOpen) << "the bytes of a are gone";
+}
+
 TEST_F(Table, AnOpenOfferThatIsReplacedIsAborted) {
   const auto a = source("a", 2);
   (void)source("b", 2);

@@ -88,7 +88,8 @@ void LeaseTable::begin_write(WaiterId waiter, uint64_t source, const WriteReques
                      version.leases.size()),
          now);
   }
-  if (request.when_leased == WhenLeased::kRevoke) return expire_waiter(id, now);
+  const bool revokes = !version.leases.empty() && request.when_leased == WhenLeased::kRevoke;
+  if (revokes) return expire_waiter(id, now);
   drained_if_empty(model, drained, now);
 }
 
@@ -183,11 +184,24 @@ void LeaseTable::open_version(Member& source, uint64_t number, TimePoint now) {
   if (opened) changed(registration.model, number, version);
 }
 
+// The source may write over its part of `number` from here on.
+void LeaseTable::withdraw(Member& source, uint64_t number) {
+  source.offers.erase(number);
+  auto& versions = models_.find(source.registration.model)->second.versions;
+  const auto version = versions.find(number);
+  if (version == versions.end()) return;
+  const auto part = version->second.participants.find(source.registration.name);
+  if (part != version->second.participants.end() && part->second.member == source.id) {
+    part->second.withdrawn = true;
+  }
+}
+
 // The drain of `waiter_id` is over: the new version is open.
 void LeaseTable::finish_begin(uint64_t waiter_id, TimePoint now) {
   const Waiter waiter = waiters_.at(waiter_id);
   Member& source = members_.at(waiter.member);
   remove_waiter(waiter_id);
+  if (waiter.drained != 0) withdraw(source, waiter.drained);
   DrainReply reply{
       .waiter = WaiterId{waiter_id},
       .result = DrainOutcome{.revoked = waiter.revoked,
@@ -421,6 +435,10 @@ bool LeaseTable::revive(const Member& source, uint64_t number) {
   at->second.state = VersionState::kOpen;
   at->second.lost = false;
   at->second.reason.clear();
+  for (auto& [name, part] : at->second.participants) {
+    if (part.withdrawn) part.published = false;
+    if (part.published && part.member != 0) members_.at(part.member).offers[number] = part.offer;
+  }
   changed(registration.model, number, at->second);
   return true;
 }
