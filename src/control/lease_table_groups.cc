@@ -122,13 +122,22 @@ void LeaseTable::recover_round(const Member& member, Group& group, const Resume&
 }
 
 // Once every rank is back, a recovered round is as any other, or aborted if none was told COMMIT:
-// then nobody has applied it.
+// then nobody has applied it. Where all hold its version, some may have been told and have
+// finished.
 void LeaseTable::settle_recovered(const std::string& model, Group& group, TimePoint now) {
   if (!group.round || !group.round->recovered || group.ranks.size() < group.size) return;
   if (group.round->committed) {
     group.round->recovered = false;
     timers_.erase({group.round->deadline, TimerKind::kRound, group.round->id});
     return;
+  }
+  if (holds(group, group.round->version)) {
+    return lose_round(
+        model, group,
+        fmt::format("the coordinator was lost while the ranks, which hold version {}, "
+                    "received it again",
+                    group.round->version),
+        now);
   }
   end_round(model, group,
             {.commit = false, .reason = "the coordinator was lost before it was known to any rank"},

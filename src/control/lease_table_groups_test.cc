@@ -456,6 +456,18 @@ TEST_F(Restarted, WhatNoRankWasToldIsAborted) {
   refit({r0_, r1_});
 }
 
+TEST_F(Group, ACommitOfWhatAllHoldAlreadyIsNotAbortedByARestart) {
+  write(a_, 1);
+  refit({r0_, r1_});
+  const Lease staged = stage({r0_, r1_});  // the same again; r1 is told, has finished, and forgets
+  restart();
+  r0_ = rank("r0", 2, 7, voted(staged, 1));
+  r1_ = rank("r1", 2, 7, Resume{.landed = 1});
+  EXPECT_EQ(decided(ask_decision(r0_, staged.round)).error().code, ErrorCode::kGroupBroken);
+  EXPECT_EQ(group().state, GroupState::kWhole);
+  EXPECT_EQ(table().stats().rounds, 0u);
+}
+
 TEST_F(Restarted, ARankThatGivesUpCannotAbortWhatAnotherMayHaveBeenTold) {
   r0_ = rank("r0", 2, 7, voted(staged_, 1));
   ASSERT_TRUE(vote(r0_, staged_.round, false, "its deadline passed"));

@@ -193,13 +193,16 @@ TEST_F(TwoSources, AVersionThatOneSourceSkipsIsGoneForThoseThatHaveBegunOrPublis
   EXPECT_EQ(drained(begin(b_, replacing(4, {1, 3})))->replaced, 3u) << "it ended already";
 }
 
-TEST_F(TwoSources, ASourceThatWaitsForRoomWhileAnotherSkipsIsTold) {
-  const WaiterId waits = begin(b_, replacing(2, {1}, kWait));
+TEST_F(TwoSources, ASourceThatWaitsForRoomWhileAnotherSkipsIsToldAtOnceAndRevokesNobody) {
+  const WaiterId waits = begin(b_, replacing(2, {1}, kRevokeAtDeadline), 50);
   EXPECT_EQ(reply<DrainReply>(waits), nullptr);
   (void)begin(a_, replacing(2, {1}, kSkip));
-  ASSERT_TRUE(release(t_, held_, LeaseEnd::kLanded));
   ASSERT_NE(reply<DrainReply>(waits), nullptr);
   EXPECT_EQ(drained(waits).error().code, ErrorCode::kVersionGone);
+  EXPECT_THAT(drained(waits).error().message, HasSubstr("skipped: source a"));
+  EXPECT_EQ(lease(target("u")).version, 1u) << "open to readers again";
+  wait_ms(50);
+  EXPECT_TRUE(release(t_, held_, LeaseEnd::kLanded));
 }
 
 TEST_F(TwoSources, OneThatWaitsInVainDoesNotOpenWhatAnotherStillDrains) {
@@ -213,6 +216,16 @@ TEST_F(TwoSources, OneThatWaitsInVainDoesNotOpenWhatAnotherStillDrains) {
   wait_ms(50);
   EXPECT_EQ(drained(stern)->revoked, 1u);
   EXPECT_EQ(reply<LeaseReply>(late)->result.error().code, ErrorCode::kVersionGone);
+}
+
+// The answer to its publish() was lost: it comes back as one that is still writing.
+TEST_F(TwoSources, AReadyVersionEndsWithTheLastThatOffersItThoughAnotherWouldPublishItAgain) {
+  table().lose(a_, "silent", now_);
+  a_ = try_join(MemberRole::kSource, "a", 7, 2, Resume{.writing = 1}).value();
+  EXPECT_EQ(version(1).state, VersionState::kReady);
+  table().lose(b_, "killed", now_);
+  EXPECT_EQ(version(1).state, VersionState::kRetired);
+  EXPECT_EQ(publish(a_, 1).error().code, ErrorCode::kVersionGone);
 }
 
 // A source dies before it has published what the other has, and comes back.

@@ -112,16 +112,26 @@ uint64_t LeaseTable::choose_replaced(const Member& source, const WriteRequest& r
   return unread ? *unread : oldest.value_or(0);
 }
 
-// Ends a version for every source before it was complete.
+// Ends a version for every source before it was complete. Who waits to write it is told at once: it
+// must not revoke readers for a version that cannot come.
 void LeaseTable::skip_version(const Member& source, uint64_t number, TimePoint now) {
   const Registration& registration = source.registration;
-  Version& version = models_.find(registration.model)->second.versions[number];
+  Model& model = models_.find(registration.model)->second;
+  Version& version = model.versions[number];
   if (version.opened == TimePoint{}) version.opened = now;
   version.source_count = registration.source_count;
   version.skipped = true;
-  finish_version(registration.model, number, VersionState::kAborted,
-                 fmt::format("skipped: source {} had no slot that nobody reads", registration.name),
-                 now);
+  const std::string reason =
+      fmt::format("skipped: source {} had no slot that nobody reads", registration.name);
+  finish_version(registration.model, number, VersionState::kAborted, reason, now);
+  for (const auto& [name, id] : model.sources) {
+    const auto drain = members_.at(id).drain;
+    if (!drain || waiters_.at(*drain).request.version != number) continue;
+    fail_waiter(*drain,
+                Error{ErrorCode::kVersionGone, fmt::format("version {} of model {} was {}", number,
+                                                           registration.model, reason)});
+  }
+  serve_waiters(registration.model, now);  // what they drained is open to readers again
 }
 
 Result<void> LeaseTable::check_begin(const Member& source, uint64_t version) const {
@@ -378,8 +388,9 @@ void LeaseTable::source_gone(const Member& source, std::string_view why, TimePoi
     if (version.state == VersionState::kOpen) {
       ended.emplace_back(number, VersionState::kAborted);
     } else if (version.state == VersionState::kReady &&
-               std::none_of(version.participants.begin(), version.participants.end(),
-                            [](const auto& p) { return p.second.member != 0; })) {
+               std::none_of(
+                   version.participants.begin(), version.participants.end(),
+                   [](const auto& p) { return p.second.published && p.second.member != 0; })) {
       ended.emplace_back(number, VersionState::kRetired);
     }
   }

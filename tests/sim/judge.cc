@@ -203,6 +203,7 @@ void Judge::see_drain(const DrainReply& reply, TimePoint now) {
   const auto waiter = answered(reply.waiter);
   if (!waiter) return;
   const uint64_t wanted = waiter->write.version;
+  if (waiter->deadline <= now) due_at_ = now;
   if (!reply.result) {
     const ErrorCode code = reply.result.error().code;
     if (code == ErrorCode::kDeadlineExceeded) {
@@ -326,7 +327,8 @@ void Judge::see_lease(const LeaseReply& reply, TimePoint now) {
   }
   const bool opened = rounds_.contains(lease.round);  // then it may finish what others began
   for (const auto& [id, other] : waiters_) {
-    expect(other.kind != Kind::kDrain || other.drains != lease.version || opened,
+    const bool waits = other.kind == Kind::kDrain && other.write.when_leased != WhenLeased::kSkip;
+    expect(!waits || other.drains != lease.version || opened,
            "a new lease on a version that is drained");
   }
   if (lease.round != 0) see_round(*waiter, target->second, lease, now);
