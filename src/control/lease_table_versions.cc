@@ -426,7 +426,9 @@ void LeaseTable::drop_versions_of(const Registration& restarted, TimePoint now) 
       versions.erase(number);
     }
   }
-  if (!numbers.empty()) found->second.floor = 0;
+  if (numbers.empty()) return;
+  found->second.floor = 0;
+  ++found->second.run;
 }
 
 // A version that ended only because this source seemed lost is open again, if nobody has gone on.

@@ -15,6 +15,7 @@ namespace transfuse::sim {
 // Stands for the bytes of one chunk: which process wrote them, for which version.
 struct Stamp {
   uint64_t incarnation = 0;
+  uint64_t run = 0;  // of the job, which may count from below when it restarts
   uint64_t version = 0;
   uint64_t serial = 0;  // of the write: the same version is never written twice alike
   auto operator<=>(const Stamp&) const = default;

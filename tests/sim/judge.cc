@@ -48,6 +48,7 @@ void Judge::coordinator_died(TimePoint now) {
   versions_.clear();
   skipped_.clear();
   states_.clear();
+  recounted_ = false;
   for (auto& [id, round] : rounds_) {
     round.recorded.reset();
     round.deadline = now + std::chrono::minutes(1);  // its ranks come back when they can
@@ -73,7 +74,10 @@ void Judge::joined(uint64_t id, const JoinRequest& request, TimePoint now) {
   member.suspect = false;
   if (!inserted) return;  // the same process again: nothing of it has ended
   member.registration = wanted;
-  if (wanted.role == MemberRole::kSource && !request.resume) skipped_.clear();
+  if (wanted.role == MemberRole::kSource) {
+    skipped_.clear();
+    recounted_ = recounted_ || !versions_.empty();
+  }
   if (!request.resume) return;
   member.resumed = true;
   member.landed = request.resume->landed;

@@ -124,6 +124,7 @@ class Judge {
   std::map<uint64_t, VersionState> versions_;
   std::set<uint64_t> skipped_;
   std::map<std::string, GroupState> states_;
+  bool recounted_ = false;     // a trainer has started again and may count from below
   std::set<uint64_t> dying_;   // members whose time ends in this tick
   std::set<uint64_t> ending_;  // leases that may have ended before they were revoked
   bool upheaval_ = false;      // in this event somebody came or went

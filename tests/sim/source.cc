@@ -144,7 +144,8 @@ void Source::write(uint32_t index) {
   Slot& slot = slots_[index];
   slot.offered = 0;
   ++slot.generation.counter;  // odd: it is being written
-  const Stamp stamp{.incarnation = incarnation(), .version = version_, .serial = serial};
+  const Stamp stamp{
+      .incarnation = incarnation(), .run = job_.run, .version = version_, .serial = serial};
   const auto some_ms = [this] { return ms(1 + static_cast<int64_t>(world().random().below(20))); };
   after(some_ms(), [this, index, stamp, some_ms] {
     slots_[index].chunks[0] = stamp;

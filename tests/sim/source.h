@@ -15,6 +15,7 @@ namespace transfuse::sim {
 // The ranks of one job agree on the numbers of versions; each step takes the next one.
 struct Job {
   uint32_t source_count = 1;
+  uint64_t run = 0;  // starts of all ranks together
   uint64_t top = 0;  // the highest number that a rank has taken
 };
 

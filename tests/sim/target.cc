@@ -44,7 +44,8 @@ Resume Target::resume() const {
   return {.landed = claims_,
           .voted_round = voted_round_,
           .voted_version = voted_version_,
-          .told_commit = told_commit_};
+          .told_commit = told_commit_,
+          .applied = applied_};
 }
 
 void Target::forget() {
@@ -53,7 +54,7 @@ void Target::forget() {
   in_commit_ = serves_ = false;
   lease_.reset();
   voted_round_ = voted_version_ = 0;
-  told_commit_ = false;
+  told_commit_ = applied_ = false;
 }
 
 void Target::run() { pause_and_step(); }
@@ -97,7 +98,7 @@ void Target::leased(const Lease& lease) {
   torn_ = false;
   if (voted_round_ != lease.round) {
     voted_round_ = 0;
-    told_commit_ = false;
+    told_commit_ = applied_ = false;
   }
   read_generations(false);
 }
@@ -187,6 +188,7 @@ void Target::put_in_place(uint64_t version) {
     std::erase_if(weights_, [&](const auto& part) { return !read_.contains(part.first); });
   }
   claims_ = last_claim_ = version;
+  ++changes_;
   serves_ = false;
   world().seen_change(*this);
   in_commit_ = before;
@@ -211,7 +213,7 @@ void Target::vote(bool ready, int tries) {
     voted_round_ = lease_->round;
     voted_version_ = lease_->version;
     voted_epoch_ = world().coordinator().epoch();
-    told_commit_ = false;
+    told_commit_ = applied_ = false;
   }
   call(
       150,
@@ -259,6 +261,7 @@ void Target::decided(bool commit) {
   told_commit_ = voted_round_ == lease_->round;
   after_ms(static_cast<int64_t>(world().random().below(60)), [this] {  // the safe point
     put_in_place(lease_->version);
+    applied_ = told_commit_;
     say_applied(kTries);
   });
 }
@@ -275,7 +278,7 @@ void Target::say_applied(int tries) {
         const auto* applied = std::get_if<Result<void>>(&answer);
         if (applied != nullptr && *applied) {
           voted_round_ = 0;
-          told_commit_ = false;
+          told_commit_ = applied_ = false;
         } else if (tries > 0) {
           return after_ms(20, [=, this] { say_applied(tries - 1); });
         }
@@ -294,9 +297,9 @@ void Target::look_at_group() {
         }
         return Result<uint64_t>(whole);
       },
-      [this, asked_with = claims_](const Answer& answer) {
+      [this, asked_at = changes_](const Answer& answer) {
         const auto* whole = std::get_if<Result<uint64_t>>(&answer);
-        if (whole == nullptr || asked_with != claims_) return;
+        if (whole == nullptr || asked_at != changes_) return;
         serves_ = claims_ != 0 && **whole == claims_;
       });
 }

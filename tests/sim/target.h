@@ -62,6 +62,7 @@ class Target final : public Process {
   uint64_t claims_ = 0;
   uint64_t last_claim_ = 0;
   std::map<uint64_t, Chunks> weights_;
+  uint64_t changes_ = 0;  // of claims_, also to the same number
   bool in_commit_ = false;
   bool serves_ = false;
 
@@ -73,6 +74,7 @@ class Target final : public Process {
   uint64_t voted_version_ = 0;
   uint64_t voted_epoch_ = 0;
   bool told_commit_ = false;
+  bool applied_ = false;
 };
 
 }  // namespace transfuse::sim

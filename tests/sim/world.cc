@@ -164,6 +164,7 @@ void World::trouble() {
     case 2:  // the job dies and goes on from a checkpoint: it may count from below
       ++counts_.kills;
       for (const auto& source : sources_) source->kill();
+      ++job_.run;
       job_.top -= std::min<uint64_t>(job_.top, random_.below(4));
       for (const auto& source : sources_) start_later(*source);
       return;
@@ -255,12 +256,13 @@ void World::check_engines() {
       return rank->alive() && rank->serves() && !rank->in_commit();
     });
     if (!steps) continue;
+    const Stamp& first = ranks.front()->weights().begin()->second.front();
     for (const Target* rank : ranks) {
       judge_.expect(rank->claims() == ranks.front()->claims(),
                     "I8: an engine serves with ranks of different versions");
       for (const auto& [incarnation, chunks] : rank->weights()) {
         for (const Stamp& chunk : chunks) {
-          judge_.expect(chunk.version == rank->claims(),
+          judge_.expect(chunk.version == rank->claims() && chunk.run == first.run,
                         "I8: an engine serves with weights of another version");
         }
       }
