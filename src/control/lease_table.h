@@ -57,6 +57,7 @@ struct Resume {
   uint64_t voted_version = 0;
   bool told_commit = false;  // it has learned that the round was committed
   bool applied = false;      // and holds what it voted for
+  uint64_t last_round = 0;   // of the last lease that it was granted
 };
 
 struct JoinRequest {
@@ -228,6 +229,7 @@ class LeaseTable {
     uint64_t writing = 0;
     uint64_t landed = 0;
     uint64_t landed_run = 0;  // see Model::run
+    uint64_t last_round = 0;  // of its leases
     RefitSummary last_refit;
     std::optional<uint64_t> drain;  // waiter of begin_write()
     std::set<uint64_t> leases;

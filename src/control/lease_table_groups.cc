@@ -139,6 +139,14 @@ void LeaseTable::settle_recovered(const std::string& model, Group& group, TimePo
     timers_.erase({group.round->deadline, TimerKind::kRound, group.round->id});
     return;
   }
+  for (const auto& [name, id] : group.ranks) {
+    if (members_.at(id).last_round <= group.round->id) continue;  // ids rise with every coordinator
+    return lose_round(model, group,
+                      fmt::format("rank {} has gone on to another round since, and does not know "
+                                  "what was decided about version {}",
+                                  name, group.round->version),
+                      now);
+  }
   if (holds(group, group.round->version)) {
     return lose_round(
         model, group,

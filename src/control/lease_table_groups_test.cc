@@ -522,6 +522,16 @@ TEST_F(Restarted, ARankThatHadNotVotedProvesThatNothingWasDecided) {
   refit({r0_, r1_});
 }
 
+TEST_F(Restarted, ARankThatHasGoneOnMayHaveBeenToldAndForgotten) {
+  r1_ = rank("r1", 2, 7, Resume{.landed = 2, .last_round = staged_.round + 1});
+  r0_ = rank("r0", 2, 7, voted(staged_, 1));
+  const auto decision = decided(ask_decision(r0_, staged_.round));
+  EXPECT_EQ(decision.error().code, ErrorCode::kGroupBroken);
+  EXPECT_EQ(group().state, GroupState::kBroken);
+  EXPECT_THAT(group().reason, HasSubstr("rank r1 has gone on to another round"));
+  refit({r0_, r1_});
+}
+
 TEST_F(Restarted, WithoutEveryRankTheDecisionIsNotKnownAndTheGroupBroken) {
   r0_ = rank("r0", 2, 7, voted(staged_, 1));
   const WaiterId waits = ask_decision(r0_, staged_.round, 60000);

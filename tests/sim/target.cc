@@ -45,7 +45,8 @@ Resume Target::resume() const {
           .voted_round = voted_round_,
           .voted_version = voted_version_,
           .told_commit = told_commit_,
-          .applied = applied_};
+          .applied = applied_,
+          .last_round = last_round_};
 }
 
 void Target::forget() {
@@ -53,7 +54,7 @@ void Target::forget() {
   weights_.clear();
   in_commit_ = serves_ = false;
   lease_.reset();
-  voted_round_ = voted_version_ = 0;
+  voted_round_ = voted_version_ = last_round_ = 0;
   told_commit_ = applied_ = false;
 }
 
@@ -96,6 +97,7 @@ void Target::leased(const Lease& lease) {
   leases_.insert(lease.id);
   read_.clear();
   torn_ = false;
+  last_round_ = lease.round;
   if (voted_round_ != lease.round) {
     voted_round_ = 0;
     told_commit_ = applied_ = false;

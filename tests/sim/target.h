@@ -75,6 +75,7 @@ class Target final : public Process {
   uint64_t voted_epoch_ = 0;
   bool told_commit_ = false;
   bool applied_ = false;
+  uint64_t last_round_ = 0;
 };
 
 }  // namespace transfuse::sim
