@@ -20,7 +20,7 @@ namespace transfuse::sim {
 
 namespace {
 
-constexpr int kTries = 8;
+constexpr int kTries = 4;
 constexpr int64_t kRoundMs = 700;
 
 }  // namespace
@@ -98,6 +98,7 @@ void Target::leased(const Lease& lease) {
   read_.clear();
   torn_ = false;
   last_round_ = lease.round;
+  gave_up_ = false;
   if (voted_round_ != lease.round) {
     voted_round_ = 0;
     told_commit_ = applied_ = false;
