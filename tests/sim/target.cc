@@ -217,6 +217,8 @@ void Target::vote(bool ready, int tries) {
     voted_version_ = lease_->version;
     voted_epoch_ = world().coordinator().epoch();
     told_commit_ = applied_ = false;
+  } else {
+    gave_up_ = true;
   }
   call(
       150,
@@ -250,6 +252,8 @@ void Target::decide(int tries) {
           return decided((*decision)->commit);
         }
         if (tries > 0) return after_ms(20, [=, this] { decide(tries - 1); });
+        // Its last word; then what was decided after all counts.
+        if (!gave_up_) return vote(false, kTries);
         ++world().counts().unknown;
         pause_and_step();  // it keeps that it has voted, and serves nothing unless all hold it
       });
