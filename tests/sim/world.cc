@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -21,6 +22,7 @@
 #include "sim/source.h"
 #include "sim/target.h"
 #include "transfuse/deadline.h"
+#include "transfuse/versions.h"
 
 namespace transfuse::sim {
 
