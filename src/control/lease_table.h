@@ -387,7 +387,7 @@ class LeaseTable {
   void leave_group(const Member& member, std::string_view why, TimePoint now);
   bool try_grant_in_group(uint64_t waiter_id, Group& group, TimePoint now);
   void open_round(Group& group, const Waiter& waiter, uint64_t version, TimePoint now);
-  void recover_round(const Member& member, Group& group, const Resume& resume, TimePoint now);
+  void recover_round(Member& member, Group& group, const Resume& resume, TimePoint now);
   void settle_recovered(const std::string& model, Group& group, TimePoint now);
   void record(Group& group, uint64_t round, Decision decision, uint64_t run);
   void end_round(const std::string& model, Group& group, Decision decision, TimePoint now);

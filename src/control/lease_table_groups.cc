@@ -98,8 +98,7 @@ void LeaseTable::join_group(Member& member, const std::optional<Resume>& resume,
 }
 
 // The coordinator that had the round is gone. What a rank was told is true for all.
-void LeaseTable::recover_round(const Member& member, Group& group, const Resume& resume,
-                               TimePoint now) {
+void LeaseTable::recover_round(Member& member, Group& group, const Resume& resume, TimePoint now) {
   const Registration& registration = member.registration;
   const uint64_t id = resume.voted_round;
   // Of its own rounds this one knows more than a rank that was away.
@@ -115,7 +114,10 @@ void LeaseTable::recover_round(const Member& member, Group& group, const Resume&
   if (!resume.told_commit) return;
   if (current) {
     group.round->committed = true;
-    if (resume.applied) group.round->applied.insert(member.id);
+    if (resume.applied) {
+      group.round->applied.insert(member.id);
+      land(member, group.round->version, group.round->run);
+    }
     note(registration.model, group.round->version, registration.name,
          fmt::format("was told COMMIT of round {:x} by a coordinator that is gone", id), now);
   }
@@ -133,6 +135,7 @@ void LeaseTable::settle_recovered(const std::string& model, Group& group, TimePo
       const bool finished = !group.round->ready.contains(id);
       if (finished && members_.at(id).landed == group.round->version) {
         group.round->applied.insert(id);
+        land(members_.at(id), group.round->version, group.round->run);
       }
     }
     group.round->recovered = false;
@@ -488,6 +491,11 @@ std::string LeaseTable::who_holds_not(const Group& group, uint64_t version) cons
 // After any change of what ranks hold.
 void LeaseTable::settle_group(const std::string& model, Group& group, TimePoint now) {
   if (group.ranks.empty()) return;
+  if (group.round) {
+    std::erase_if(group.round->applied, [&](uint64_t id) {  // it has gone back since
+      return members_.at(id).landed != group.round->version;
+    });
+  }
   const Member& first = members_.at(group.ranks.begin()->second);
   const uint64_t version = first.landed;
   if (!holds(group, version)) return tell_change(model, first.registration.group, group);

@@ -3,24 +3,28 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <utility>
 #include <variant>
+#include <vector>
 
+#include "control/lease_table.h"
 #include "sim/coordinator.h"
 #include "sim/events.h"
 #include "sim/facts.h"
 #include "sim/process.h"
 #include "sim/source.h"
 #include "sim/world.h"
-#include "transfuse/control.h"
+#include "transfuse/deadline.h"
 #include "transfuse/result.h"
+#include "transfuse/versions.h"
 
 namespace transfuse::sim {
 
 namespace {
 
-constexpr int kTries = 8;
+constexpr int kTries = 4;
 constexpr int64_t kRoundMs = 700;
 
 }  // namespace
@@ -98,6 +102,7 @@ void Target::leased(const Lease& lease) {
   read_.clear();
   torn_ = false;
   last_round_ = lease.round;
+  gave_up_ = false;
   if (voted_round_ != lease.round) {
     voted_round_ = 0;
     told_commit_ = applied_ = false;
@@ -216,6 +221,8 @@ void Target::vote(bool ready, int tries) {
     voted_version_ = lease_->version;
     voted_epoch_ = world().coordinator().epoch();
     told_commit_ = applied_ = false;
+  } else {
+    gave_up_ = true;
   }
   call(
       150,
@@ -249,6 +256,8 @@ void Target::decide(int tries) {
           return decided((*decision)->commit);
         }
         if (tries > 0) return after_ms(20, [=, this] { decide(tries - 1); });
+        // Its last word; then what was decided after all counts.
+        if (!gave_up_) return vote(false, kTries);
         ++world().counts().unknown;
         pause_and_step();  // it keeps that it has voted, and serves nothing unless all hold it
       });

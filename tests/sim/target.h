@@ -76,6 +76,7 @@ class Target final : public Process {
   bool told_commit_ = false;
   bool applied_ = false;
   uint64_t last_round_ = 0;
+  bool gave_up_ = false;
 };
 
 }  // namespace transfuse::sim
