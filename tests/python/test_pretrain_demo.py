@@ -1,4 +1,4 @@
-"""The demo, tiny: real trainers, a real kill, results that can be read."""
+"""The pre-training demo, tiny: real trainers, a real kill, results that can be read."""
 
 from __future__ import annotations
 
@@ -12,10 +12,19 @@ from pathlib import Path
 
 import pytest
 from transfuse.demo import __main__ as command
-from transfuse.demo.text import Tokenizer, read_corpus
+from transfuse.demo.pretrain.text import Tokenizer, read_corpus
 
 TEXT = Path(__file__).resolve().parents[2] / "LICENSE"
-COMMAND = [sys.executable, "-m", "transfuse.demo", "--tiny", "--plain", "--text", str(TEXT)]
+COMMAND = [
+    sys.executable,
+    "-m",
+    "transfuse.demo",
+    "--pretrain",
+    "--tiny",
+    "--plain",
+    "--text",
+    str(TEXT),
+]
 
 
 def processes_of(job):

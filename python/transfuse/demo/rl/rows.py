@@ -1,0 +1,42 @@
+"""What is shown of every step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transfuse.demo.screen import Mood
+
+LEGEND = (
+    "rollout, trainer: versions that answered and that is trained; lag: versions between; clipped:\n"
+    "tokens whose importance ratio left its bounds; the refit into the engine beside each step in\n"
+    "ms, lease to verify while it serves, pause while it does not; memcpy: share of what memcpy\n"
+    "reaches at the same moment; check: fingerprints of every byte against those of the trainers"
+)
+HEADER = (
+    "step reward rollout trainer lag clipped |engine  lease transfer verify commit  pause memcpy  "
+    "check"
+)
+
+
+def format_row(row: Mapping[str, Any]) -> str:
+    """One line per step under HEADER."""
+    begin = (
+        f"{row['step']:4d}{row['reward']:7.3f}{row['rollout_version']:8d}{row['version']:8d}"
+        f"{row['lag']:4d}{row['clipped']:8.1%} |{row['engine_version']:6d}"
+    )
+    refit = row["refit"]
+    if refit is None:
+        return begin
+    ms = {name: us / 1e3 for name, us in refit["phases_us"].items()}
+    share = refit["gbps"] / refit["memcpy_gbps"]
+    check = "equal" if refit["verified"] else "NONE"
+    return (
+        f"{begin}{ms['lease']:7.1f}{ms['transfer']:9.2f}{ms['verify']:7.2f}{ms['commit']:7.2f}"
+        f"{refit['pause_ms']:7.2f}{share:7.0%}  {check}"
+    )
+
+
+def mood_of(row: Mapping[str, Any]) -> Mood:
+    """Bytes without proof are bad."""
+    return Mood.BAD if row["refit"] is not None and not row["refit"]["verified"] else Mood.GOOD
