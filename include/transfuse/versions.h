@@ -34,7 +34,7 @@ struct Registration {
   std::string descriptor;  // opaque to the coordinator: endpoint, token, regions, binding. At most
                            // 16 MiB, sent once
   // kTarget: the ranks of one engine, which commit together; "" and 0 for one that is alone.
-  std::string group;
+  std::string group{};
   uint32_t group_size = 0;
 };
 

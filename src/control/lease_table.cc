@@ -196,8 +196,7 @@ uint64_t LeaseTable::admit(const JoinRequest& request, TimePoint now) {
   uint64_t id = 0;
   // The number from before a restart is kept, so that what others have cached stays true.
   const uint64_t before = request.resume ? request.resume->id : 0;
-  const bool from_here = before - limits_.first_id < kIdRange;
-  if (before != 0 && !members_.contains(before) && (!from_here || before < next_id_)) {
+  if (before != 0 && !members_.contains(before) && (!from_this_life(before) || before < next_id_)) {
     id = before;
   } else {
     id = new_id();
@@ -379,6 +378,8 @@ MemberInfo LeaseTable::info(const Member& member) const {
                     .group = member.registration.group,
                     .last_refit = member.last_refit};
 }
+
+bool LeaseTable::from_this_life(uint64_t id) const { return id - limits_.first_id < kIdRange; }
 
 Error LeaseTable::no_member(uint64_t id) const {
   return Error{ErrorCode::kNotFound,

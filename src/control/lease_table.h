@@ -51,7 +51,8 @@ struct Resume {
   std::vector<Offer> offers{};  // what it offers now, rising
   uint64_t writing = 0;         // between begin_write() and publish()
   uint64_t landed = 0;          // target: what it holds
-  // Target in a group: the round that it has voted ready in and not applied or seen aborted.
+  // Target in a group: the round that it has sent a vote ready for, answered or not, until it is
+  // told ABORT or applied() has said that every rank holds the version.
   uint64_t voted_round = 0;
   uint64_t voted_version = 0;
   bool told_commit = false;  // it has learned that the round was committed
@@ -315,6 +316,7 @@ class LeaseTable {
   Member* find_member(uint64_t id, MemberRole role);
   Error no_member(uint64_t id) const;
   uint64_t new_id() { return next_id_++; }
+  bool from_this_life(uint64_t id) const;  // may have been, or may yet be, given out by new_id()
   static bool finished(VersionState state) {
     return state == VersionState::kRetired || state == VersionState::kAborted;
   }
@@ -347,7 +349,7 @@ class LeaseTable {
   bool try_grant(uint64_t waiter_id, TimePoint now);
   void grant(uint64_t waiter_id, uint64_t number, uint64_t round, TimePoint now);
   void serve_waiters(const std::string& model, TimePoint now);
-  std::string who_is_missing(const std::string& name, const Model& model,
+  std::string who_is_missing(const std::string& name, const Model& model, const Member& target,
                              const VersionRequest& request) const;
 
   // lease_table_groups.cc
@@ -357,6 +359,9 @@ class LeaseTable {
   void leave_group(const Member& member, std::string_view why, TimePoint now);
   bool try_grant_in_group(uint64_t waiter_id, Group& group, TimePoint now);
   void open_round(Group& group, const Waiter& waiter, uint64_t version, TimePoint now);
+  void recover_round(const Member& member, Group& group, const Resume& resume, TimePoint now);
+  void settle_recovered(const std::string& model, Group& group, TimePoint now);
+  void record(Group& group, uint64_t round, Decision decision);
   void end_round(const std::string& model, Group& group, Decision decision, TimePoint now);
   void lose_round(const std::string& model, Group& group, const std::string& why, TimePoint now);
   void commit_if_all_ready(const std::string& model, Group& group, TimePoint now);

@@ -91,30 +91,48 @@ void LeaseTable::join_group(Member& member, const std::optional<Resume>& resume,
   Group& group = models_.find(model)->second.groups[registration.group];
   group.size = registration.group_size;
   group.ranks[registration.name] = member.id;
-  if (resume && resume->voted_round != 0 &&
-      (!group.round || group.round->id == resume->voted_round)) {
-    // The coordinator that had the round is gone. What a rank was told is true for all.
-    if (!group.round) {
-      group.round = Round{.id = resume->voted_round,
-                          .version = resume->voted_version,
-                          .deadline = now + kRecovery,
-                          .recovered = true};
-      rounds_[resume->voted_round] = {model, registration.group};
-      timers_.emplace(group.round->deadline, TimerKind::kRound, resume->voted_round);
-    }
-    group.round->ready.insert(member.id);
-    if (resume->told_commit) group.round->committed = true;
-  }
-  if (group.round && group.round->recovered && !group.round->committed &&
-      group.ranks.size() == group.size) {
-    // Every rank is here, and none was told: nobody has applied it.
-    end_round(model, group,
-              {.commit = false,
-               .reason = "the coordinator was lost before it was "
-                         "known to any rank"},
-              now);
-  }
+  if (resume) recover_round(member, group, *resume, now);
+  settle_recovered(model, group, now);
   settle_group(model, group, now);
+  serve_waiters(model, now);
+}
+
+// The coordinator that had the round is gone. What a rank was told is true for all.
+void LeaseTable::recover_round(const Member& member, Group& group, const Resume& resume,
+                               TimePoint now) {
+  const Registration& registration = member.registration;
+  const uint64_t id = resume.voted_round;
+  // Of its own rounds this one knows more than a rank that was away.
+  if (id == 0 || from_this_life(id) || group.finished.contains(id)) return;
+  if (!group.round) {
+    group.round = Round{
+        .id = id, .version = resume.voted_version, .deadline = now + kRecovery, .recovered = true};
+    rounds_[id] = {registration.model, registration.group};
+    timers_.emplace(group.round->deadline, TimerKind::kRound, id);
+  }
+  const bool current = group.round->id == id;
+  if (current) group.round->ready.insert(member.id);
+  if (!resume.told_commit) return;
+  if (current) {
+    group.round->committed = true;
+    note(registration.model, group.round->version, registration.name,
+         fmt::format("was told COMMIT of round {:x} by a coordinator that is gone", id), now);
+  }
+  record(group, id, {.commit = true, .reason = {}});
+}
+
+// Once every rank is back, a recovered round is as any other, or aborted if none was told COMMIT:
+// then nobody has applied it.
+void LeaseTable::settle_recovered(const std::string& model, Group& group, TimePoint now) {
+  if (!group.round || !group.round->recovered || group.ranks.size() < group.size) return;
+  if (group.round->committed) {
+    group.round->recovered = false;
+    timers_.erase({group.round->deadline, TimerKind::kRound, group.round->id});
+    return;
+  }
+  end_round(model, group,
+            {.commit = false, .reason = "the coordinator was lost before it was known to any rank"},
+            now);
 }
 
 // `member` is in no index of its model any more.
@@ -131,7 +149,9 @@ void LeaseTable::leave_group(const Member& member, std::string_view why, TimePoi
   }
   if (group.round && group.round->committed) {
     lose_round(model, group, lost, now);
-  } else if (group.round && !group.round->recovered) {
+  } else if (group.round && group.round->recovered) {
+    group.round->ready.erase(member.id);
+  } else if (group.round) {
     end_round(model, group, {.commit = false, .reason = lost}, now);
   }
   const std::set<uint64_t> waiting = group.waiters;
@@ -148,11 +168,19 @@ void LeaseTable::leave_group(const Member& member, std::string_view why, TimePoi
 
 // -- rounds --
 
+// False: the waiter has to wait.
 bool LeaseTable::try_grant_in_group(uint64_t waiter_id, Group& group, TimePoint now) {
   const Waiter& waiter = waiters_.at(waiter_id);
   const Member& target = members_.at(waiter.member);
   const auto at = models_.find(target.registration.model);
   Model& model = at->second;
+  if (group.round && group.round->committed && target.landed != group.round->version) {
+    // It could not learn what was decided, or failed to apply it: waiting would be for ever.
+    lose_round(at->first, group,
+               fmt::format("rank {} began again before it had applied version {}",
+                           target.registration.name, group.round->version),
+               now);
+  }
   if (group.round && (group.round->committed || group.round->recovered)) return false;
   if (group.round) {
     const auto version = model.versions.find(group.round->version);
@@ -204,39 +232,40 @@ void LeaseTable::open_round(Group& group, const Waiter& waiter, uint64_t version
        fmt::format("opened round {:x} of group {}", id, registration.group), now);
 }
 
-// Records the decision and tells who waits. A committed round stays open until all have applied it.
+// Tells who waits for it.
+void LeaseTable::record(Group& group, uint64_t round, Decision decision) {
+  const std::set<uint64_t> waiting = group.waiters;
+  for (const uint64_t id : waiting) {
+    const Waiter& waiter = waiters_.at(id);
+    if (waiter.kind != WaiterKind::kDecision || waiter.round != round) continue;
+    remove_waiter(id);
+    effects_.emplace_back(DecisionReply{WaiterId{id}, decision});
+  }
+  group.finished[round] = std::move(decision);
+  while (group.finished.size() > limits_.finished_rounds) {
+    group.finished.erase(group.finished.begin());
+  }
+}
+
+// A committed round stays open until all have applied it. The caller serves who waits for a lease.
 void LeaseTable::end_round(const std::string& model, Group& group, Decision decision,
                            TimePoint now) {
   Round& round = *group.round;
   const uint64_t id = round.id;
-  const std::string name = rounds_.at(id).second;
-  note(model, round.version, name,
+  note(model, round.version, rounds_.at(id).second,
        decision.commit ? fmt::format("group: round {:x} COMMIT", id)
                        : fmt::format("group: round {:x} ABORT: {}", id, decision.reason),
        now);
-  const bool commit = decision.commit;
-  const std::set<uint64_t> waiting = group.waiters;
-  for (const uint64_t waiter : waiting) {
-    const Waiter& each = waiters_.at(waiter);
-    if (each.kind != WaiterKind::kDecision || each.round != id) continue;
-    remove_waiter(waiter);
-    effects_.emplace_back(DecisionReply{WaiterId{waiter}, decision});
-  }
-  group.finished[id] = std::move(decision);
-  while (group.finished.size() > limits_.finished_rounds) {
-    group.finished.erase(group.finished.begin());
-  }
   timers_.erase({round.deadline, TimerKind::kRound, id});
-  if (commit) {
-    round.committed = true;
-    return;
-  }
+  round.committed = decision.commit;
+  record(group, id, std::move(decision));
+  if (round.committed) return;
   rounds_.erase(id);
   group.round.reset();
-  serve_waiters(model, now);
 }
 
-// The round ends without a decision that is known, or without a rank that must apply it.
+// The round ends without a decision that is known, or without a rank that must apply it. The caller
+// serves who waits for a lease.
 void LeaseTable::lose_round(const std::string& model, Group& group, const std::string& why,
                             TimePoint now) {
   const Round round = *group.round;
@@ -252,18 +281,17 @@ void LeaseTable::lose_round(const std::string& model, Group& group, const std::s
     if (waiters_.at(waiter).round != round.id) continue;
     fail_waiter(waiter, Error{ErrorCode::kGroupBroken, fmt::format("group {}: {}", name, why)});
   }
-  serve_waiters(model, now);
 }
 
 void LeaseTable::expire_round(uint64_t id, TimePoint now) {
   const auto [model, name] = rounds_.at(id);
   Group& group = models_.find(model)->second.groups.find(name)->second;
   if (group.round->recovered) {
-    return lose_round(
-        model, group,
-        "the coordinator was lost, and not every rank has come back to say whether it "
-        "was told the decision",
-        now);
+    lose_round(model, group,
+               "the coordinator was lost, and not every rank has come back to say whether it was "
+               "told the decision, or to apply it",
+               now);
+    return serve_waiters(model, now);
   }
   std::string missing;
   for (const auto& [rank, member] : group.ranks) {
@@ -275,6 +303,7 @@ void LeaseTable::expire_round(uint64_t id, TimePoint now) {
   }
   end_round(model, group,
             {.commit = false, .reason = fmt::format("its time ran out without {}", missing)}, now);
+  serve_waiters(model, now);
 }
 
 Result<void> LeaseTable::vote(uint64_t target, uint64_t round, bool ready, std::string_view reason,
@@ -294,10 +323,13 @@ Result<void> LeaseTable::vote(uint64_t target, uint64_t round, bool ready, std::
   }
   if (group->round->committed) return {};
   if (!ready) {
+    // It had voted for what the last coordinator may have committed, and told another rank.
+    if (group->round->recovered && group->round->ready.contains(target)) return {};
     end_round(registration.model, *group,
               {.commit = false,
                .reason = fmt::format("rank {}: {}", registration.name, reason.substr(0, 1024))},
               now);
+    serve_waiters(registration.model, now);
     return {};
   }
   group->round->ready.insert(target);
@@ -312,6 +344,7 @@ void LeaseTable::commit_if_all_ready(const std::string& model, Group& group, Tim
     if (!group.round->ready.contains(member)) return;
   }
   end_round(model, group, {.commit = true, .reason = {}}, now);
+  settle_group(model, group, now);  // in a repair all may hold it already
 }
 
 void LeaseTable::decision(WaiterId waiter, uint64_t target, uint64_t round, TimePoint deadline,
@@ -336,10 +369,6 @@ void LeaseTable::decision(WaiterId waiter, uint64_t target, uint64_t round, Time
                         fmt::format("the decision of round {:x} of group {} is not known: the "
                                     "coordinator that had it is gone, or it is long ago",
                                     round, member->registration.group)});
-  }
-  if (group->round->committed) {
-    effects_.emplace_back(DecisionReply{waiter, Decision{.commit = true, .reason = {}}});
-    return;
   }
   const auto id = static_cast<uint64_t>(waiter);
   add_waiter(id, Waiter{.kind = WaiterKind::kDecision,
@@ -420,7 +449,6 @@ void LeaseTable::settle_group(const std::string& model, Group& group, TimePoint 
   if (group.round && group.round->committed && group.round->version == version) {
     rounds_.erase(group.round->id);
     timers_.erase({group.round->deadline, TimerKind::kRound, group.round->id});
-    group.finished[group.round->id] = Decision{.commit = true, .reason = {}};
     group.round.reset();
     serve_waiters(model, now);
   }
@@ -433,18 +461,22 @@ GroupInfo LeaseTable::info(const std::string& model, const std::string& name,
     info.ranks.push_back({.name = rank, .version = members_.at(id).landed});
   }
   if (group.round) info.round = group.round->id;
+  const bool complete = group.ranks.size() == group.size;
+  if (group.round && group.round->committed && complete) {
+    // Before the versions held: a rank may have switched and not said so yet.
+    info.state = GroupState::kSwitching;
+    info.reason = who_holds_not(group, group.round->version);
+    return info;
+  }
   const uint64_t version = info.ranks.empty() ? 0 : info.ranks.front().version;
   if (holds(group, version)) {
     info.state = GroupState::kWhole;
     info.version = version;
     return info;
   }
-  const bool complete = group.ranks.size() == group.size;
-  if (group.round && group.round->committed && complete) {
-    info.state = GroupState::kSwitching;
-  } else if (group.was_whole) {
-    info.state = GroupState::kBroken;
-  }
+  const bool mixed = complete && std::any_of(info.ranks.begin(), info.ranks.end(),
+                                             [](const GroupRank& r) { return r.version != 0; });
+  if (group.was_whole || mixed) info.state = GroupState::kBroken;
   uint64_t wanted = group.round ? group.round->version : 0;
   for (const GroupRank& rank : info.ranks) wanted = std::max(wanted, rank.version);
   info.reason = !group.trouble.empty() ? group.trouble

@@ -58,7 +58,12 @@ void LeaseTable::acquire(WaiterId waiter, uint64_t target, const VersionRequest&
                         .started = now,
                         .deadline = deadline,
                         .request = request});
-  if (!try_grant(id, now)) models_.find(member->registration.model)->second.waiters.insert(id);
+  const std::string& model = member->registration.model;
+  if (!try_grant(id, now)) {
+    models_.find(model)->second.waiters.insert(id);
+  } else if (!member->registration.group.empty()) {
+    serve_waiters(model, now);  // a round may have ended
+  }
 }
 
 std::optional<uint64_t> LeaseTable::choose(const Model& model,
@@ -175,8 +180,12 @@ void LeaseTable::grant(uint64_t waiter_id, uint64_t number, uint64_t round, Time
 }
 
 void LeaseTable::serve_waiters(const std::string& model, TimePoint now) {
-  const std::set<uint64_t> waiting = models_.find(model)->second.waiters;
-  for (const uint64_t waiter : waiting) try_grant(waiter, now);
+  // To serve one rank may end the round that another waits for.
+  for (bool served = true; served;) {
+    served = false;
+    const std::set<uint64_t> waiting = models_.find(model)->second.waiters;
+    for (const uint64_t waiter : waiting) served = try_grant(waiter, now) || served;
+  }
 }
 
 Result<void> LeaseTable::release(uint64_t target, LeaseId lease, uint64_t version,
@@ -223,7 +232,21 @@ Result<void> LeaseTable::hold(uint64_t target, uint64_t version, TimePoint now) 
 
 // For kDeadlineExceeded: what was waited for, and whose turn it was.
 std::string LeaseTable::who_is_missing(const std::string& name, const Model& model,
-                                       const VersionRequest& request) const {
+                                       const Member& target, const VersionRequest& request) const {
+  const auto group = model.groups.find(target.registration.group);
+  if (group != model.groups.end() && group->second.round) {
+    const Round& round = *group->second.round;
+    if (round.committed) {
+      return fmt::format("group {}: version {} is committed, {}", group->first, round.version,
+                         who_holds_not(group->second, round.version));
+    }
+    if (round.recovered) {
+      return fmt::format(
+          "group {}: what a coordinator that is gone decided about version {} is "
+          "not known before every rank is back",
+          group->first, round.version);
+    }
+  }
   std::string out = fmt::format("{} of model {} is not READY: ", asked_for(request), name);
   if (model.sources.empty()) return out + "no source has joined";
   const uint32_t expected = members_.at(model.sources.begin()->second).registration.source_count;

@@ -396,7 +396,9 @@ class World {
     const uint64_t waiter = add_waiter(id, version, {});
     // From here on nobody may be given what it offers, unless the table refuses.
     const uint64_t offers = judge_.members[id].offers;
-    table_.begin_write(WaiterId{waiter}, id, version, judge_.waiters[waiter].deadline, now_);
+    WriteRequest request{.version = version, .replaces = {}, .when_leased = {}};
+    if (offers != 0) request.replaces.push_back(offers);
+    table_.begin_write(WaiterId{waiter}, id, request, judge_.waiters[waiter].deadline, now_);
     bool refused = false;
     std::vector<Effect> effects = table_.take_effects();
     for (const Effect& effect : effects) {
@@ -412,7 +414,7 @@ class World {
     if (id == 0) return;
     const uint64_t version = top_ + 1 - random_.below(2);
     const Generation generation{.incarnation = id, .counter = 2 * (version + random_.below(2))};
-    const auto done = table_.publish(id, version, generation, now_);
+    const auto done = table_.publish(id, {.version = version, .generation = generation}, now_);
     if (!done) {
       if (random_.chance(0.3)) (void)table_.abort_version(id, version, "no", now_).has_value();
       return;
@@ -440,11 +442,12 @@ class World {
     std::advance(at, static_cast<int64_t>(random_.below(judge_.leases.size())));
     const auto [id, lease] = *at;
     judge_.leases.erase(at);
-    judge_.expect(table_.release(lease.holder, LeaseId{id}, lease.version, LeaseEnd::kLanded, now_)
-                      .has_value(),
-                  "a held lease cannot be released");
     judge_.expect(
-        !table_.release(lease.holder, LeaseId{id}, lease.version, LeaseEnd::kLanded, now_),
+        table_.release(lease.holder, LeaseId{id}, lease.version, {.end = LeaseEnd::kLanded}, now_)
+            .has_value(),
+        "a held lease cannot be released");
+    judge_.expect(
+        !table_.release(lease.holder, LeaseId{id}, lease.version, {.end = LeaseEnd::kLanded}, now_),
         "a lease was released twice");
   }
 

@@ -6,11 +6,10 @@
 
 #include <chrono>
 #include <cstdint>
-#include <optional>
 #include <string>
-#include <utility>
-#include <variant>
 #include <vector>
+
+#include "control/table_fixture.h"
 #include "transfuse/control.h"
 #include "transfuse/layout.h"
 #include "transfuse/result.h"
@@ -21,113 +20,11 @@ namespace {
 using testing::ElementsAre;
 using testing::HasSubstr;
 
-constexpr Digest kLayout{1, 2};
-
 TableRequest table_of(const Digest& plan) {
   TableRequest request;
   request.plan_key = plan;
   return request;
 }
-
-class Table : public testing::Test {
- protected:
-  Table() { put_layout(); }
-
-  void put_layout() { ASSERT_TRUE(table_.layouts().put(kLayout, "layout", now_)); }
-
-  Result<uint64_t> try_join(MemberRole role, const std::string& name, uint64_t incarnation = 7,
-                            uint32_t source_count = 1, std::optional<Resume> resume = {},
-                            uint64_t owner = 1) {
-    put_layout();
-    return table_.join(JoinRequest{.registration = {.role = role,
-                                                    .model = "policy",
-                                                    .name = name,
-                                                    .source_count = source_count,
-                                                    .incarnation = incarnation,
-                                                    .layout = kLayout,
-                                                    .descriptor = "at " + name},
-                                   .owner = owner,
-                                   .resume = resume},
-                       now_);
-  }
-  uint64_t source(const std::string& name, uint32_t count = 1, uint64_t incarnation = 7) {
-    return try_join(MemberRole::kSource, name, incarnation, count).value();
-  }
-  uint64_t target(const std::string& name) { return try_join(MemberRole::kTarget, name).value(); }
-
-  void wait_ms(int64_t ms) {
-    now_ += std::chrono::milliseconds(ms);
-    table_.tick(now_);
-  }
-  void beat(std::vector<uint64_t> members, std::vector<LeaseId> leases = {}) {
-    EXPECT_TRUE(table_.beat(members, leases, now_).empty());
-  }
-
-  WaiterId begin(uint64_t member, uint64_t version, int64_t deadline_ms = 1000) {
-    const WaiterId waiter{++last_waiter_};
-    table_.begin_write(waiter, member, version, now_ + std::chrono::milliseconds(deadline_ms),
-                       now_);
-    return waiter;
-  }
-  WaiterId ask(uint64_t member, VersionRequest request = {}, int64_t deadline_ms = 1000) {
-    const WaiterId waiter{++last_waiter_};
-    table_.acquire(waiter, member, request, now_ + std::chrono::milliseconds(deadline_ms), now_);
-    return waiter;
-  }
-  template <typename Reply>
-  const Reply* reply(WaiterId waiter) {
-    for (Effect& effect : table_.take_effects()) seen_.push_back(std::move(effect));
-    for (const Effect& effect : seen_) {
-      const auto* found = std::get_if<Reply>(&effect);
-      if (found != nullptr && found->waiter == waiter) return found;
-    }
-    return nullptr;
-  }
-  Result<void> publish(uint64_t member, uint64_t version) {
-    return table_.publish(member, version, {.incarnation = 9, .counter = 2 * version}, now_);
-  }
-  void write(uint64_t member, uint64_t version) {
-    const WaiterId waiter = begin(member, version);
-    ASSERT_NE(reply<DrainReply>(waiter), nullptr);
-    ASSERT_TRUE(reply<DrainReply>(waiter)->result);
-    ASSERT_TRUE(publish(member, version));
-  }
-  Lease lease(uint64_t member, VersionRequest request = {}) {
-    const WaiterId waiter = ask(member, request);
-    return reply<LeaseReply>(waiter)->result.value();
-  }
-  std::vector<std::string> changes() {
-    (void)reply<LeaseReply>(WaiterId{0});
-    std::vector<std::string> out;
-    for (const Effect& effect : seen_) {
-      if (const auto* changed = std::get_if<VersionChanged>(&effect)) {
-        out.push_back(std::to_string(changed->version.version) + " " +
-                      std::string(version_state_name(changed->version.state)));
-      }
-    }
-    return out;
-  }
-  VersionInfo version(uint64_t number) {
-    for (const VersionInfo& each : table_.versions("policy")) {
-      if (each.version == number) return each;
-    }
-    return {};
-  }
-  std::vector<MemberEvent::Kind> events_of(uint64_t member) {
-    (void)reply<LeaseReply>(WaiterId{0});
-    std::vector<MemberEvent::Kind> out;
-    for (const Effect& effect : seen_) {
-      const auto* notice = std::get_if<MemberNotice>(&effect);
-      if (notice != nullptr && notice->member == member) out.push_back(notice->event.kind);
-    }
-    return out;
-  }
-
-  LeaseTable table_;
-  TimePoint now_{std::chrono::hours(1)};
-  uint64_t last_waiter_ = 0;
-  std::vector<Effect> seen_;
-};
 
 using enum VersionRequest::Kind;
 
@@ -167,7 +64,7 @@ TEST_F(Table, BeginWriteWaitsForReadersAndGrantsNoNewLeaseMeanwhile) {
   EXPECT_EQ(reply<DrainReply>(drain), nullptr);
   EXPECT_EQ(reply<LeaseReply>(late), nullptr);
   now_ += std::chrono::milliseconds(30);
-  ASSERT_TRUE(table_.release(t, held.id, 1, LeaseEnd::kLanded, now_));
+  ASSERT_TRUE(table().release(t, held.id, 1, {.end = LeaseEnd::kLanded}, now_));
   ASSERT_NE(reply<DrainReply>(drain), nullptr);
   EXPECT_EQ(reply<DrainReply>(drain)->result->revoked, 0u);
   EXPECT_EQ(reply<DrainReply>(drain)->result->waited_us, 30000);
@@ -188,9 +85,9 @@ TEST_F(Table, AtItsDeadlineBeginWriteRevokesTheReadersThatAreLeft) {
   ASSERT_NE(reply<DrainReply>(drain), nullptr);
   EXPECT_EQ(reply<DrainReply>(drain)->result->revoked, 1u);
   EXPECT_THAT(events_of(t), ElementsAre(MemberEvent::Kind::kRevoked));
-  EXPECT_EQ(table_.release(t, held.id, 1, LeaseEnd::kUnchanged, now_).error().code,
+  EXPECT_EQ(table().release(t, held.id, 1, {.end = LeaseEnd::kUnchanged}, now_).error().code,
             ErrorCode::kNotFound);
-  EXPECT_EQ(table_.stats().leases, 0u);
+  EXPECT_EQ(table().stats().leases, 0u);
 }
 
 TEST_F(Table, TheSecondSourceOfAVersionNeedNotDrainItAgain) {
@@ -215,7 +112,7 @@ TEST_F(Table, ACancelledBeginWriteLeavesTheOldVersionReadable) {
   (void)lease(t);
   const WaiterId drain = begin(a, 2);
   const WaiterId late = ask(u);
-  table_.cancel(drain, now_);
+  table().cancel(drain, now_);
   EXPECT_EQ(reply<DrainReply>(drain), nullptr);
   EXPECT_EQ(reply<LeaseReply>(late)->result->version, 1u);
 }
@@ -233,7 +130,10 @@ TEST_F(Table, PublishingNeedsBeginWriteAndAnEvenGeneration) {
   const auto a = source("a");
   EXPECT_EQ(publish(a, 1).error().code, ErrorCode::kInvalidArgument);
   (void)begin(a, 1);
-  EXPECT_EQ(table_.publish(a, 1, {.incarnation = 9, .counter = 3}, now_).error().code,
+  EXPECT_EQ(table()
+                .publish(a, {.version = 1, .generation = {.incarnation = 9, .counter = 3}}, now_)
+                .error()
+                .code,
             ErrorCode::kInvalidArgument);
   EXPECT_TRUE(publish(a, 1));
 }
@@ -266,31 +166,31 @@ TEST_F(Table, ASilentMemberIsReplacedWhenItsTimeHasRunOut) {
 
 TEST_F(Table, ASuspectIsReplacedAtOnceAndExpiresAfterItsGraceOtherwise) {
   (void)source("a");
-  table_.suspect(1, now_);
+  table().suspect(1, now_);
   EXPECT_TRUE(try_join(MemberRole::kSource, "a", 8, 1, {}, 2));
-  table_.suspect(2, now_);
+  table().suspect(2, now_);
   wait_ms(499);
-  EXPECT_EQ(table_.stats().members, 1u);
+  EXPECT_EQ(table().stats().members, 1u);
   wait_ms(1);
-  EXPECT_EQ(table_.stats().members, 0u);
+  EXPECT_EQ(table().stats().members, 0u);
 }
 
 TEST_F(Table, ASuspectThatBeatsAgainStays) {
   const auto a = source("a");
-  table_.suspect(1, now_);
+  table().suspect(1, now_);
   wait_ms(400);
   beat({a});
   wait_ms(4999);
-  EXPECT_EQ(table_.stats().members, 1u);
+  EXPECT_EQ(table().stats().members, 1u);
   wait_ms(1);
-  EXPECT_EQ(table_.stats().members, 0u);
+  EXPECT_EQ(table().stats().members, 0u);
 }
 
 TEST_F(Table, ALostSourceAbortsTheVersionThatItWasWriting) {
   const auto a = source("a", 2), b = source("b", 2);
   (void)begin(a, 1);
   write(b, 1);
-  table_.lose(a, "no heartbeat", now_);
+  table().lose(a, "no heartbeat", now_);
   EXPECT_EQ(version(1).state, VersionState::kAborted);
   EXPECT_THAT(version(1).reason, HasSubstr("source a was lost: no heartbeat"));
 }
@@ -299,7 +199,7 @@ TEST_F(Table, PublishingAnAbortedVersionSaysWhyItIsGone) {
   const auto a = source("a", 2), b = source("b", 2);
   (void)begin(a, 1);
   (void)begin(b, 1);
-  ASSERT_TRUE(table_.abort_version(b, 1, "out of memory", now_));
+  ASSERT_TRUE(table().abort_version(b, 1, "out of memory", now_));
   const auto published = publish(a, 1);
   EXPECT_EQ(published.error().code, ErrorCode::kVersionGone);
   EXPECT_THAT(published.error().message, HasSubstr("source b gave it up: out of memory"));
@@ -312,12 +212,12 @@ TEST_F(Table, AReadyVersionKeepsTheSourcesThatAreLeftAndEndsWithTheLast) {
   const auto a = source("a", 2), b = source("b", 2), t = target("t");
   write(a, 1);
   write(b, 1);
-  table_.lose(a, "killed", now_);
+  table().lose(a, "killed", now_);
   EXPECT_EQ(version(1).state, VersionState::kReady);
   const Lease held = lease(t);
   ASSERT_EQ(held.sources.size(), 1u);
   EXPECT_EQ(held.sources[0].name, "b");
-  table_.lose(b, "killed", now_);
+  table().lose(b, "killed", now_);
   EXPECT_EQ(version(1).state, VersionState::kRetired);
   EXPECT_THAT(events_of(t), ElementsAre(MemberEvent::Kind::kRevoked));
 }
@@ -326,11 +226,11 @@ TEST_F(Table, ANewIncarnationDropsTheVersionsOfTheOldOne) {
   const auto a = source("a", 2), b = source("b", 2);
   write(a, 6);
   write(b, 6);
-  table_.lose(a, "killed", now_);
+  table().lose(a, "killed", now_);
   const auto again = source("a", 2, 8);
   EXPECT_EQ(version(6).state, VersionState::kRetired);
   EXPECT_THAT(version(6).reason, HasSubstr("source a has restarted"));
-  table_.lose(b, "killed", now_);
+  table().lose(b, "killed", now_);
   const auto b_again = source("b", 2, 8);
   write(again, 4);  // from the checkpoint
   write(b_again, 4);
@@ -347,10 +247,7 @@ TEST_F(Table, TheSameProcessRejoinsWithWhatItOffered) {
   wait_ms(1000);  // stopped for too long, then running again
   EXPECT_EQ(version(3).state, VersionState::kRetired);
   const auto again = try_join(MemberRole::kSource, "a", 7, 1,
-                              Resume{.id = a,
-                                     .last_published = 3,
-                                     .readable = 3,
-                                     .generation = {.incarnation = 9, .counter = 6}});
+                              Resume{.id = a, .last_published = 3, .offers = {offer_of(3)}});
   EXPECT_EQ(again.value(), a) << "its number is still free";
   EXPECT_EQ(version(3).state, VersionState::kReady);
   EXPECT_EQ(lease(t).sources.at(0).generation, (Generation{9, 6}));
@@ -361,24 +258,23 @@ TEST_F(Table, ARejoinedSourceDoesNotBringBackWhatOthersHaveLeftBehind) {
   const auto a = source("a", 2), b = source("b", 2);
   write(a, 3);
   write(b, 3);
-  table_.lose(a, "stopped", now_);
+  table().lose(a, "stopped", now_);
   write(b, 4);
-  (void)try_join(MemberRole::kSource, "a", 7, 2, Resume{.last_published = 3, .readable = 3})
+  (void)try_join(MemberRole::kSource, "a", 7, 2,
+                 Resume{.last_published = 3, .offers = {offer_of(3)}})
       .value();
   EXPECT_EQ(version(3).state, VersionState::kRetired);
   EXPECT_EQ(version(4).state, VersionState::kOpen);
 }
 
 TEST_F(Table, AnEmptyTableIsRebuiltFromWhatItsMembersKnow) {
-  const Resume offered{.id = 0xABC0000000001,
-                       .last_published = 5,
-                       .readable = 5,
-                       .generation = {.incarnation = 9, .counter = 10}};
+  const Resume offered{.id = 0xABC0000000001, .last_published = 5, .offers = {offer_of(5)}};
   const auto a = try_join(MemberRole::kSource, "a", 7, 2, offered).value();
   EXPECT_EQ(a, offered.id);
   EXPECT_EQ(version(5).state, VersionState::kOpen);
   const auto b =
-      try_join(MemberRole::kSource, "b", 7, 2, Resume{.last_published = 5, .readable = 5}).value();
+      try_join(MemberRole::kSource, "b", 7, 2, Resume{.last_published = 5, .offers = {offer_of(5)}})
+          .value();
   EXPECT_EQ(version(5).state, VersionState::kReady);
   const auto t = target("t");
   EXPECT_EQ(lease(t).version, 5u);
@@ -420,7 +316,7 @@ TEST_F(Table, AnAcquireThatTimesOutNamesWhoHasNotPublished) {
   EXPECT_THAT(error.message, HasSubstr("trainer1 (writing 4)"));
   EXPECT_THAT(error.message, HasSubstr("2 of 3 sources have joined"));
   EXPECT_THAT(error.message, testing::Not(HasSubstr("trainer0")));
-  EXPECT_EQ(table_.stats().waiters, 0u);
+  EXPECT_EQ(table().stats().waiters, 0u);
 }
 
 TEST_F(Table, ALeaseLivesAsLongAsItsHolderBeatsForIt) {
@@ -431,10 +327,10 @@ TEST_F(Table, ALeaseLivesAsLongAsItsHolderBeatsForIt) {
     beat({a, t}, {kept.id});
     wait_ms(4000);
   }
-  EXPECT_EQ(table_.stats().leases, 1u);
+  EXPECT_EQ(table().stats().leases, 1u);
   EXPECT_EQ(version(1).leases, 1u);
-  EXPECT_TRUE(table_.release(t, kept.id, 1, LeaseEnd::kLanded, now_));
-  EXPECT_FALSE(table_.release(t, forgotten.id, 1, LeaseEnd::kLanded, now_));
+  EXPECT_TRUE(table().release(t, kept.id, 1, {.end = LeaseEnd::kLanded}, now_));
+  EXPECT_FALSE(table().release(t, forgotten.id, 1, {.end = LeaseEnd::kLanded}, now_));
 }
 
 TEST_F(Table, ALeaseWhoseGrantWasLostEndsAfterAFewBeatsOfItsHolder) {
@@ -450,24 +346,18 @@ TEST_F(Table, ALeaseWhoseGrantWasLostEndsAfterAFewBeatsOfItsHolder) {
   wait_ms(500);
   beat({a, t});
   ASSERT_NE(reply<DrainReply>(drain), nullptr);
-  EXPECT_EQ(table_.stats().leases, 0u);
+  EXPECT_EQ(table().stats().leases, 0u);
 }
 
 TEST_F(Table, AFailedWriteOfATargetLeavesItWithoutAVersion) {
   const auto a = source("a"), t = target("t");
   write(a, 1);
-  const auto held = [&] {
-    for (const MemberInfo& member : table_.members("")) {
-      if (member.id == t) return member.version;
-    }
-    return uint64_t{99};
-  };
-  ASSERT_TRUE(table_.release(t, lease(t).id, 1, LeaseEnd::kLanded, now_));
-  EXPECT_EQ(held(), 1u);
-  ASSERT_TRUE(table_.release(t, lease(t).id, 1, LeaseEnd::kUnchanged, now_));
-  EXPECT_EQ(held(), 1u);
-  ASSERT_TRUE(table_.release(t, lease(t).id, 1, LeaseEnd::kLost, now_));
-  EXPECT_EQ(held(), 0u);
+  ASSERT_TRUE(table().release(t, lease(t).id, 1, {.end = LeaseEnd::kLanded}, now_));
+  EXPECT_EQ(held(t), 1u);
+  ASSERT_TRUE(table().release(t, lease(t).id, 1, {.end = LeaseEnd::kUnchanged}, now_));
+  EXPECT_EQ(held(t), 1u);
+  ASSERT_TRUE(table().release(t, lease(t).id, 1, {.end = LeaseEnd::kLost}, now_));
+  EXPECT_EQ(held(t), 0u);
 }
 
 TEST_F(Table, TheLeaseOfALostTargetEndsAndTheWriterGoesOn) {
@@ -486,9 +376,9 @@ TEST_F(Table, ALeaseIsReleasedOnlyByItsHolder) {
   const auto a = source("a"), t = target("t"), u = target("u");
   write(a, 1);
   const Lease held = lease(t);
-  EXPECT_EQ(table_.release(u, held.id, 1, LeaseEnd::kUnchanged, now_).error().code,
+  EXPECT_EQ(table().release(u, held.id, 1, {.end = LeaseEnd::kUnchanged}, now_).error().code,
             ErrorCode::kNotFound);
-  EXPECT_EQ(table_.stats().leases, 1u);
+  EXPECT_EQ(table().stats().leases, 1u);
 }
 
 TEST_F(Table, ACoordinatorThatStoodStillBlamesNobody) {
@@ -496,16 +386,16 @@ TEST_F(Table, ACoordinatorThatStoodStillBlamesNobody) {
   write(a, 1);
   (void)lease(t);
   now_ += std::chrono::hours(1);
-  table_.forgive(now_);
-  table_.tick(now_);
-  EXPECT_EQ(table_.stats().members, 2u);
-  EXPECT_EQ(table_.stats().leases, 1u);
+  table().forgive(now_);
+  table().tick(now_);
+  EXPECT_EQ(table().stats().members, 2u);
+  EXPECT_EQ(table().stats().leases, 1u);
 }
 
 TEST_F(Table, FinishedVersionsAreForgottenButExactlyThemStaysGone) {
   const auto a = source("a"), t = target("t");
   for (uint64_t v = 1; v <= 200; ++v) write(a, v);
-  EXPECT_EQ(table_.stats().versions, 65u);
+  EXPECT_EQ(table().stats().versions, 65u);
   EXPECT_EQ(reply<LeaseReply>(ask(t, {kExactly, 3}))->result.error().code, ErrorCode::kVersionGone);
 }
 
@@ -514,47 +404,47 @@ TEST_F(Table, AFingerprintTableIsAskedForAnnouncedAndRead) {
   const Digest plan{5, 5};
   const auto get = [&](int64_t deadline_ms) {
     const WaiterId waiter{++last_waiter_};
-    table_.get_table(waiter, a, plan, now_ + std::chrono::milliseconds(deadline_ms), now_);
+    table().get_table(waiter, a, plan, now_ + std::chrono::milliseconds(deadline_ms), now_);
     return waiter;
   };
   EXPECT_EQ(reply<TableReply>(get(10))->result.error().code, ErrorCode::kNotFound);
-  ASSERT_TRUE(table_.request_table(t, a, table_of(plan)));
+  ASSERT_TRUE(table().request_table(t, a, table_of(plan)));
   EXPECT_THAT(events_of(a), ElementsAre(MemberEvent::Kind::kTableRequest));
   const WaiterId early = get(10), waiting = get(1000);
   wait_ms(10);
   EXPECT_EQ(reply<TableReply>(early)->result.error().code, ErrorCode::kDeadlineExceeded);
-  ASSERT_TRUE(table_.put_table(a, plan, "here"));
+  ASSERT_TRUE(table().put_table(a, plan, "here"));
   EXPECT_EQ(reply<TableReply>(waiting)->result.value(), "here");
   EXPECT_EQ(reply<TableReply>(get(10))->result.value(), "here");
-  ASSERT_TRUE(table_.leave(t, now_));
-  EXPECT_EQ(table_.stats().tables, 0u) << "nobody asks for it any more";
+  ASSERT_TRUE(table().leave(t, now_));
+  EXPECT_EQ(table().stats().tables, 0u) << "nobody asks for it any more";
 }
 
 TEST_F(Table, RequestsThatWereNotAnsweredAreRepeatedToABrokenConnection) {
   const auto a = source("a"), t = target("t");
-  ASSERT_TRUE(table_.request_table(t, a, table_of({5, 5})));
-  ASSERT_TRUE(table_.request_table(t, a, table_of({6, 6})));
-  ASSERT_TRUE(table_.put_table(a, {6, 6}, "here"));
+  ASSERT_TRUE(table().request_table(t, a, table_of({5, 5})));
+  ASSERT_TRUE(table().request_table(t, a, table_of({6, 6})));
+  ASSERT_TRUE(table().put_table(a, {6, 6}, "here"));
   (void)events_of(a);
   seen_.clear();
-  table_.repeat_requests(1);
+  table().repeat_requests(1);
   EXPECT_EQ(events_of(a).size(), 1u);
 }
 
 TEST_F(Table, TablesOfOneMemberAreBoundedAndTheOldestGoes) {
   const auto a = source("a"), t = target("t");
   for (uint64_t i = 1; i <= 100; ++i) {
-    ASSERT_TRUE(table_.request_table(t, a, table_of({i, i})));
+    ASSERT_TRUE(table().request_table(t, a, table_of({i, i})));
   }
-  EXPECT_EQ(table_.stats().tables, TableLimits{}.tables_per_member);
+  EXPECT_EQ(table().stats().tables, TableLimits{}.tables_per_member);
 }
 
 TEST_F(Table, WhoWaitsForADeadMemberIsToldAtOnce) {
   const auto a = source("a"), t = target("t");
-  ASSERT_TRUE(table_.request_table(t, a, table_of({5, 5})));
+  ASSERT_TRUE(table().request_table(t, a, table_of({5, 5})));
   const WaiterId waiter{++last_waiter_};
-  table_.get_table(waiter, a, {5, 5}, now_ + std::chrono::hours(1), now_);
-  table_.lose(a, "killed", now_);
+  table().get_table(waiter, a, {5, 5}, now_ + std::chrono::hours(1), now_);
+  table().lose(a, "killed", now_);
   EXPECT_EQ(reply<TableReply>(waiter)->result.error().code, ErrorCode::kUnavailable);
 }
 
@@ -564,11 +454,11 @@ TEST_F(Table, LayoutsAreKeptForTheirMembersAndGoAfterThem) {
     wait_ms(4000);
     beat({a});
   }
-  EXPECT_TRUE(table_.layouts().contains(kLayout));
-  ASSERT_TRUE(table_.leave(a, now_));
+  EXPECT_TRUE(table().layouts().contains(kLayout));
+  ASSERT_TRUE(table().leave(a, now_));
   wait_ms(60000);
-  EXPECT_FALSE(table_.layouts().contains(kLayout));
-  EXPECT_EQ(table_
+  EXPECT_FALSE(table().layouts().contains(kLayout));
+  EXPECT_EQ(table()
                 .join({.registration = {.role = MemberRole::kTarget,
                                         .model = "m",
                                         .name = "n",
@@ -586,14 +476,14 @@ TEST_F(Table, NothingIsLeftWhenAllHaveGone) {
   write(a, 1);
   write(b, 1);
   (void)lease(t);
-  ASSERT_TRUE(table_.request_table(t, a, table_of({5, 5})));
+  ASSERT_TRUE(table().request_table(t, a, table_of({5, 5})));
   (void)begin(a, 2, 60000);
   (void)ask(t, {kAtLeast, 9}, 60000);
-  ASSERT_TRUE(table_.leave(a, now_));
-  ASSERT_TRUE(table_.leave(b, now_));
-  ASSERT_TRUE(table_.leave(t, now_));
+  ASSERT_TRUE(table().leave(a, now_));
+  ASSERT_TRUE(table().leave(b, now_));
+  ASSERT_TRUE(table().leave(t, now_));
   wait_ms(60000);
-  EXPECT_EQ(table_.stats(), TableStats{});
+  EXPECT_EQ(table().stats(), TableStats{});
 }
 
 TEST_F(Table, I3_AThousandCyclesLeaveTheTableAsItWasWhenItsHistoryWasFull) {
@@ -602,12 +492,12 @@ TEST_F(Table, I3_AThousandCyclesLeaveTheTableAsItWasWhenItsHistoryWasFull) {
   for (uint64_t v = 1; v <= 1000; ++v) {
     write(a, v);
     const Lease held = lease(t);
-    ASSERT_TRUE(table_.release(t, held.id, v, LeaseEnd::kLanded, now_));
-    ASSERT_TRUE(table_.request_table(t, a, table_of({1, 1})));
+    ASSERT_TRUE(table().release(t, held.id, v, {.end = LeaseEnd::kLanded}, now_));
+    ASSERT_TRUE(table().request_table(t, a, table_of({1, 1})));
     seen_.clear();
-    if (v == 70) full = table_.stats();
+    if (v == 70) full = table().stats();
   }
-  EXPECT_EQ(table_.stats(), full);
+  EXPECT_EQ(table().stats(), full);
 }
 
 TEST_F(Table, IdsOfAnotherLifeNeverCollideWithNewOnes) {

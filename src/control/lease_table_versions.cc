@@ -409,6 +409,7 @@ bool LeaseTable::revive(const Member& source, uint64_t number) {
   const Registration& registration = source.registration;
   Model& model = models_.find(registration.model)->second;
   for (const auto& [name, id] : model.sources) {
+    if (id == source.id) continue;  // of a ring of snapshots it offers older ones too
     const Member& other = members_.at(id);
     const bool went_on = other.last_published > number || other.writing > number;
     if (went_on && !other.offers.contains(number)) return false;

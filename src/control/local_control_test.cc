@@ -10,6 +10,10 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <utility>
+#include <vector>
+
+#include "base/mutex.h"
 #include "transfuse/control.h"
 #include "transfuse/deadline.h"
 #include "transfuse/layout.h"
@@ -24,6 +28,17 @@ Layout small_layout() {
   const auto parameter = builder.parameter({"w", Dtype::kF32, 4});
   builder.tile(tensor, Box::whole(Dims{4}), parameter, 0);
   return builder.build().value();
+}
+
+// In place: what was offered before is overwritten.
+WriteRequest replacing(uint64_t version) {
+  WriteRequest request{.version = version, .replaces = {}, .when_leased = {}};
+  if (version > 1) request.replaces.push_back(version - 1);
+  return request;
+}
+
+Offer offer_of(uint64_t version, uint32_t slot = 0) {
+  return {.version = version, .generation = {7, 2 * version}, .slot = slot};
 }
 
 class Local : public testing::Test {
@@ -42,13 +57,15 @@ class Local : public testing::Test {
         .value();
   }
   void write(Control& control, MemberId source, uint64_t version) {
-    ASSERT_TRUE(control.begin_write(source, version, Deadline::after_ms(5000)));
-    ASSERT_TRUE(control.publish(source, version, {7, 2 * version}));
+    ASSERT_TRUE(control.begin_write(source, replacing(version), Deadline::after_ms(5000)));
+    ASSERT_TRUE(control.publish(source, offer_of(version)));
   }
 
   LocalCoordinator coordinator_;
   std::unique_ptr<Control> trainer_ = coordinator_.connect();
   std::unique_ptr<Control> engine_ = coordinator_.connect();
+  Mutex mutex_;
+  std::vector<std::unique_ptr<Control>> handles_ GUARDED_BY(mutex_);
 };
 
 TEST_F(Local, AnAcquireInOneThreadEndsWhenAnotherPublishes) {
@@ -64,8 +81,10 @@ TEST_F(Local, AnAcquireInOneThreadEndsWhenAnotherPublishes) {
             "at trainer0");
   EXPECT_EQ(engine_->get_layout(lease->sources[0].layout, Deadline::after_ms(5000))->digest(),
             small_layout().digest());
-  EXPECT_TRUE(engine_->release(lease->id, LeaseEnd::kLanded, Deadline::after_ms(5000)));
-  EXPECT_EQ(engine_->release(lease->id, LeaseEnd::kLanded, Deadline::after_ms(5000)).error().code,
+  EXPECT_TRUE(engine_->release(lease->id, {.end = LeaseEnd::kLanded}, Deadline::after_ms(5000)));
+  EXPECT_EQ(engine_->release(lease->id, {.end = LeaseEnd::kLanded}, Deadline::after_ms(5000))
+                .error()
+                .code,
             ErrorCode::kNotFound);
   EXPECT_EQ(engine_->members("policy")->at(1).version, 1u) << "what has landed is known";
 }
@@ -83,13 +102,13 @@ TEST_F(Local, BeginWriteRevokesAReaderThatNeverReleases) {
   write(*trainer_, source, 1);
   const auto lease = engine_->acquire(target, {}, Deadline::after_ms(1000));
   ASSERT_TRUE(lease);
-  const auto drained = trainer_->begin_write(source, 2, Deadline::after_ms(50));
+  const auto drained = trainer_->begin_write(source, replacing(2), Deadline::after_ms(50));
   ASSERT_TRUE(drained);
   EXPECT_EQ(drained->revoked, 1u);
   const auto event = engine_->next_event(target, Deadline::after_ms(1000));
   ASSERT_TRUE(event && event->has_value());
   EXPECT_EQ((*event)->kind, MemberEvent::Kind::kRevoked);
-  EXPECT_TRUE(engine_->release(lease->id, LeaseEnd::kUnchanged, Deadline::after_ms(5000)))
+  EXPECT_TRUE(engine_->release(lease->id, {.end = LeaseEnd::kUnchanged}, Deadline::after_ms(5000)))
       << "releasing what was revoked is no error";
 }
 
@@ -117,13 +136,48 @@ TEST_F(Local, ALostMemberIsUnknownToItsOwnHandle) {
   write(*trainer_, source, 1);
   EXPECT_TRUE(coordinator_.lose("policy", MemberRole::kSource, "trainer0"));
   EXPECT_FALSE(coordinator_.lose("policy", MemberRole::kSource, "trainer0"));
-  EXPECT_EQ(trainer_->publish(source, 2, {7, 4}).error().code, ErrorCode::kNotFound);
+  EXPECT_EQ(trainer_->publish(source, offer_of(2)).error().code, ErrorCode::kNotFound);
 }
 
 TEST_F(Local, AHandleCannotActForAMemberOfAnother) {
   const MemberId source = join(*trainer_, MemberRole::kSource, "trainer0");
   EXPECT_EQ(engine_->leave(source).error().code, ErrorCode::kNotFound);
   EXPECT_EQ(coordinator_.stats().members, 1u);
+}
+
+TEST_F(Local, RanksInTwoThreadsCommitTogether) {
+  const MemberId source = join(*trainer_, MemberRole::kSource, "trainer0");
+  write(*trainer_, source, 1);
+  const auto rank = [&](const std::string& name) {
+    auto control = coordinator_.connect();
+    Registration registration;
+    registration.role = MemberRole::kTarget;
+    registration.model = "policy";
+    registration.name = name;
+    registration.incarnation = 7;
+    registration.layout = small_layout().digest();
+    registration.group = "engine";
+    registration.group_size = 2;
+    const MemberId id = control->join(registration).value();
+    const Deadline deadline = Deadline::after_ms(10000);
+    const Lease lease = control->acquire(id, {}, deadline).value();
+    EXPECT_TRUE(control->release(lease.id, {.end = LeaseEnd::kUnchanged}, deadline));
+    EXPECT_TRUE(control->vote(id, lease.round, true, "", deadline));
+    EXPECT_TRUE(control->decision(id, lease.round, deadline)->commit);
+    EXPECT_TRUE(control->applied(id, lease.round, lease.version, deadline));
+    const GroupInfo group = control->groups("policy")->front();
+    EXPECT_EQ(group.state, GroupState::kWhole);
+    EXPECT_EQ(group.version, 1u);
+    EXPECT_TRUE(control->hold(id, 1, deadline));
+    // Whoever leaves first must not break the group before the other has looked.
+    const MutexLock lock(mutex_);
+    handles_.push_back(std::move(control));
+  };
+  std::thread first([&] { rank("rank0"); });
+  rank("rank1");
+  first.join();
+  EXPECT_EQ(trainer_->groups("")->size(), 1u);
+  EXPECT_FALSE(trainer_->history("policy", 1)->empty());
 }
 
 TEST_F(Local, AHandleOfTheParentIsInertInAForkedChild) {

@@ -93,7 +93,7 @@ void acquire_and_release(benchmark::State& state) {
   for (uint32_t i = 0; i < sources; ++i) {
     const MemberId source =
         join(*control, MemberRole::kSource, "trainer" + std::to_string(i), sources);
-    control->begin_write(source, {.version = 1}, Deadline::after_ms(5000)).value();
+    control->begin_write(source, {.version = 1, .replaces = {}}, Deadline::after_ms(5000)).value();
     control->publish(source, {.version = 1, .generation = {7, 2}}).value();
   }
   const MemberId target = join(*control, MemberRole::kTarget, "engine0", 1);

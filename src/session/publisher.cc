@@ -66,6 +66,10 @@ class SlotPublisher final : public Publisher {
                                "abort it first",
                                version, version_)};
     }
+    if (version == 0) {
+      return Error{ErrorCode::kInvalidArgument,
+                   fmt::format("publisher '{}': versions begin at 1", options_.name)};
+    }
     if (version <= published_) {
       return Error{ErrorCode::kAlreadyExists,
                    fmt::format("publisher '{}' has published version {} already, {} is not above "

@@ -1,0 +1,552 @@
+// Tests of groups of targets: rounds, votes, the one decision, lost ranks, restarted coordinators.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "control/lease_table.h"
+#include "control/table_fixture.h"
+#include "transfuse/control.h"
+#include "transfuse/result.h"
+
+namespace transfuse {
+namespace {
+
+using testing::Contains;
+using testing::HasSubstr;
+using enum VersionRequest::Kind;
+
+// A source and an engine of two ranks.
+class Group : public Table {
+ protected:
+  WaiterId ask_decision(uint64_t member, uint64_t round, int64_t deadline_ms = 1000) {
+    const WaiterId waiter{++last_waiter_};
+    table().decision(waiter, member, round, in_ms(deadline_ms), now_);
+    return waiter;
+  }
+  WaiterId say_applied(uint64_t member, const Lease& lease, int64_t deadline_ms = 1000) {
+    return say_applied(member, lease.round, lease.version, deadline_ms);
+  }
+  WaiterId say_applied(uint64_t member, uint64_t round, uint64_t version,
+                       int64_t deadline_ms = 1000) {
+    const WaiterId waiter{++last_waiter_};
+    table().applied(waiter, member, round, version, in_ms(deadline_ms), now_);
+    return waiter;
+  }
+  Result<void> vote(uint64_t member, uint64_t round, bool ready = true,
+                    const std::string& reason = "") {
+    return table().vote(member, round, ready, reason, now_);
+  }
+  Result<Decision> decided(WaiterId waiter) { return reply<DecisionReply>(waiter)->result; }
+  Result<void> all_hold(WaiterId waiter) { return reply<AppliedReply>(waiter)->result; }
+  GroupInfo group() {
+    const auto groups = table().groups("policy");
+    return groups.empty() ? GroupInfo{} : groups.front();
+  }
+  // Leases for all, staged: as receivers with a shadow do.
+  Lease stage(const std::vector<uint64_t>& ranks, VersionRequest request = {}) {
+    Lease last;
+    for (const uint64_t rank : ranks) {
+      last = lease(rank, request);
+      EXPECT_TRUE(release(rank, last, LeaseEnd::kUnchanged));
+    }
+    return last;
+  }
+  // One whole change of version.
+  void refit(const std::vector<uint64_t>& ranks) {
+    const Lease staged = stage(ranks);
+    for (const uint64_t rank : ranks) ASSERT_TRUE(vote(rank, staged.round));
+    for (const uint64_t rank : ranks) {
+      ASSERT_TRUE(decided(ask_decision(rank, staged.round))->commit);
+    }
+    for (const uint64_t rank : ranks) (void)say_applied(rank, staged);
+    ASSERT_EQ(group().state, GroupState::kWhole);
+    ASSERT_EQ(group().version, staged.version);
+  }
+  std::optional<Resume> voted(const Lease& lease, uint64_t landed, bool told_commit = false) {
+    return Resume{.landed = landed,
+                  .voted_round = lease.round,
+                  .voted_version = lease.version,
+                  .told_commit = told_commit};
+  }
+
+  uint64_t a_ = source("a");
+  uint64_t r0_ = rank("r0");
+  uint64_t r1_ = rank("r1");
+};
+
+TEST_F(Group, TheFirstRankOpensARoundAndEveryRankGetsItsVersion) {
+  write_slot(a_, replacing(1, {}), 1);
+  const Lease first = lease(r0_);
+  write_slot(a_, replacing(2, {}), 2);
+  const Lease second = lease(r1_);
+  EXPECT_NE(first.round, 0u);
+  EXPECT_EQ(second.round, first.round);
+  EXPECT_EQ(second.version, 1u) << "not the newest: that of the round";
+  EXPECT_EQ(lease(r0_).version, 1u) << "who asks again too";
+  EXPECT_EQ(group().round, first.round);
+  EXPECT_EQ(lease(target("alone")).round, 0u);
+}
+
+TEST_F(Group, RanksThatAskForDifferentVersionsAreTold) {
+  write(a_, 1);
+  (void)lease(r0_);
+  const auto refused = reply<LeaseReply>(ask(r1_, {kAtLeast, 2}))->result;
+  EXPECT_EQ(refused.error().code, ErrorCode::kInvalidArgument);
+  EXPECT_THAT(refused.error().message, HasSubstr("the ranks of a group ask for the same"));
+}
+
+TEST_F(Group, TheRoundCommitsWhenEveryRankHasVotedAndIsWholeWhenAllHaveApplied) {
+  write(a_, 1);
+  const Lease staged = stage({r0_, r1_});
+  const WaiterId waits = ask_decision(r0_, staged.round);
+  ASSERT_TRUE(vote(r0_, staged.round));
+  EXPECT_EQ(reply<DecisionReply>(waits), nullptr);
+  EXPECT_EQ(group().state, GroupState::kForming);
+  ASSERT_TRUE(vote(r1_, staged.round));
+  EXPECT_TRUE(decided(waits)->commit);
+  EXPECT_TRUE(decided(ask_decision(r1_, staged.round))->commit);
+  EXPECT_EQ(group().state, GroupState::kSwitching);
+
+  const WaiterId first = say_applied(r0_, staged);
+  EXPECT_EQ(reply<AppliedReply>(first), nullptr);
+  EXPECT_EQ(group().state, GroupState::kSwitching);
+  EXPECT_THAT(group().reason, HasSubstr("rank r1 holds no version"));
+  const WaiterId second = say_applied(r1_, staged);
+  EXPECT_TRUE(all_hold(first));
+  EXPECT_TRUE(all_hold(second));
+  EXPECT_EQ(group().state, GroupState::kWhole);
+  EXPECT_EQ(group().version, 1u);
+  EXPECT_EQ(group().round, 0u);
+  EXPECT_EQ(held(r0_), 1u);
+  EXPECT_TRUE(decided(ask_decision(r0_, staged.round))->commit) << "it is remembered";
+}
+
+TEST_F(Group, FromTheDecisionOnTheOldVersionIsNotServedAnyMore) {
+  write(a_, 1);
+  refit({r0_, r1_});
+  write(a_, 2);
+  const Lease staged = stage({r0_, r1_});
+  EXPECT_EQ(group().state, GroupState::kWhole) << "it serves while it stages";
+  ASSERT_TRUE(vote(r0_, staged.round));
+  ASSERT_TRUE(vote(r1_, staged.round));
+  EXPECT_EQ(group().state, GroupState::kSwitching) << "a rank may have switched already";
+  (void)say_applied(r0_, staged);
+  (void)say_applied(r1_, staged);
+  EXPECT_EQ(group().state, GroupState::kWhole);
+  EXPECT_EQ(group().version, 2u);
+}
+
+TEST_F(Group, TheSameVersionAgainIsACommitAsAnyOther) {
+  write(a_, 1);
+  refit({r0_, r1_});
+  refit({r0_, r1_});
+  EXPECT_EQ(table().stats().rounds, 0u);
+}
+
+TEST_F(Group, OneVoteAgainstAbortsTheRoundForAllAndForGood) {
+  write(a_, 1);
+  refit({r0_, r1_});
+  write(a_, 2);
+  const Lease staged = stage({r0_, r1_});
+  ASSERT_TRUE(vote(r0_, staged.round));
+  const WaiterId waits = ask_decision(r0_, staged.round);
+  ASSERT_TRUE(vote(r1_, staged.round, false, "out of memory"));
+  EXPECT_FALSE(decided(waits)->commit);
+  EXPECT_THAT(decided(waits)->reason, HasSubstr("rank r1: out of memory"));
+  ASSERT_TRUE(vote(r1_, staged.round)) << "too late: decision() says so";
+  EXPECT_FALSE(decided(ask_decision(r1_, staged.round))->commit);
+  EXPECT_EQ(group().state, GroupState::kWhole);
+  EXPECT_EQ(group().version, 1u);
+  EXPECT_NE(lease(r0_).round, staged.round) << "the next one is another round";
+}
+
+TEST_F(Group, AVoteAgainstWhatIsCommittedChangesNothing) {
+  write(a_, 1);
+  const Lease staged = stage({r0_, r1_});
+  ASSERT_TRUE(vote(r0_, staged.round));
+  ASSERT_TRUE(vote(r1_, staged.round));
+  ASSERT_TRUE(vote(r0_, staged.round, false, "its deadline passed"));
+  EXPECT_TRUE(decided(ask_decision(r0_, staged.round))->commit);
+}
+
+TEST_F(Group, ARoundWithoutADecisionEndsWithItsTime) {
+  write(a_, 1);
+  const VersionRequest request{.kind = kNewest, .version = 0, .round_ms = 200};
+  const Lease staged = lease(r0_, request);
+  ASSERT_TRUE(vote(r0_, staged.round));
+  const WaiterId waits = ask_decision(r0_, staged.round);
+  wait_ms(199);
+  EXPECT_EQ(reply<DecisionReply>(waits), nullptr);
+  wait_ms(1);
+  EXPECT_FALSE(decided(waits)->commit);
+  EXPECT_THAT(decided(waits)->reason, HasSubstr("its time ran out without r1"));
+  EXPECT_EQ(group().round, 0u);
+}
+
+TEST_F(Group, AStalledDecisionEndsAtTheDeadlineOfWhoWaits) {
+  write(a_, 1);
+  const Lease staged = lease(r0_);
+  const WaiterId waits = ask_decision(r0_, staged.round, 50);
+  wait_ms(50);
+  EXPECT_EQ(decided(waits).error().code, ErrorCode::kDeadlineExceeded);
+  EXPECT_EQ(decided(ask_decision(r0_, 77)).error().code, ErrorCode::kGroupBroken);
+}
+
+TEST_F(Group, WhoAsksAgainInARoundHasNotVoted) {
+  write(a_, 1);
+  const Lease staged = stage({r0_, r1_});
+  ASSERT_TRUE(vote(r0_, staged.round));
+  const Lease again = lease(r0_);
+  ASSERT_TRUE(vote(r1_, staged.round));
+  EXPECT_EQ(group().state, GroupState::kForming);
+  ASSERT_TRUE(release(r0_, again, LeaseEnd::kUnchanged));
+  ASSERT_TRUE(vote(r0_, staged.round));
+  EXPECT_EQ(group().state, GroupState::kSwitching);
+}
+
+TEST_F(Group, ARoundWhoseVersionHasEndedIsAbortedByTheNextThatAsks) {
+  write(a_, 1);
+  const Lease staged = stage({r0_});
+  const WaiterId waits = ask_decision(r0_, staged.round);
+  write(a_, 2);
+  const Lease next = lease(r1_);
+  EXPECT_EQ(next.version, 2u);
+  EXPECT_NE(next.round, staged.round);
+  EXPECT_FALSE(decided(waits)->commit);
+  EXPECT_THAT(decided(waits)->reason, HasSubstr("version 1 ended"));
+}
+
+TEST_F(Group, AVersionThatEndedAfterAllHadItMayStillBeCommitted) {
+  write(a_, 1);
+  const Lease staged = stage({r0_, r1_});
+  write(a_, 2);
+  ASSERT_TRUE(vote(r0_, staged.round));
+  ASSERT_TRUE(vote(r1_, staged.round));
+  EXPECT_TRUE(decided(ask_decision(r0_, staged.round))->commit);
+}
+
+TEST_F(Group, ARankThatWaitsForWhatTheRoundOfTheOthersDoesNotBringIsToldAtOnce) {
+  write(a_, 1);
+  const WaiterId patient = ask(r1_, {kAtLeast, 3});
+  (void)lease(r0_);
+  ASSERT_NE(reply<LeaseReply>(patient), nullptr);
+  EXPECT_EQ(reply<LeaseReply>(patient)->result.error().code, ErrorCode::kInvalidArgument);
+}
+
+TEST_F(Group, RanksThatWaitForAVersionEnterOneRoundWhenItComes) {
+  const WaiterId first = ask(r0_), second = ask(r1_);
+  write(a_, 1);
+  ASSERT_NE(reply<LeaseReply>(second), nullptr);
+  EXPECT_EQ(reply<LeaseReply>(first)->result->round, reply<LeaseReply>(second)->result->round);
+}
+
+TEST_F(Group, AcquireWaitsWhileACommitIsNotAppliedByAll) {
+  write(a_, 1);
+  const Lease staged = stage({r0_, r1_});
+  ASSERT_TRUE(vote(r0_, staged.round));
+  ASSERT_TRUE(vote(r1_, staged.round));
+  (void)say_applied(r0_, staged);
+  const WaiterId early = ask(r0_, {}, 100), later = ask(r0_, {}, 1000);
+  wait_ms(100);
+  EXPECT_EQ(reply<LeaseReply>(early)->result.error().code, ErrorCode::kDeadlineExceeded);
+  EXPECT_THAT(reply<LeaseReply>(early)->result.error().message,
+              HasSubstr("group engine: version 1 is committed, rank r1 holds no version"));
+  EXPECT_EQ(reply<LeaseReply>(later), nullptr);
+  (void)say_applied(r1_, staged);
+  ASSERT_NE(reply<LeaseReply>(later), nullptr);
+  EXPECT_NE(reply<LeaseReply>(later)->result->round, staged.round);
+}
+
+// It could not learn the decision by its deadline, and begins again: the round cannot be finished.
+TEST_F(Group, ARankThatBeginsAgainInsteadOfApplyingMakesTheGroupBrokenAndCanRepairIt) {
+  write(a_, 1);
+  const Lease staged = stage({r0_, r1_});
+  ASSERT_TRUE(vote(r0_, staged.round));
+  ASSERT_TRUE(vote(r1_, staged.round));
+  const WaiterId waits = say_applied(r0_, staged);
+  const Lease next = lease(r1_);
+  EXPECT_NE(next.round, staged.round);
+  EXPECT_EQ(all_hold(waits).error().code, ErrorCode::kGroupBroken);
+  EXPECT_THAT(all_hold(waits).error().message, HasSubstr("rank r1"));
+  EXPECT_EQ(group().state, GroupState::kBroken);
+  EXPECT_TRUE(decided(ask_decision(r1_, staged.round))->commit) << "recorded once and for all";
+  refit({r0_, r1_});
+}
+
+TEST_F(Group, ARankLostBeforeTheDecisionAbortsTheRound) {
+  write(a_, 1);
+  refit({r0_, r1_});
+  write(a_, 2);
+  const Lease staged = stage({r0_, r1_});
+  ASSERT_TRUE(vote(r0_, staged.round));
+  const WaiterId waits = ask_decision(r0_, staged.round);
+  table().lose(r1_, "killed", now_);
+  EXPECT_FALSE(decided(waits)->commit);
+  EXPECT_THAT(decided(waits)->reason, HasSubstr("rank r1 was lost: killed"));
+  EXPECT_EQ(group().state, GroupState::kBroken);
+  EXPECT_THAT(group().reason, HasSubstr("rank r1 was lost"));
+}
+
+TEST_F(Group, ARankLostAfterTheCommitBreaksTheGroupAndIsNamed) {
+  write(a_, 1);
+  const Lease staged = stage({r0_, r1_});
+  ASSERT_TRUE(vote(r0_, staged.round));
+  ASSERT_TRUE(vote(r1_, staged.round));
+  const WaiterId waits = say_applied(r0_, staged);
+  table().lose(r1_, "killed", now_);
+  EXPECT_EQ(all_hold(waits).error().code, ErrorCode::kGroupBroken);
+  EXPECT_THAT(all_hold(waits).error().message, HasSubstr("rank r1 was lost: killed"));
+  EXPECT_EQ(group().state, GroupState::kBroken);
+  EXPECT_EQ(all_hold(say_applied(r0_, staged)).error().code, ErrorCode::kGroupBroken);
+  EXPECT_TRUE(decided(ask_decision(r0_, staged.round))->commit) << "it stays decided";
+}
+
+TEST_F(Group, ABrokenGroupIsWholeAgainWhenTheLostRankComesBackWithTheVersion) {
+  write(a_, 1);
+  const Lease staged = stage({r0_, r1_});
+  ASSERT_TRUE(vote(r0_, staged.round));
+  ASSERT_TRUE(vote(r1_, staged.round));
+  (void)say_applied(r0_, staged);
+  table().lose(r1_, "stopped", now_);
+  r1_ = rank("r1", 2, 7, voted(staged, 0));
+  EXPECT_EQ(group().state, GroupState::kBroken);
+  EXPECT_TRUE(decided(ask_decision(r1_, staged.round))->commit)
+      << "a rank that was away learns what was decided, and nothing else";
+  EXPECT_TRUE(all_hold(say_applied(r1_, staged)));
+  EXPECT_EQ(group().state, GroupState::kWhole);
+  EXPECT_TRUE(group().reason.empty());
+}
+
+TEST_F(Group, ABrokenGroupIsRepairedByARoundWithTheRestartedRank) {
+  write(a_, 1);
+  refit({r0_, r1_});
+  table().lose(r1_, "killed", now_);
+  r1_ = rank("r1", 2, 8);
+  EXPECT_EQ(group().state, GroupState::kBroken);
+  EXPECT_THAT(group().reason, HasSubstr("r1"));
+  refit({r0_, r1_});
+}
+
+TEST_F(Group, HoldRepairsWhereEveryRankStillHasTheVersion) {
+  write(a_, 1);
+  refit({r0_, r1_});
+  write(a_, 2);
+  const Lease staged = stage({r0_, r1_});
+  ASSERT_TRUE(vote(r0_, staged.round));
+  ASSERT_TRUE(vote(r1_, staged.round));
+  (void)say_applied(r0_, staged);
+  (void)say_applied(r1_, staged);
+  ASSERT_TRUE(table().hold(r0_, 1, now_));  // rollback()
+  EXPECT_EQ(group().state, GroupState::kBroken);
+  EXPECT_THAT(group().reason, HasSubstr("rank r0 holds version 1"));
+  ASSERT_TRUE(table().hold(r1_, 1, now_));
+  EXPECT_EQ(group().state, GroupState::kWhole);
+  EXPECT_EQ(group().version, 1u);
+}
+
+TEST_F(Group, AbortInPlaceLeavesNoVersionAndSaysSo) {
+  write(a_, 1);
+  refit({r0_, r1_});
+  write(a_, 2);
+  Lease staged;
+  for (const uint64_t rank : {r0_, r1_}) {
+    staged = lease(rank);
+    ASSERT_TRUE(release(rank, staged, LeaseEnd::kLost));
+  }
+  EXPECT_EQ(group().state, GroupState::kBroken);
+  ASSERT_TRUE(vote(r0_, staged.round));
+  ASSERT_TRUE(vote(r1_, staged.round, false, "torn read"));
+  EXPECT_EQ(group().state, GroupState::kBroken);
+  EXPECT_EQ(group().reason, "no rank holds a version");
+  refit({r0_, r1_});
+}
+
+TEST_F(Group, AThirdRankOfTwoAndAnotherSizeAreRefused) {
+  EXPECT_EQ(try_rank("r2").error().code, ErrorCode::kAlreadyExists);
+  EXPECT_EQ(try_rank("r2", 3).error().code, ErrorCode::kInvalidArgument);
+}
+
+TEST_F(Group, AnEngineThatStartsAgainMayHaveAnotherSize) {
+  write(a_, 1);
+  refit({r0_, r1_});
+  ASSERT_TRUE(table().leave(r0_, now_));
+  ASSERT_TRUE(table().leave(r1_, now_));
+  EXPECT_TRUE(table().groups("").empty());
+  const std::vector<uint64_t> ranks{rank("r0", 3, 8), rank("r1", 3, 8), rank("r2", 3, 8)};
+  refit(ranks);
+}
+
+TEST_F(Group, TheStoryOfAVersionNamesTheRoundTheVotesAndTheDecision) {
+  write(a_, 1);
+  refit({r0_, r1_});
+  std::vector<std::string> story;
+  for (const VersionEvent& event : table().history("policy", 1).value()) {
+    story.push_back(event.who + ": " + event.what);
+  }
+  EXPECT_THAT(story, Contains(HasSubstr("r0: opened round")));
+  EXPECT_THAT(story, Contains("r1: voted ready"));
+  EXPECT_THAT(story, Contains(HasSubstr("COMMIT")));
+  EXPECT_THAT(story, Contains("r0: applied"));
+}
+
+TEST_F(Group, NothingOfAGroupIsLeftWhenItsRanksHaveGone) {
+  write(a_, 1);
+  const Lease staged = stage({r0_, r1_});
+  (void)ask_decision(r0_, staged.round);
+  ASSERT_TRUE(table().leave(r0_, now_));
+  ASSERT_TRUE(table().leave(r1_, now_));
+  ASSERT_TRUE(table().leave(a_, now_));
+  wait_ms(60000);
+  EXPECT_EQ(table().stats(), TableStats{});
+}
+
+// -- the coordinator dies between the votes and the end --
+
+class Restarted : public Group {
+ protected:
+  void SetUp() override {
+    write(a_, 1);
+    refit({r0_, r1_});
+    write(a_, 2);
+    staged_ = stage({r0_, r1_});
+    restart();
+    a_ = try_join(MemberRole::kSource, "a", 7, 1,
+                  Resume{.id = a_, .last_published = 2, .offers = {offer_of(2)}})
+             .value();
+  }
+  Lease staged_;
+};
+
+TEST_F(Restarted, ACommitThatOneRankWasToldIsTrueForAll) {
+  r0_ = rank("r0", 2, 7, voted(staged_, 1));
+  const WaiterId waits = ask_decision(r0_, staged_.round);
+  EXPECT_EQ(reply<DecisionReply>(waits), nullptr) << "the other may have been told";
+  r1_ = rank("r1", 2, 7, voted(staged_, 1, true));
+  ASSERT_NE(reply<DecisionReply>(waits), nullptr);
+  EXPECT_TRUE(decided(waits)->commit);
+  EXPECT_EQ(group().state, GroupState::kSwitching);
+  (void)say_applied(r0_, staged_);
+  EXPECT_TRUE(all_hold(say_applied(r1_, staged_)));
+  EXPECT_EQ(group().state, GroupState::kWhole);
+  EXPECT_EQ(group().version, 2u);
+  refit({r0_, r1_});
+}
+
+TEST_F(Restarted, ACommitThatOneRankHasAppliedIsTrueForAll) {
+  r1_ = rank("r1", 2, 7, voted(staged_, 2, true));
+  r0_ = rank("r0", 2, 7, voted(staged_, 1));
+  EXPECT_TRUE(decided(ask_decision(r0_, staged_.round))->commit);
+  EXPECT_TRUE(all_hold(say_applied(r0_, staged_)));
+  EXPECT_EQ(group().state, GroupState::kWhole);
+}
+
+TEST_F(Restarted, WhatNoRankWasToldIsAborted) {
+  r0_ = rank("r0", 2, 7, voted(staged_, 1));
+  const WaiterId waits = ask_decision(r0_, staged_.round);
+  r1_ = rank("r1", 2, 7, voted(staged_, 1));
+  EXPECT_FALSE(decided(waits)->commit);
+  EXPECT_FALSE(decided(ask_decision(r1_, staged_.round))->commit);
+  EXPECT_EQ(group().state, GroupState::kWhole);
+  EXPECT_EQ(group().version, 1u);
+  refit({r0_, r1_});
+}
+
+TEST_F(Restarted, ARankThatGivesUpCannotAbortWhatAnotherMayHaveBeenTold) {
+  r0_ = rank("r0", 2, 7, voted(staged_, 1));
+  ASSERT_TRUE(vote(r0_, staged_.round, false, "its deadline passed"));
+  const WaiterId waits = ask_decision(r0_, staged_.round, 100);
+  EXPECT_EQ(reply<DecisionReply>(waits), nullptr);
+  r1_ = rank("r1", 2, 7, voted(staged_, 2, true));
+  EXPECT_TRUE(decided(waits)->commit);
+}
+
+TEST_F(Restarted, ARankThatHadNotVotedProvesThatNothingWasDecided) {
+  r0_ = rank("r0", 2, 7, voted(staged_, 1));
+  r1_ = rank("r1", 2, 7, Resume{.landed = 1});
+  EXPECT_FALSE(decided(ask_decision(r0_, staged_.round))->commit);
+  refit({r0_, r1_});
+}
+
+TEST_F(Restarted, WithoutEveryRankTheDecisionIsNotKnownAndTheGroupBroken) {
+  r0_ = rank("r0", 2, 7, voted(staged_, 1));
+  const WaiterId waits = ask_decision(r0_, staged_.round, 60000);
+  for (int i = 0; i < 5; ++i) {
+    beat({a_, r0_});
+    wait_ms(2000);
+  }
+  ASSERT_NE(reply<DecisionReply>(waits), nullptr);
+  EXPECT_EQ(decided(waits).error().code, ErrorCode::kGroupBroken);
+  EXPECT_THAT(decided(waits).error().message, HasSubstr("not every rank has come back"));
+  EXPECT_EQ(group().state, GroupState::kBroken);
+  r1_ = rank("r1", 2, 8);
+  refit({r0_, r1_});
+}
+
+TEST_F(Restarted, ACommitThatIsKnownIsNotAppliedForEverByARankThatNeverComesBack) {
+  r0_ = rank("r0", 2, 7, voted(staged_, 2, true));
+  const WaiterId waits = say_applied(r0_, staged_, 60000);
+  const WaiterId next = ask(r0_, {}, 60000);
+  for (int i = 0; i < 5; ++i) {
+    beat({a_, r0_});
+    wait_ms(2000);
+  }
+  ASSERT_NE(reply<AppliedReply>(waits), nullptr);
+  EXPECT_EQ(all_hold(waits).error().code, ErrorCode::kGroupBroken);
+  EXPECT_EQ(group().state, GroupState::kBroken);
+  EXPECT_NE(reply<LeaseReply>(next), nullptr);
+}
+
+TEST_F(Restarted, ACommitThatIsToldLateIsTrueThoughAnotherRoundIsOpen) {
+  r1_ = rank("r1", 2, 7, voted(staged_, 2, true));
+  const WaiterId waits = say_applied(r1_, staged_, 100);
+  wait_ms(100);
+  EXPECT_EQ(all_hold(waits).error().code, ErrorCode::kDeadlineExceeded);
+  r0_ = rank("r0", 2, 7, voted(staged_, 1));
+  EXPECT_TRUE(decided(ask_decision(r0_, staged_.round))->commit);
+}
+
+TEST_F(Restarted, RanksThatHoldDifferentVersionsAreBroken) {
+  r0_ = rank("r0", 2, 7, Resume{.landed = 2});
+  r1_ = rank("r1", 2, 7, Resume{.landed = 1});
+  EXPECT_EQ(group().state, GroupState::kBroken);
+  EXPECT_THAT(group().reason, HasSubstr("rank r1 holds version 1"));
+  refit({r0_, r1_});
+}
+
+TEST_F(Restarted, AWholeGroupIsWholeAgainAtOnce) {
+  r0_ = rank("r0", 2, 7, Resume{.landed = 1});
+  EXPECT_NE(group().state, GroupState::kWhole);
+  r1_ = rank("r1", 2, 7, Resume{.landed = 1});
+  EXPECT_EQ(group().state, GroupState::kWhole);
+  EXPECT_EQ(group().version, 1u);
+}
+
+// Not a restart: the coordinator lives, and knows better than a rank that was silent.
+TEST_F(Group, ARankThatComesBackToTheSameCoordinatorReopensNoRound) {
+  write(a_, 1);
+  const Lease staged = stage({r0_, r1_});
+  ASSERT_TRUE(vote(r0_, staged.round));
+  ASSERT_TRUE(vote(r1_, staged.round));
+  EXPECT_TRUE(decided(ask_decision(r0_, staged.round))->commit);
+  table().lose(r1_, "silent", now_);
+  r1_ = rank("r1", 2, 7, voted(staged, 0));
+  EXPECT_TRUE(decided(ask_decision(r1_, staged.round))->commit) << "not aborted by its return";
+
+  table().lose(r1_, "silent", now_);
+  const VersionRequest brief{.kind = kNewest, .version = 0, .round_ms = 1};
+  for (int i = 0; i < 6; ++i) {
+    (void)lease(r0_, brief);
+    wait_ms(1);
+  }
+  r1_ = rank("r1", 2, 7, voted(staged, 0));
+  EXPECT_EQ(decided(ask_decision(r1_, staged.round)).error().code, ErrorCode::kGroupBroken)
+      << "forgotten, and nothing is made up";
+}
+
+}  // namespace
+}  // namespace transfuse
