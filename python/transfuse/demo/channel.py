@@ -19,7 +19,7 @@ _END: Message = {"kind": "end"}
 
 
 class ChildFailedError(RuntimeError):
-    """A process of the demo ended or was silent for too long; the message has its last words."""
+    """A process of the demo ended, was silent, or said what must not be; the message says which."""
 
 
 class Child:
@@ -35,6 +35,7 @@ class Child:
             OMP_NUM_THREADS="1",
             TOKENIZERS_PARALLELISM="false",
             PYTHONUNBUFFERED="1",
+            TMPDIR=str(folder),  # torch leaves folders there; this one is removed with the run
             TRANSFUSE_DEMO_ANSWERS=str(answers_of_child),
         )
         with self.log.open("ab") as log:

@@ -19,6 +19,14 @@ class Crew:
         self._job = job
         self._folder = folder
         self._children: dict[str, Child] = {}
+        self._control: transfuse.Control | None = None
+
+    @property
+    def control(self) -> transfuse.Control:
+        """The view of the job from outside. Not to be kept: it keeps a coordinator alive."""
+        if self._control is None:
+            self._control = transfuse.Control(job=self._job)
+        return self._control
 
     def start(self, name: str, module: str, *args: str) -> Child:
         """A new process, in the place of one of this name that has ended."""
@@ -45,6 +53,7 @@ class Crew:
         for child in self._children.values():
             child.stop(max(0.0, deadline - time.monotonic()))
         self._children = {}
+        self._control = None
         _stop_coordinator(self._job)
 
 

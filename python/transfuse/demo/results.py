@@ -33,7 +33,7 @@ def check_room(folder: Path) -> None:
 
 
 class Results:
-    """Writes the files of one folder. Every failure is a ResultsError and leaves no partial file."""
+    """Writes the files of one folder. A failure is a ResultsError and leaves no partial file."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

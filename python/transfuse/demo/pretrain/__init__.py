@@ -1,1 +1,1 @@
-"""`transfuse demo --pretrain`: two FSDP2 trainers refit a running inference process, on one host."""
+"""`transfuse demo --pretrain`: two FSDP2 trainers refit a running inference process."""

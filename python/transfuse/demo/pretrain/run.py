@@ -8,7 +8,6 @@ import platform
 import time
 from typing import Any
 
-import transfuse
 from transfuse.demo.channel import START_S, Child, ChildFailedError, Message
 from transfuse.demo.crew import Crew
 from transfuse.demo.layouts import explain
@@ -104,7 +103,7 @@ class Run:
 
     def verify(self) -> str:
         """What `transfuse verify` says about the live processes."""
-        report = transfuse.Control(job=self.settings.job).verify(MODEL, timeout_s=self._deadline)
+        report = self._crew.control.verify(MODEL, timeout_s=self._deadline)
         if not report.matches:
             raise ChildFailedError(f"fingerprints differ:\n{report.to_text()}")
         return report.to_text().strip()

@@ -1,1 +1,1 @@
-"""`transfuse demo`: an engine answers, trainers learn from it, and every version goes back into it."""
+"""`transfuse demo`: an engine answers, trainers learn, every version goes back."""

@@ -96,8 +96,9 @@ def conclude(report: dict[str, Any], results: Results, screen: Screen) -> None:
     verdict, medians = report["verdict"], report["medians"]
     rewards, trained = verdict["final_reward"], verdict["held_out_as_trained"]
     screen.say(
-        f"final reward {rewards['live']:.3f} with refits, {rewards['control']:.3f} without; held-out "
-        f"prompts from the trained weights {trained['live']:.3f} and {trained['control']:.3f}"
+        f"final reward {rewards['live']:.3f} with refits, {rewards['control']:.3f} without; "
+        f"held-out prompts from the trained weights {trained['live']:.3f} and "
+        f"{trained['control']:.3f}"
     )
     if not verdict["judged"]:
         screen.say("too few steps to learn anything: the margin was not judged")
@@ -111,8 +112,8 @@ def conclude(report: dict[str, Any], results: Results, screen: Screen) -> None:
     screen.say(
         f"medians: refit {medians['refit_ms']:.1f} ms behind the engine's back, transfer at "
         f"{medians['share_of_memcpy']:.0%} of memcpy; pause of the engine "
-        f"{medians['engine_pause_ms']:.2f} ms, of a trainer {medians['trainer_publish_ms']:.2f} ms; "
-        f"lag at most {medians['largest_lag']}"
+        f"{medians['engine_pause_ms']:.2f} ms, of a trainer {medians['trainer_publish_ms']:.2f} "
+        f"ms; lag at most {medians['largest_lag']}"
     )
     screen.say(
         f"peak memory of all processes {report['peak_bytes'] / 2**30:.1f} GiB; "

@@ -22,7 +22,6 @@ class RankedEngine:
         self.staged = 0
         self._settings = settings
         self._crew = crew
-        self._control: transfuse.Control | None = None
         self._attempt = 0
         self._ranks: list[Child] = [self._start(rank) for rank in range(RANKS)]
 
@@ -47,12 +46,9 @@ class RankedEngine:
     def take(self, batch: Batch) -> tuple[Rollout, dict[str, Any] | None]:
         """The answers, all of one version on both ranks, and the refit that came before them."""
         answers = [r.expect("generated", timeout_s=self._settings.deadline_s) for r in self._ranks]
-        versions = {a["version"] for a in answers}
-        versions.update(version for a in answers for version in a["token_versions"])
-        if len(versions) != 1:
-            raise ChildFailedError(f"{batch.name} is of versions {sorted(versions)}: expected one")
-        self.version = versions.pop()
-        return Rollout.of(batch, answers[0]), _slowest([a["refit"] for a in answers])
+        rollout = Rollout.of(batch, answers)
+        self.version = rollout.version
+        return rollout, _slowest([a["refit"] for a in answers])
 
     def refit(self, at_least: int) -> list[dict[str, Any]]:
         """Brings a version in on every rank, now."""
@@ -69,17 +65,24 @@ class RankedEngine:
         """SIGKILL while it answers a batch, which is lost with it. Returns its process id."""
         lost = self._ranks[rank]
         self._crew.kill(lost)
-        for other in self._ranks:
-            if other is not lost:
-                other.expect("failed", "generated", timeout_s=self._settings.deadline_s)
+        for other in self._others(rank):
+            other.expect("failed", "generated", timeout_s=self._settings.deadline_s)
         return lost.pid
 
     def replace(self, rank: int, at_least: int) -> int:
         """Another process takes the place of one that was killed. Returns its process id."""
+        others = self._others(rank)
+        for other in others:
+            other.send(do="settle")  # before a rank joins that holds nothing
+        for other in others:
+            other.expect("settled", timeout_s=self._settings.deadline_s)
         self._ranks[rank] = self._start(rank)
         self._ranks[rank].expect("ready", timeout_s=START_S)
         self._form(at_least)
         return self._ranks[rank].pid
+
+    def _others(self, rank: int) -> list[Child]:
+        return self._ranks[:rank] + self._ranks[rank + 1 :]
 
     def wait_for(self, state: transfuse.GroupState) -> transfuse.GroupInfo:
         """What the coordinator says of the group when it is in this state."""
@@ -95,9 +98,7 @@ class RankedEngine:
 
     def group(self) -> transfuse.GroupInfo:
         """What the coordinator says of the group."""
-        if self._control is None:
-            self._control = transfuse.Control(job=self._settings.job)
-        return next(g for g in self._control.groups(MODEL) if g.name == GROUP)
+        return next(g for g in self._crew.control.groups(MODEL) if g.name == GROUP)
 
     def _start(self, rank: int) -> Child:
         settings = self._settings.to_json()

@@ -56,7 +56,7 @@ class SafePoint:
         return self._commit
 
     def commit(self) -> int:
-        """See transfuse.engine.SafePoint. A version that the group gave up leaves the one before."""
+        """See transfuse.engine.SafePoint. If the group gives up, the version before stays."""
         self._commit = False
         if self._stage is None:
             raise transfuse.NotFoundError("a commit is due and nothing was staged")
@@ -72,7 +72,7 @@ class SafePoint:
         return self._receiver.version
 
     def settle(self) -> None:
-        """Nothing is staged any more: what the group has decided is committed, all else given up."""
+        """Nothing stays staged: what the group has decided is committed, all else given up."""
         stage, self._stage = self._stage, None
         if stage is None:
             return
@@ -102,8 +102,12 @@ class Rank:
 
     def close(self) -> None:
         """Leaves the group."""
-        self._safe_point.settle()
+        self.settle()
         self._receiver.close()
+
+    def settle(self) -> None:
+        """See SafePoint."""
+        self._safe_point.settle()
 
     def form(self, attempt: int) -> None:
         """Meets the other ranks."""
@@ -121,7 +125,7 @@ class Rank:
 
     def refit(self, at_least: int) -> None:
         """All ranks get the same version, before the engine serves from it."""
-        self._safe_point.settle()
+        self.settle()
         report = self._receiver.refit(at_least=at_least, timeout_s=self._settings.deadline_s)
         self._engine = Engine(
             self._weights,
@@ -215,6 +219,9 @@ def obey(rank: Rank, command: Message) -> None:
             rank.form(command["attempt"])
         elif command["do"] == "refit":
             rank.refit(command["at_least"])
+        elif command["do"] == "settle":
+            rank.settle()
+            answer("settled")
         elif command["do"] == "generate":
             rank.generate(command)
     except (transfuse.TransfuseError, MixedVersionsError) as error:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from transfuse.demo.channel import Message
+from transfuse.demo.channel import ChildFailedError, Message
 from transfuse.demo.rl.settings import TRAINERS, Settings
 from transfuse.demo.rl.task import Tokens, advantages, make_prompts, rewards
 
@@ -41,16 +41,28 @@ class Rollout:
 
     batch: Batch
     version: int
+    rank_versions: list[int]  # what each rank of the engine says
     tokens: list[Tokens]
     log_probabilities: list[list[float]]
     rewards: list[list[float]]
 
     @staticmethod
-    def of(batch: Batch, answer: Message) -> Rollout:
-        """The answer of an engine's rank 0."""
-        tokens = answer["tokens"]
+    def of(batch: Batch, answers: list[Message]) -> Rollout:
+        """Of the answers of every rank; all of their tokens must be of one version."""
+        versions = {a["version"] for a in answers}
+        versions.update(version for a in answers for version in a["token_versions"])
+        if len(versions) != 1:
+            raise ChildFailedError(f"{batch.name} is of versions {sorted(versions)}: expected one")
+        tokens = answers[0]["tokens"]
         worth = [rewards(batch.prompts[row // batch.samples], t) for row, t in enumerate(tokens)]
-        return Rollout(batch, answer["version"], tokens, answer["log_probabilities"], worth)
+        return Rollout(
+            batch,
+            versions.pop(),
+            [a["version"] for a in answers],
+            tokens,
+            answers[0]["log_probabilities"],
+            worth,
+        )
 
     @property
     def reward(self) -> float:

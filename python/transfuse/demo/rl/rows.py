@@ -8,10 +8,11 @@ from typing import Any
 from transfuse.demo.screen import Mood
 
 LEGEND = (
-    "rollout, trainer: versions that answered and that is trained; lag: versions between; clipped:\n"
-    "tokens whose importance ratio left its bounds; the refit into the engine beside each step in\n"
-    "ms, lease to verify while it serves, pause while it does not; memcpy: share of what memcpy\n"
-    "reaches at the same moment; check: fingerprints of every byte against those of the trainers"
+    "reward: share of digits in place; rollout, trainer: version that answered, version that\n"
+    "learns from it; lag: versions between; clipped: tokens whose importance ratio was clipped;\n"
+    "engine: its version after the refit beside this step; in ms lease, transfer, verify while\n"
+    "it serves, pause (with commit) while it does not; memcpy: share of what memcpy reaches now;\n"
+    "check: fingerprints of every byte that arrived against those of the trainers"
 )
 HEADER = (
     "step reward rollout trainer lag clipped |engine  lease transfer verify commit  pause memcpy  "
@@ -22,7 +23,7 @@ HEADER = (
 def format_row(row: Mapping[str, Any]) -> str:
     """One line per step under HEADER."""
     begin = (
-        f"{row['step']:4d}{row['reward']:7.3f}{row['rollout_version']:8d}{row['version']:8d}"
+        f"{row['step']:4d}{row['reward']:7.3f}{row['rollout_version']:8d}{row['trained_version']:8d}"
         f"{row['lag']:4d}{row['clipped']:8.1%} |{row['engine_version']:6d}"
     )
     refit = row["refit"]

@@ -1,4 +1,4 @@
-"""One run: an engine answers, trainers learn, versions go back; what fails on the way is repaired."""
+"""One run: an engine answers, trainers learn, versions go back; what fails is repaired."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class Run:
         first = self._engine.open(at_least=self._version)
         megabytes = first[0]["size_bytes"] / 1e6
         self.screen.say(
-            f"{TRAINERS} FSDP2 trainers hold the policy in f32, sharded; the engine's {RANKS} ranks "
-            f"hold {megabytes:.1f} MB each in bf16, fused and tensor parallel"
+            f"{TRAINERS} FSDP2 trainers hold the policy in f32, sharded; the engine's {RANKS} "
+            f"ranks hold {megabytes:.1f} MB each in bf16, fused and tensor parallel"
         )
 
     def train(self) -> None:
@@ -69,18 +69,17 @@ class Run:
         self._evaluate("at the start")
         batch = training_batch(self.settings, 1)
         self._engine.ask(batch)
-        rollout, refit = self._engine.take(batch)
+        rollout, _ = self._engine.take(batch)
         self.first_tokens = rollout.tokens
         for step in range(1, self.settings.steps + 1):
-            rollout, refit = self._step(step, rollout)
+            rollout = self._step(step, rollout)
         self._evaluate("as served")
         self._engine.refit(at_least=self._version)
         self._evaluate("as trained")
 
     def verify(self) -> str:
         """What `transfuse verify` says about the live processes."""
-        control = transfuse.Control(job=self.settings.job)
-        report = control.verify(MODEL, timeout_s=self.settings.deadline_s)
+        report = self.crew.control.verify(MODEL, timeout_s=self.settings.deadline_s)
         if not report.matches:
             raise ChildFailedError(f"fingerprints differ:\n{report.to_text()}")
         return report.to_text().strip()
@@ -96,8 +95,8 @@ class Run:
             "steps": self.rows,
         }
 
-    def _step(self, step: int, rollout: Rollout) -> tuple[Rollout, dict[str, Any] | None]:
-        """Learns from a rollout; returns the next one and the refit that came before it."""
+    def _step(self, step: int, rollout: Rollout) -> Rollout:
+        """Learns from a rollout while the engine answers the next one, which is returned."""
         rollout = self._fresh(rollout)
         stops = self.settings.refits and step == self.settings.stop_at
         row: dict[str, Any] = {
@@ -105,6 +104,8 @@ class Run:
             "reward": rollout.reward,
             "solved": rollout.solved,
             "rollout_version": rollout.version,
+            "rank_versions": rollout.rank_versions,
+            "trained_version": self._version,
             "lag": self._version - rollout.version,
         }
         for rank, trainer in enumerate(self._trainers):
@@ -120,11 +121,12 @@ class Run:
         stepped = [t.expect("stepped", timeout_s=self.settings.deadline_s) for t in self._trainers]
         self._version = stepped[0]["version"]
         slowest = max(s["publish_ms"] for s in stepped)
-        row |= {n: stepped[0][n] for n in ("version", "step_s", "ratio", "clipped")}
-        row |= {"publish_ms": slowest, "engine_version": self._engine.version, "refit": refit}
+        row |= {n: stepped[0][n] for n in ("step_s", "ratio", "clipped")}
+        row |= {"published": self._version, "publish_ms": slowest}
+        row |= {"engine_version": self._engine.version, "refit": refit}
         self.rows.append(row)
         self.screen.row(step, format_row(row), mood_of(row))
-        return following, refit
+        return following
 
     def _wanted(self) -> int:
         """The version to bring in next, 0 if the engine has it or is on the way to it."""
@@ -188,9 +190,9 @@ class Run:
         while time.monotonic() < start + self.settings.stop_s:
             self._answer_without_commit(batch)
             served += len(batch.prompts)
+        group = self._engine.group()
         os.kill(pid, signal.SIGCONT)
         seconds = time.monotonic() - start
-        group = self._engine.group()
         self._event(
             "continued",
             step,
@@ -221,11 +223,10 @@ class Run:
             time.sleep(0.01)
 
     def _why_not_ready(self, version: int) -> str:
-        control = transfuse.Control(job=self.settings.job)
-        found = next(v for v in control.versions(MODEL) if v.version == version)
+        found = next(v for v in self.crew.control.versions(MODEL) if v.version == version)
         missing = [
             m.name
-            for m in control.members(MODEL)
+            for m in self.crew.control.members(MODEL)
             if m.role == transfuse.MemberRole.SOURCE and m.version < version
         ]
         return (

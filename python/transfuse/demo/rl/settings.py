@@ -95,5 +95,5 @@ def with_steps(settings: Settings, steps: int) -> Settings:
         settings,
         steps=steps,
         kill_at=max(1, steps // 2),
-        stop_at=min(steps - 1, max(steps // 2 + 1, steps * 7 // 10)),
+        stop_at=max(steps // 2 + 1, steps * 7 // 10),
     )
