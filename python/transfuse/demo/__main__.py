@@ -40,6 +40,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of the results")
     parser.add_argument("--steps", type=int, help="optimizer steps")
+    parser.add_argument("--seed", type=int, default=1, help="of weights, data and samples")
     parser.add_argument("--tiny", action="store_true", help="small model, few steps")
     parser.add_argument("--plain", action="store_true", help="no colours, no progress bar")
     parser.add_argument(

@@ -22,9 +22,9 @@ class Settings:
     job: str
     folder: str  # of this run, removed at its end: rendezvous, logs, layouts
     refits: bool = True  # False: the control run, whose engine keeps the version it began with
-    steps: int = 120
-    kill_at: int = 60  # a rank of the engine, in the rollout that runs beside this step
-    stop_at: int = 84  # a trainer, before it publishes what this step has made
+    steps: int = 200
+    kill_at: int = 100  # a rank of the engine, in the rollout that runs beside this step
+    stop_at: int = 140  # a trainer, before it publishes what this step has made
     stop_s: float = 3.0
     seed: int = 1
     digits: int = 4  # of a prompt
@@ -33,7 +33,7 @@ class Settings:
     held_out: int = 256  # prompts of the evaluation
     max_lag: int = 2  # versions by which a rollout may be older than the weights it trains
     clip: float = 0.2  # of the importance ratio
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-3  # at the first step; a fifth of it at the last
     hidden: int = 128
     layers: int = 2
     heads: int = 4

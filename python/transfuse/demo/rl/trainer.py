@@ -30,7 +30,8 @@ class Trainer:
     """The sharded policy and its optimizer."""
 
     def __init__(self, settings: Settings) -> None:
-        self._clip = settings.clip
+        self._settings = settings
+        self._step = 0
         torch.manual_seed(settings.seed)
         config = transformers.Qwen3Config(**settings.model_config())
         self.model = transformers.Qwen3ForCausalLM(config).float()
@@ -44,6 +45,7 @@ class Trainer:
 
     def step(self, rollout: Message) -> dict[str, float]:
         """One step of the clipped policy gradient; the numbers are means over all trainers."""
+        self._set_learning_rate()
         prompts, tokens = torch.tensor(rollout["prompts"]), torch.tensor(rollout["tokens"])
         drawn_with = torch.tensor(rollout["log_probabilities"])
         advantages = torch.tensor(rollout["advantages"])
@@ -52,7 +54,7 @@ class Trainer:
         log_p = logits[:, prompts.shape[1] - 1 :].log_softmax(dim=-1)
         log_p = log_p.gather(2, tokens[..., None]).squeeze(2)
         ratio = (log_p - drawn_with).exp()
-        clipped = ratio.clamp(1 - self._clip, 1 + self._clip)
+        clipped = ratio.clamp(1 - self._settings.clip, 1 + self._settings.clip)
         loss = -torch.min(ratio * advantages, clipped * advantages).mean()
         self.optimizer.zero_grad()
         loss.backward()
@@ -62,6 +64,12 @@ class Trainer:
         dist.all_reduce(numbers)
         ratio_mean, clipped_share = (numbers / TRAINERS).tolist()
         return {"ratio": ratio_mean, "clipped": clipped_share}
+
+    def _set_learning_rate(self) -> None:
+        progress = self._step / self._settings.steps
+        self._step += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._settings.learning_rate * (1 - 0.8 * progress)
 
 
 def publish(publisher: transfuse.Publisher, version: int) -> dict[str, float]:
