@@ -224,7 +224,7 @@ uint64_t LeaseTable::admit(const JoinRequest& request, TimePoint now) {
     if (request.resume) resume_source(member, *request.resume, now);
   } else {
     model.targets[wanted.name] = id;
-    if (request.resume) member.landed = request.resume->landed;
+    if (request.resume) land(member, request.resume->landed, model.run);
     if (!wanted.group.empty()) join_group(member, request.resume, now);
   }
   return id;

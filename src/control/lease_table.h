@@ -56,6 +56,7 @@ struct Resume {
   uint64_t voted_round = 0;
   uint64_t voted_version = 0;
   bool told_commit = false;  // it has learned that the round was committed
+  bool applied = false;      // and holds what it voted for
 };
 
 struct JoinRequest {
@@ -226,6 +227,7 @@ class LeaseTable {
     std::map<uint64_t, Offer> offers;  // by version: OPEN or READY
     uint64_t writing = 0;
     uint64_t landed = 0;
+    uint64_t landed_run = 0;  // see Model::run
     RefitSummary last_refit;
     std::optional<uint64_t> drain;  // waiter of begin_write()
     std::set<uint64_t> leases;
@@ -237,6 +239,7 @@ class LeaseTable {
     uint64_t member = 0;  // 0: gone
     uint64_t incarnation = 0;
     bool published = false;
+    bool withdrawn = false;  // the source was told that it may write over it
     Offer offer{};
   };
   struct Version {
@@ -255,10 +258,16 @@ class LeaseTable {
   struct Round {
     uint64_t id = 0;
     uint64_t version = 0;
+    uint64_t run = 0;  // see Model::run
     TimePoint deadline;
     bool recovered = false;  // told by its ranks: the coordinator that opened it is gone
     bool committed = false;
-    std::set<uint64_t> ready{};  // members that voted so
+    std::set<uint64_t> ready{};    // members that voted so
+    std::set<uint64_t> applied{};  // members that said so
+  };
+  struct FinishedRound {
+    Decision decision;
+    uint64_t run = 0;
   };
   struct Group {
     uint32_t size = 0;
@@ -266,7 +275,7 @@ class LeaseTable {
     bool was_whole = false;
     std::string trouble;         // why it is not whole any more
     std::optional<Round> round;  // STAGING, or committed and not applied by all
-    std::map<uint64_t, Decision> finished;
+    std::map<uint64_t, FinishedRound> finished;
     std::set<uint64_t> waiters;  // decision() and applied()
   };
   struct Model {
@@ -277,6 +286,7 @@ class LeaseTable {
     std::set<uint64_t> waiters;  // acquire()
     uint64_t floor = 0;          // highest finished version that was forgotten
     uint64_t roster = 0;
+    uint64_t run = 0;  // rises when numbers may come again: then they stand for other weights
   };
   struct HeldLease {
     uint64_t holder = 0;
@@ -331,6 +341,7 @@ class LeaseTable {
   void finish_version(const std::string& model, uint64_t version, VersionState state,
                       std::string_view reason, TimePoint now);
   void resume_source(Member& source, const Resume& resume, TimePoint now);
+  void withdraw(Member& source, uint64_t version);
   bool revive(const Member& source, uint64_t version);
   void drop_versions_of(const Registration& restarted, TimePoint now);
   void source_gone(const Member& source, std::string_view why, TimePoint now);
@@ -361,13 +372,15 @@ class LeaseTable {
   void open_round(Group& group, const Waiter& waiter, uint64_t version, TimePoint now);
   void recover_round(const Member& member, Group& group, const Resume& resume, TimePoint now);
   void settle_recovered(const std::string& model, Group& group, TimePoint now);
-  void record(Group& group, uint64_t round, Decision decision);
+  void record(Group& group, uint64_t round, Decision decision, uint64_t run);
   void end_round(const std::string& model, Group& group, Decision decision, TimePoint now);
   void lose_round(const std::string& model, Group& group, const std::string& why, TimePoint now);
   void commit_if_all_ready(const std::string& model, Group& group, TimePoint now);
   void settle_group(const std::string& model, Group& group, TimePoint now);
   void expire_round(uint64_t round, TimePoint now);
   bool holds(const Group& group, uint64_t version) const;
+  void land(Member& target, uint64_t version, uint64_t run);
+  uint64_t run_of(const Member& member) const;
   std::string who_holds_not(const Group& group, uint64_t version) const;
   GroupInfo info(const std::string& model, const std::string& name, const Group& group) const;
 

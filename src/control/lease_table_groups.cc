@@ -115,20 +115,37 @@ void LeaseTable::recover_round(const Member& member, Group& group, const Resume&
   if (!resume.told_commit) return;
   if (current) {
     group.round->committed = true;
+    if (resume.applied) group.round->applied.insert(member.id);
     note(registration.model, group.round->version, registration.name,
          fmt::format("was told COMMIT of round {:x} by a coordinator that is gone", id), now);
   }
-  record(group, id, {.commit = true, .reason = {}});
+  record(group, id, {.commit = true, .reason = {}}, run_of(member));
 }
 
 // Once every rank is back, a recovered round is as any other, or aborted if none was told COMMIT:
-// then nobody has applied it.
+// then nobody has applied it. Where all hold its version, some may have been told and have
+// finished.
 void LeaseTable::settle_recovered(const std::string& model, Group& group, TimePoint now) {
   if (!group.round || !group.round->recovered || group.ranks.size() < group.size) return;
   if (group.round->committed) {
+    for (const auto& [name, id] : group.ranks) {
+      // It had voted once: COMMIT was told. It has finished with the round since.
+      const bool finished = !group.round->ready.contains(id);
+      if (finished && members_.at(id).landed == group.round->version) {
+        group.round->applied.insert(id);
+      }
+    }
     group.round->recovered = false;
     timers_.erase({group.round->deadline, TimerKind::kRound, group.round->id});
     return;
+  }
+  if (holds(group, group.round->version)) {
+    return lose_round(
+        model, group,
+        fmt::format("the coordinator was lost while the ranks, which hold version {}, "
+                    "received it again",
+                    group.round->version),
+        now);
   }
   end_round(model, group,
             {.commit = false, .reason = "the coordinator was lost before it was known to any rank"},
@@ -174,7 +191,7 @@ bool LeaseTable::try_grant_in_group(uint64_t waiter_id, Group& group, TimePoint 
   const Member& target = members_.at(waiter.member);
   const auto at = models_.find(target.registration.model);
   Model& model = at->second;
-  if (group.round && group.round->committed && target.landed != group.round->version) {
+  if (group.round && group.round->committed && !group.round->applied.contains(target.id)) {
     // It could not learn what was decided, or failed to apply it: waiting would be for ever.
     lose_round(at->first, group,
                fmt::format("rank {} began again before it had applied version {}",
@@ -184,7 +201,9 @@ bool LeaseTable::try_grant_in_group(uint64_t waiter_id, Group& group, TimePoint 
   if (group.round && (group.round->committed || group.round->recovered)) return false;
   if (group.round) {
     const auto version = model.versions.find(group.round->version);
-    if (version == model.versions.end() || finished(version->second.state)) {
+    const bool there = version != model.versions.end() && group.round->run == model.run &&
+                       version->second.state == VersionState::kReady;
+    if (!there) {
       end_round(at->first, group,
                 {.commit = false,
                  .reason = fmt::format("version {} ended before every rank had it",
@@ -224,8 +243,10 @@ void LeaseTable::open_round(Group& group, const Waiter& waiter, uint64_t version
   const Registration& registration = members_.at(waiter.member).registration;
   const int64_t round_ms = std::clamp<int64_t>(waiter.request.round_ms, 1, kMaxRoundMs);
   const uint64_t id = new_id();
-  group.round =
-      Round{.id = id, .version = version, .deadline = now + std::chrono::milliseconds(round_ms)};
+  group.round = Round{.id = id,
+                      .version = version,
+                      .run = run_of(members_.at(waiter.member)),
+                      .deadline = now + std::chrono::milliseconds(round_ms)};
   rounds_[id] = {registration.model, registration.group};
   timers_.emplace(group.round->deadline, TimerKind::kRound, id);
   note(registration.model, version, registration.name,
@@ -233,7 +254,7 @@ void LeaseTable::open_round(Group& group, const Waiter& waiter, uint64_t version
 }
 
 // Tells who waits for it.
-void LeaseTable::record(Group& group, uint64_t round, Decision decision) {
+void LeaseTable::record(Group& group, uint64_t round, Decision decision, uint64_t run) {
   const std::set<uint64_t> waiting = group.waiters;
   for (const uint64_t id : waiting) {
     const Waiter& waiter = waiters_.at(id);
@@ -241,7 +262,7 @@ void LeaseTable::record(Group& group, uint64_t round, Decision decision) {
     remove_waiter(id);
     effects_.emplace_back(DecisionReply{WaiterId{id}, decision});
   }
-  group.finished[round] = std::move(decision);
+  group.finished[round] = {.decision = std::move(decision), .run = run};
   while (group.finished.size() > limits_.finished_rounds) {
     group.finished.erase(group.finished.begin());
   }
@@ -258,7 +279,7 @@ void LeaseTable::end_round(const std::string& model, Group& group, Decision deci
        now);
   timers_.erase({round.deadline, TimerKind::kRound, id});
   round.committed = decision.commit;
-  record(group, id, std::move(decision));
+  record(group, id, std::move(decision), round.run);
   if (round.committed) return;
   rounds_.erase(id);
   group.round.reset();
@@ -344,7 +365,6 @@ void LeaseTable::commit_if_all_ready(const std::string& model, Group& group, Tim
     if (!group.round->ready.contains(member)) return;
   }
   end_round(model, group, {.commit = true, .reason = {}}, now);
-  settle_group(model, group, now);  // in a repair all may hold it already
 }
 
 void LeaseTable::decision(WaiterId waiter, uint64_t target, uint64_t round, TimePoint deadline,
@@ -361,7 +381,7 @@ void LeaseTable::decision(WaiterId waiter, uint64_t target, uint64_t round, Time
   }
   const auto finished = group->finished.find(round);
   if (finished != group->finished.end()) {
-    effects_.emplace_back(DecisionReply{waiter, finished->second});
+    effects_.emplace_back(DecisionReply{waiter, finished->second.decision});
     return;
   }
   if (!group->round || group->round->id != round) {
@@ -392,7 +412,14 @@ void LeaseTable::applied(WaiterId waiter, uint64_t target, uint64_t round, uint6
                         fmt::format("{} has applied version {} in a round, but is in no group",
                                     member->registration.name, version)});
   }
-  member->landed = version;
+  if (group->round && group->round->id == round && group->round->committed) {
+    group->round->applied.insert(target);
+    land(*member, version, group->round->run);
+  } else if (const auto ended = group->finished.find(round); ended != group->finished.end()) {
+    land(*member, version, ended->second.run);
+  } else if (member->landed != version) {
+    land(*member, version, run_of(*member));
+  }
   note(member->registration.model, version, member->registration.name, "applied", now);
   const auto id = static_cast<uint64_t>(waiter);
   add_waiter(id, Waiter{.kind = WaiterKind::kApplied,
@@ -412,18 +439,26 @@ void LeaseTable::applied(WaiterId waiter, uint64_t target, uint64_t round, uint6
 }
 
 bool LeaseTable::holds(const Group& group, uint64_t version) const {
-  return version != 0 && group.ranks.size() == group.size &&
-         std::all_of(group.ranks.begin(), group.ranks.end(),
-                     [&](const auto& rank) { return members_.at(rank.second).landed == version; });
+  if (version == 0 || group.ranks.size() != group.size) return false;
+  const uint64_t run = members_.at(group.ranks.begin()->second).landed_run;
+  return std::all_of(group.ranks.begin(), group.ranks.end(), [&](const auto& rank) {
+    const Member& member = members_.at(rank.second);
+    return member.landed == version && member.landed_run == run;
+  });
 }
 
 std::string LeaseTable::who_holds_not(const Group& group, uint64_t version) const {
+  uint64_t run = 0;
+  for (const auto& [name, id] : group.ranks) run = std::max(run, members_.at(id).landed_run);
+  const bool switching = group.round && group.round->committed && group.round->version == version;
   std::string out;
   for (const auto& [name, id] : group.ranks) {
-    const uint64_t held = members_.at(id).landed;
-    if (held == version) continue;
-    out += fmt::format("{}rank {} holds {}", out.empty() ? "" : ", ", name,
-                       held == 0 ? "no version" : fmt::format("version {}", held));
+    const Member& member = members_.at(id);
+    const bool applied = !switching || group.round->applied.contains(id);
+    if (member.landed == version && member.landed_run == run && applied) continue;
+    out += fmt::format("{}rank {} holds {}{}", out.empty() ? "" : ", ", name,
+                       member.landed == 0 ? "no version" : fmt::format("version {}", member.landed),
+                       member.landed == version ? " as it was before" : "");
   }
   if (group.ranks.size() < group.size) {
     out += fmt::format("{}{} of {} ranks are missing", out.empty() ? "" : ", ",
@@ -437,6 +472,10 @@ void LeaseTable::settle_group(const std::string& model, Group& group, TimePoint 
   if (group.ranks.empty()) return;
   const uint64_t version = members_.at(group.ranks.begin()->second).landed;
   if (!holds(group, version)) return;
+  const bool switching = group.round && group.round->committed;
+  if (switching && (group.round->version != version || group.round->applied.size() < group.size)) {
+    return;
+  }
   group.was_whole = true;
   group.trouble.clear();
   const std::set<uint64_t> waiting = group.waiters;
@@ -446,12 +485,11 @@ void LeaseTable::settle_group(const std::string& model, Group& group, TimePoint 
     remove_waiter(id);
     effects_.emplace_back(AppliedReply{WaiterId{id}, Result<void>()});
   }
-  if (group.round && group.round->committed && group.round->version == version) {
-    rounds_.erase(group.round->id);
-    timers_.erase({group.round->deadline, TimerKind::kRound, group.round->id});
-    group.round.reset();
-    serve_waiters(model, now);
-  }
+  if (!switching) return;
+  rounds_.erase(group.round->id);
+  timers_.erase({group.round->deadline, TimerKind::kRound, group.round->id});
+  group.round.reset();
+  serve_waiters(model, now);
 }
 
 GroupInfo LeaseTable::info(const std::string& model, const std::string& name,
@@ -479,9 +517,8 @@ GroupInfo LeaseTable::info(const std::string& model, const std::string& name,
   if (group.was_whole || mixed) info.state = GroupState::kBroken;
   uint64_t wanted = group.round ? group.round->version : 0;
   for (const GroupRank& rank : info.ranks) wanted = std::max(wanted, rank.version);
-  info.reason = !group.trouble.empty() ? group.trouble
-                : wanted == 0          ? "no rank holds a version"
-                                       : who_holds_not(group, wanted);
+  const std::string now = wanted == 0 ? "no rank holds a version" : who_holds_not(group, wanted);
+  info.reason = group.trouble.empty() ? now : fmt::format("{}; {}", group.trouble, now);
   return info;
 }
 

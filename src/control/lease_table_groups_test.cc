@@ -71,7 +71,8 @@ class Group : public Table {
     return Resume{.landed = landed,
                   .voted_round = lease.round,
                   .voted_version = lease.version,
-                  .told_commit = told_commit};
+                  .told_commit = told_commit,
+                  .applied = told_commit && landed == lease.version};
   }
 
   uint64_t a_ = source("a");
@@ -146,6 +147,43 @@ TEST_F(Group, TheSameVersionAgainIsACommitAsAnyOther) {
   refit({r0_, r1_});
   refit({r0_, r1_});
   EXPECT_EQ(table().stats().rounds, 0u);
+}
+
+// The trainers restart from a checkpoint and count from below: the same number, other weights.
+TEST_F(Group, ANumberThatComesAgainIsAnotherVersion) {
+  write(a_, 3);
+  refit({r0_, r1_});
+  const Lease before = lease(r0_);
+  table().lose(a_, "killed", now_);
+  a_ = source("a", 1, 8);
+  write(a_, 3);
+  const Lease staged = stage({r1_, r0_});
+  EXPECT_NE(staged.round, before.round);
+  ASSERT_TRUE(vote(r0_, staged.round));
+  ASSERT_TRUE(vote(r1_, staged.round));
+  const WaiterId first = say_applied(r0_, staged);
+  EXPECT_EQ(reply<AppliedReply>(first), nullptr) << "r1 holds the 3 from before";
+  EXPECT_EQ(group().state, GroupState::kSwitching);
+  EXPECT_THAT(group().reason, HasSubstr("rank r1 holds version 3 as it was before"));
+  (void)lease(r1_);  // it gives up: the ranks hold different weights under one number
+  EXPECT_EQ(group().state, GroupState::kBroken);
+  refit({r0_, r1_});
+}
+
+TEST_F(Group, ARankThatCameBackSaysOfWhichRoundItsVersionIs) {
+  write(a_, 3);
+  const Lease staged = stage({r0_, r1_});
+  ASSERT_TRUE(vote(r0_, staged.round));
+  ASSERT_TRUE(vote(r1_, staged.round));
+  (void)say_applied(r0_, staged);
+  (void)say_applied(r1_, staged);
+  table().lose(r1_, "silent", now_);
+  table().lose(a_, "killed", now_);
+  a_ = source("a", 1, 8);  // from here on 3 may be another version
+  r1_ = rank("r1", 2, 7, voted(staged, 3, true));
+  EXPECT_EQ(group().state, GroupState::kBroken) << "not known to be the same 3";
+  EXPECT_TRUE(all_hold(say_applied(r1_, staged)));
+  EXPECT_EQ(group().state, GroupState::kWhole);
 }
 
 TEST_F(Group, OneVoteAgainstAbortsTheRoundForAllAndForGood) {
@@ -454,6 +492,18 @@ TEST_F(Restarted, WhatNoRankWasToldIsAborted) {
   EXPECT_EQ(group().state, GroupState::kWhole);
   EXPECT_EQ(group().version, 1u);
   refit({r0_, r1_});
+}
+
+TEST_F(Group, ACommitOfWhatAllHoldAlreadyIsNotAbortedByARestart) {
+  write(a_, 1);
+  refit({r0_, r1_});
+  const Lease staged = stage({r0_, r1_});  // the same again; r1 is told, has finished, and forgets
+  restart();
+  r0_ = rank("r0", 2, 7, voted(staged, 1));
+  r1_ = rank("r1", 2, 7, Resume{.landed = 1});
+  EXPECT_EQ(decided(ask_decision(r0_, staged.round)).error().code, ErrorCode::kGroupBroken);
+  EXPECT_EQ(group().state, GroupState::kWhole);
+  EXPECT_EQ(table().stats().rounds, 0u);
 }
 
 TEST_F(Restarted, ARankThatGivesUpCannotAbortWhatAnotherMayHaveBeenTold) {

@@ -192,8 +192,8 @@ Result<void> LeaseTable::release(uint64_t target, LeaseId lease, uint64_t versio
                                  const LeaseOutcome& outcome, TimePoint now) {
   Member* member = find_member(target, MemberRole::kTarget);
   if (member == nullptr) return no_member(target);
-  if (outcome.end == LeaseEnd::kLanded) member->landed = version;
-  if (outcome.end == LeaseEnd::kLost) member->landed = 0;
+  if (outcome.end == LeaseEnd::kLanded) land(*member, version, run_of(*member));
+  if (outcome.end == LeaseEnd::kLost) land(*member, 0, 0);
   const std::string& model = member->registration.model;
   if (outcome.summary.version != 0) {
     member->last_refit = outcome.summary;
@@ -220,10 +220,19 @@ Result<void> LeaseTable::release(uint64_t target, LeaseId lease, uint64_t versio
   return {};
 }
 
+void LeaseTable::land(Member& target, uint64_t version, uint64_t run) {
+  target.landed = version;
+  target.landed_run = run;
+}
+
+uint64_t LeaseTable::run_of(const Member& member) const {
+  return models_.find(member.registration.model)->second.run;
+}
+
 Result<void> LeaseTable::hold(uint64_t target, uint64_t version, TimePoint now) {
   Member* member = find_member(target, MemberRole::kTarget);
   if (member == nullptr) return no_member(target);
-  member->landed = version;
+  if (member->landed != version) land(*member, version, run_of(*member));
   const std::string& model = member->registration.model;
   if (version != 0) note(model, version, member->registration.name, "holds it", now);
   if (Group* const group = group_of(*member)) settle_group(model, *group, now);

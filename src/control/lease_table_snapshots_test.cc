@@ -193,13 +193,16 @@ TEST_F(TwoSources, AVersionThatOneSourceSkipsIsGoneForThoseThatHaveBegunOrPublis
   EXPECT_EQ(drained(begin(b_, replacing(4, {1, 3})))->replaced, 3u) << "it ended already";
 }
 
-TEST_F(TwoSources, ASourceThatWaitsForRoomWhileAnotherSkipsIsTold) {
-  const WaiterId waits = begin(b_, replacing(2, {1}, kWait));
+TEST_F(TwoSources, ASourceThatWaitsForRoomWhileAnotherSkipsIsToldAtOnceAndRevokesNobody) {
+  const WaiterId waits = begin(b_, replacing(2, {1}, kRevokeAtDeadline), 50);
   EXPECT_EQ(reply<DrainReply>(waits), nullptr);
   (void)begin(a_, replacing(2, {1}, kSkip));
-  ASSERT_TRUE(release(t_, held_, LeaseEnd::kLanded));
   ASSERT_NE(reply<DrainReply>(waits), nullptr);
   EXPECT_EQ(drained(waits).error().code, ErrorCode::kVersionGone);
+  EXPECT_THAT(drained(waits).error().message, HasSubstr("skipped: source a"));
+  EXPECT_EQ(lease(target("u")).version, 1u) << "open to readers again";
+  wait_ms(50);
+  EXPECT_TRUE(release(t_, held_, LeaseEnd::kLanded));
 }
 
 TEST_F(TwoSources, OneThatWaitsInVainDoesNotOpenWhatAnotherStillDrains) {
@@ -213,6 +216,58 @@ TEST_F(TwoSources, OneThatWaitsInVainDoesNotOpenWhatAnotherStillDrains) {
   wait_ms(50);
   EXPECT_EQ(drained(stern)->revoked, 1u);
   EXPECT_EQ(reply<LeaseReply>(late)->result.error().code, ErrorCode::kVersionGone);
+}
+
+// The answer to its publish() was lost: it comes back as one that is still writing.
+TEST_F(TwoSources, AReadyVersionEndsWithTheLastThatOffersItThoughAnotherWouldPublishItAgain) {
+  table().lose(a_, "silent", now_);
+  a_ = try_join(MemberRole::kSource, "a", 7, 2, Resume{.writing = 1}).value();
+  EXPECT_EQ(version(1).state, VersionState::kReady);
+  table().lose(b_, "killed", now_);
+  EXPECT_EQ(version(1).state, VersionState::kRetired);
+  EXPECT_EQ(publish(a_, 1).error().code, ErrorCode::kVersionGone);
+}
+
+// A source dies before it has published what the other has, and comes back.
+class Revived : public Table {
+ protected:
+  void SetUp() override {
+    for (const uint64_t number : {1u, 2u}) {
+      write_slot(a_, replacing(number, {}), static_cast<uint32_t>(number));
+      ASSERT_TRUE(drained(begin(b_, replacing(number, {}))));
+      if (number == 1) {
+        ASSERT_TRUE(publish(b_, number, 1));
+      }
+    }
+    table().lose(b_, "silent", now_);
+  }
+  void come_back() {
+    b_ = try_join(MemberRole::kSource, "b", 7, 2,
+                  Resume{.last_published = 1, .offers = {offer_of(1, 1)}, .writing = 2})
+             .value();
+  }
+  uint64_t a_ = source("a", 2);
+  uint64_t b_ = source("b", 2);
+};
+
+TEST_F(Revived, WhatTheOthersStillOfferIsOpenAgain) {
+  EXPECT_EQ(version(2).state, VersionState::kAborted);
+  come_back();
+  EXPECT_EQ(version(2).state, VersionState::kOpen);
+  ASSERT_TRUE(publish(b_, 2, 2));
+  EXPECT_EQ(version(2).state, VersionState::kReady);
+  const Lease held = lease(target("t"));
+  EXPECT_EQ(held.sources.size(), 2u);
+  EXPECT_EQ(drained(begin(a_, replacing(3, {2, 1})))->replaced, 1u) << "2 is read, and no slot is "
+                                                                       "taken for one that ended";
+}
+
+TEST_F(Revived, WhatTheOthersMayHaveWrittenOverIsNotReadyAgain) {
+  EXPECT_EQ(drained(begin(a_, replacing(3, {2})))->replaced, 2u);
+  ASSERT_TRUE(table().abort_version(a_, 3, "the trainer failed", now_));
+  come_back();
+  ASSERT_TRUE(publish(b_, 2, 2));
+  EXPECT_EQ(version(2).state, VersionState::kOpen) << "the bytes of a are gone";
 }
 
 TEST_F(Table, AnOpenOfferThatIsReplacedIsAborted) {

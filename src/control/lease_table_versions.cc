@@ -88,7 +88,8 @@ void LeaseTable::begin_write(WaiterId waiter, uint64_t source, const WriteReques
                      version.leases.size()),
          now);
   }
-  if (request.when_leased == WhenLeased::kRevoke) return expire_waiter(id, now);
+  const bool revokes = !version.leases.empty() && request.when_leased == WhenLeased::kRevoke;
+  if (revokes) return expire_waiter(id, now);
   drained_if_empty(model, drained, now);
 }
 
@@ -111,16 +112,26 @@ uint64_t LeaseTable::choose_replaced(const Member& source, const WriteRequest& r
   return unread ? *unread : oldest.value_or(0);
 }
 
-// Ends a version for every source before it was complete.
+// Ends a version for every source before it was complete. Who waits to write it is told at once: it
+// must not revoke readers for a version that cannot come.
 void LeaseTable::skip_version(const Member& source, uint64_t number, TimePoint now) {
   const Registration& registration = source.registration;
-  Version& version = models_.find(registration.model)->second.versions[number];
+  Model& model = models_.find(registration.model)->second;
+  Version& version = model.versions[number];
   if (version.opened == TimePoint{}) version.opened = now;
   version.source_count = registration.source_count;
   version.skipped = true;
-  finish_version(registration.model, number, VersionState::kAborted,
-                 fmt::format("skipped: source {} had no slot that nobody reads", registration.name),
-                 now);
+  const std::string reason =
+      fmt::format("skipped: source {} had no slot that nobody reads", registration.name);
+  finish_version(registration.model, number, VersionState::kAborted, reason, now);
+  for (const auto& [name, id] : model.sources) {
+    const auto drain = members_.at(id).drain;
+    if (!drain || waiters_.at(*drain).request.version != number) continue;
+    fail_waiter(*drain,
+                Error{ErrorCode::kVersionGone, fmt::format("version {} of model {} was {}", number,
+                                                           registration.model, reason)});
+  }
+  serve_waiters(registration.model, now);  // what they drained is open to readers again
 }
 
 Result<void> LeaseTable::check_begin(const Member& source, uint64_t version) const {
@@ -183,11 +194,24 @@ void LeaseTable::open_version(Member& source, uint64_t number, TimePoint now) {
   if (opened) changed(registration.model, number, version);
 }
 
+// The source may write over its part of `number` from here on.
+void LeaseTable::withdraw(Member& source, uint64_t number) {
+  source.offers.erase(number);
+  auto& versions = models_.find(source.registration.model)->second.versions;
+  const auto version = versions.find(number);
+  if (version == versions.end()) return;
+  const auto part = version->second.participants.find(source.registration.name);
+  if (part != version->second.participants.end() && part->second.member == source.id) {
+    part->second.withdrawn = true;
+  }
+}
+
 // The drain of `waiter_id` is over: the new version is open.
 void LeaseTable::finish_begin(uint64_t waiter_id, TimePoint now) {
   const Waiter waiter = waiters_.at(waiter_id);
   Member& source = members_.at(waiter.member);
   remove_waiter(waiter_id);
+  if (waiter.drained != 0) withdraw(source, waiter.drained);
   DrainReply reply{
       .waiter = WaiterId{waiter_id},
       .result = DrainOutcome{.revoked = waiter.revoked,
@@ -364,8 +388,9 @@ void LeaseTable::source_gone(const Member& source, std::string_view why, TimePoi
     if (version.state == VersionState::kOpen) {
       ended.emplace_back(number, VersionState::kAborted);
     } else if (version.state == VersionState::kReady &&
-               std::none_of(version.participants.begin(), version.participants.end(),
-                            [](const auto& p) { return p.second.member != 0; })) {
+               std::none_of(
+                   version.participants.begin(), version.participants.end(),
+                   [](const auto& p) { return p.second.published && p.second.member != 0; })) {
       ended.emplace_back(number, VersionState::kRetired);
     }
   }
@@ -401,7 +426,9 @@ void LeaseTable::drop_versions_of(const Registration& restarted, TimePoint now) 
       versions.erase(number);
     }
   }
-  if (!numbers.empty()) found->second.floor = 0;
+  if (numbers.empty()) return;
+  found->second.floor = 0;
+  ++found->second.run;
 }
 
 // A version that ended only because this source seemed lost is open again, if nobody has gone on.
@@ -421,6 +448,10 @@ bool LeaseTable::revive(const Member& source, uint64_t number) {
   at->second.state = VersionState::kOpen;
   at->second.lost = false;
   at->second.reason.clear();
+  for (auto& [name, part] : at->second.participants) {
+    if (part.withdrawn) part.published = false;
+    if (part.published && part.member != 0) members_.at(part.member).offers[number] = part.offer;
+  }
   changed(registration.model, number, at->second);
   return true;
 }
