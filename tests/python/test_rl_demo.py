@@ -208,11 +208,17 @@ def report_of(reward, trained):
         ((0.8, 0.8), (0.1, 0.4), True, True),
         ((0.8, 0.8), (0.1, 0.4), False, False),  # the runs cannot be compared
         ((0.3, 0.8), (0.1, 0.4), True, False),  # the engine answers no better
-        ((0.8, 0.6), (0.1, 0.4), True, False),  # stale rollouts would have done
+        ((0.8, 0.5), (0.1, 0.4), True, False),  # stale rollouts would have done
     ],
 )
 def test_the_judge_wants_the_margin_twice_and_the_same_start(live, control, same_start, good):
-    verdict = judge(report_of(*live), report_of(*control), same_start=same_start, margin=0.3)
+    verdict = judge(
+        report_of(*live),
+        report_of(*control),
+        same_start=same_start,
+        margin=0.3,
+        trained_margin=0.15,
+    )
     assert verdict["good"] is good
     assert verdict["judged"] is True
 

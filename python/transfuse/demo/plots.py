@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PHASES = ("discover", "lease", "transfer", "verify", "commit")
+PHASES = ("discover", "lease", "transfer", "verify", "decide", "commit")
 _COLOURS = ("tab:red", "tab:purple", "tab:brown")
 
 

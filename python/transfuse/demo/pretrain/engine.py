@@ -18,6 +18,7 @@ from transfuse import hf
 from transfuse.demo.channel import answer, commands
 from transfuse.demo.layouts import save_layout
 from transfuse.demo.memcpy import Memcpy
+from transfuse.demo.plots import PHASES
 from transfuse.demo.pretrain.settings import MODEL, Settings
 from transfuse.demo.pretrain.text import Tokenizer, read_corpus
 
@@ -68,10 +69,7 @@ class Engine:
             verified=report.verified_bytes == report.size_bytes == self.layout.parameter_bytes,
             memcpy_gbps=self._memcpy.gigabytes_per_second(),
             report=json.loads(report.to_json()),
-            phases_us={
-                name: getattr(report.phases, f"{name}_us")
-                for name in ("discover", "lease", "transfer", "verify", "commit", "total")
-            },
+            phases_us={name: getattr(report.phases, f"{name}_us") for name in (*PHASES, "total")},
             gbps=report.gigabytes_per_second,
             routes=sorted({route.route for route in report.routes}),
         )

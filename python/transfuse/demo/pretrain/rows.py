@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transfuse.demo.plots import PHASES
 from transfuse.demo.screen import Mood
 
+_PHASES = ("discover", "lease", "transfer", "verify", "commit")  # it decides alone
 LEGEND = (
     "refit times in ms; memcpy: share of what memcpy reaches at the same moment; check: the\n"
     "fingerprints of every byte that arrived against those of the trainers"
@@ -22,8 +22,8 @@ def format_row(row: Mapping[str, Any]) -> str:
     begin = f"{row['step']:4d}{row['loss']:7.3f}"
     if "phases_us" not in row:
         return f"{begin}{row['published']:5d}  {row['note']}"
-    ms = {name: row["phases_us"][name] / 1e3 for name in (*PHASES, "total")}
-    widths = zip(PHASES, (7, 6, 9, 7, 7), strict=True)
+    ms = {name: row["phases_us"][name] / 1e3 for name in (*_PHASES, "total")}
+    widths = zip(_PHASES, (7, 6, 9, 7, 7), strict=True)
     phases = "".join(f"{ms[name]:{width}.2f}" for name, width in widths)
     share = row["gbps"] / row["memcpy_gbps"]
     check = "equal" if row["verified"] else "NONE"

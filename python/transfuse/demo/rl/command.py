@@ -103,11 +103,15 @@ def conclude(report: dict[str, Any], results: Results, screen: Screen) -> None:
     if not verdict["judged"]:
         screen.say("too few steps to learn anything: the margin was not judged")
     elif verdict["good"]:
-        screen.say(f"The reward needs the refits: both differ by {verdict['margin']} and more.")
+        screen.say(
+            "The reward needs the refits: the differences are above "
+            f"{verdict['margin']} and {verdict['trained_margin']}."
+        )
     else:
         screen.say(
-            f"THE REFITS DID NOT MAKE THE DIFFERENCE: expected {verdict['margin']} in both and the "
-            f"same first rollout ({verdict['same_start']}). See report.json."
+            f"THE REFITS DID NOT MAKE THE DIFFERENCE: expected {verdict['margin']} and "
+            f"{verdict['trained_margin']}, from the same first rollout ({verdict['same_start']}). "
+            "See report.json."
         )
     screen.say(
         f"medians: refit {medians['refit_ms']:.1f} ms behind the engine's back, transfer at "
@@ -142,6 +146,7 @@ def demo(options: argparse.Namespace, job: str, folder: str) -> bool:
             control_report,
             same_start=live.first_tokens == control.first_tokens,
             margin=settings.margin,
+            trained_margin=settings.trained_margin,
         )
         peaks = [sum(run["peak_bytes"].values()) for run in (live_report, control_report)]
         report = {

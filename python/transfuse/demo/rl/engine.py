@@ -65,24 +65,16 @@ class RankedEngine:
         """SIGKILL while it answers a batch, which is lost with it. Returns its process id."""
         lost = self._ranks[rank]
         self._crew.kill(lost)
-        for other in self._others(rank):
+        for other in self._ranks[:rank] + self._ranks[rank + 1 :]:
             other.expect("failed", "generated", timeout_s=self._settings.deadline_s)
         return lost.pid
 
     def replace(self, rank: int, at_least: int) -> int:
         """Another process takes the place of one that was killed. Returns its process id."""
-        others = self._others(rank)
-        for other in others:
-            other.send(do="settle")  # before a rank joins that holds nothing
-        for other in others:
-            other.expect("settled", timeout_s=self._settings.deadline_s)
         self._ranks[rank] = self._start(rank)
         self._ranks[rank].expect("ready", timeout_s=START_S)
         self._form(at_least)
         return self._ranks[rank].pid
-
-    def _others(self, rank: int) -> list[Child]:
-        return self._ranks[:rank] + self._ranks[rank + 1 :]
 
     def wait_for(self, state: transfuse.GroupState) -> transfuse.GroupInfo:
         """What the coordinator says of the group when it is in this state."""

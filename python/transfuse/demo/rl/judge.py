@@ -20,11 +20,12 @@ def judge(
     *,
     same_start: bool,
     margin: float | None,
+    trained_margin: float,
 ) -> dict[str, Any]:
     """Compares the reports of two runs. `good`: they began alike, and refits made the difference.
 
-    The difference counts twice: in the rollouts at the end, and in the held-out prompts answered
-    from the weights that each run has trained. Without a margin only the beginning is judged.
+    The difference counts twice: in the rollouts at the end, and on held-out prompts answered from
+    the weights that each run has trained. Without a margin only the beginning is judged.
     """
     rewards = {"live": final_reward(live["steps"]), "control": final_reward(control["steps"])}
     trained = {
@@ -34,12 +35,13 @@ def judge(
     gain = rewards["live"] - rewards["control"]
     gain_trained = trained["live"] - trained["control"]
     judged = margin is not None
-    learned = margin is None or min(gain, gain_trained) >= margin
+    learned = margin is None or (gain >= margin and gain_trained >= trained_margin)
     return {
         "good": same_start and learned,
         "judged": judged,
         "same_start": same_start,
         "margin": margin,
+        "trained_margin": trained_margin,
         "final_reward": rewards,
         "held_out_as_trained": trained,
         "gain": gain,

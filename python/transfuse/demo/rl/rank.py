@@ -71,15 +71,13 @@ class SafePoint:
         self._begin_stage()
         return self._receiver.version
 
-    def settle(self) -> None:
-        """Nothing stays staged: what the group has decided is committed, all else given up."""
+    def give_up(self) -> None:
+        """A stage that still moves ends; what was decided of one that is ready is for refit()."""
         stage, self._stage = self._stage, None
-        if stage is None:
-            return
-        stage.cancel()
-        with contextlib.suppress(transfuse.TransfuseError):  # the next refit says what is amiss
-            stage.wait(self._deadline_s)
-            self._receiver.commit(timeout_s=self._deadline_s)
+        if stage is not None:
+            stage.cancel()
+            with contextlib.suppress(transfuse.TransfuseError):
+                stage.wait(self._deadline_s)
 
     def _begin_stage(self) -> None:
         if self._next:
@@ -102,12 +100,8 @@ class Rank:
 
     def close(self) -> None:
         """Leaves the group."""
-        self.settle()
+        self._safe_point.give_up()
         self._receiver.close()
-
-    def settle(self) -> None:
-        """See SafePoint."""
-        self._safe_point.settle()
 
     def form(self, attempt: int) -> None:
         """Meets the other ranks."""
@@ -125,7 +119,7 @@ class Rank:
 
     def refit(self, at_least: int) -> None:
         """All ranks get the same version, before the engine serves from it."""
-        self.settle()
+        self._safe_point.give_up()
         report = self._receiver.refit(at_least=at_least, timeout_s=self._settings.deadline_s)
         self._engine = Engine(
             self._weights,
@@ -219,9 +213,6 @@ def obey(rank: Rank, command: Message) -> None:
             rank.form(command["attempt"])
         elif command["do"] == "refit":
             rank.refit(command["at_least"])
-        elif command["do"] == "settle":
-            rank.settle()
-            answer("settled")
         elif command["do"] == "generate":
             rank.generate(command)
     except (transfuse.TransfuseError, MixedVersionsError) as error:

@@ -8,14 +8,14 @@ from typing import Any
 from transfuse.demo.screen import Mood
 
 LEGEND = (
-    "reward: share of digits in place; rollout, trainer: version that answered, version that\n"
-    "learns from it; lag: versions between; clipped: tokens whose importance ratio was clipped;\n"
-    "engine: its version after the refit beside this step; in ms lease, transfer, verify while\n"
-    "it serves, pause (with commit) while it does not; memcpy: share of what memcpy reaches now;\n"
+    "reward: share of digits in place; from, in: the version that answered, the version that learns\n"
+    "from it; lag: versions between; clip: tokens whose importance ratio was clipped. engine: its\n"
+    "version after the refit beside this step, in ms: lease, transfer and verify while it serves,\n"
+    "pause (with decide and commit) while it does not; memcpy: share of what memcpy reaches now;\n"
     "check: fingerprints of every byte that arrived against those of the trainers"
 )
 HEADER = (
-    "step reward rollout trainer lag clipped |engine  lease transfer verify commit  pause memcpy  "
+    "step reward from   in lag   clip | engine  lease transfer verify decide commit  pause memcpy  "
     "check"
 )
 
@@ -23,8 +23,8 @@ HEADER = (
 def format_row(row: Mapping[str, Any]) -> str:
     """One line per step under HEADER."""
     begin = (
-        f"{row['step']:4d}{row['reward']:7.3f}{row['rollout_version']:8d}{row['trained_version']:8d}"
-        f"{row['lag']:4d}{row['clipped']:8.1%} |{row['engine_version']:6d}"
+        f"{row['step']:4d}{row['reward']:7.3f}{row['rollout_version']:5d}"
+        f"{row['trained_version']:5d}{row['lag']:4d}{row['clipped']:7.1%} |{row['engine_version']:7d}"
     )
     refit = row["refit"]
     if refit is None:
@@ -33,8 +33,8 @@ def format_row(row: Mapping[str, Any]) -> str:
     share = refit["gbps"] / refit["memcpy_gbps"]
     check = "equal" if refit["verified"] else "NONE"
     return (
-        f"{begin}{ms['lease']:7.1f}{ms['transfer']:9.2f}{ms['verify']:7.2f}{ms['commit']:7.2f}"
-        f"{refit['pause_ms']:7.2f}{share:7.0%}  {check}"
+        f"{begin}{ms['lease']:7.1f}{ms['transfer']:9.2f}{ms['verify']:7.2f}{ms['decide']:7.2f}"
+        f"{ms['commit']:7.2f}{refit['pause_ms']:7.2f}{share:7.0%}  {check}"
     )
 
 
