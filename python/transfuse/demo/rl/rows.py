@@ -8,7 +8,7 @@ from typing import Any
 from transfuse.demo.screen import Mood
 
 LEGEND = (
-    "reward: share of digits in place; from, in: the version that answered, the version that learns\n"
+    "reward: share of digits in place; from, in: the version that answered, the one that learns\n"
     "from it; lag: versions between; clip: tokens whose importance ratio was clipped. engine: its\n"
     "version after the refit beside this step, in ms: lease, transfer and verify while it serves,\n"
     "pause (with decide and commit) while it does not; memcpy: share of what memcpy reaches now;\n"
@@ -24,7 +24,8 @@ def format_row(row: Mapping[str, Any]) -> str:
     """One line per step under HEADER."""
     begin = (
         f"{row['step']:4d}{row['reward']:7.3f}{row['rollout_version']:5d}"
-        f"{row['trained_version']:5d}{row['lag']:4d}{row['clipped']:7.1%} |{row['engine_version']:7d}"
+        f"{row['trained_version']:5d}{row['lag']:4d}{row['clipped']:7.1%} |"
+        f"{row['engine_version']:7d}"
     )
     refit = row["refit"]
     if refit is None:
