@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class Mood(Enum):
-    """How a row is to be taken."""
+    """How something said is to be taken."""
 
     GOOD = ""
     NOTE = "yellow"
@@ -18,14 +18,14 @@ class Mood(Enum):
 class Screen(Protocol):
     """Where the run is told."""
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, mood: Mood = Mood.GOOD) -> None:
         """A remark."""
 
     def title(self, text: str) -> None:
         """A part of the run begins."""
 
-    def row(self, step: int, text: str, mood: Mood = Mood.GOOD) -> None:
-        """A step, on one line."""
+    def row(self, text: str, mood: Mood = Mood.GOOD) -> None:
+        """One step more, on one line."""
 
     def sample(self, title: str, text: str) -> None:
         """Text that the engine has written."""
@@ -37,7 +37,7 @@ class Screen(Protocol):
 class PlainScreen:
     """Lines of text."""
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, mood: Mood = Mood.GOOD) -> None:
         """See Screen."""
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
@@ -46,9 +46,9 @@ class PlainScreen:
         """See Screen."""
         self.say(f"\n== {text}")
 
-    def row(self, step: int, text: str, mood: Mood = Mood.GOOD) -> None:
+    def row(self, text: str, mood: Mood = Mood.GOOD) -> None:
         """See Screen."""
-        self.say(text)
+        self.say(text, mood)
 
     def sample(self, title: str, text: str) -> None:
         """See Screen."""
@@ -78,19 +78,19 @@ class RichScreen:
         self._task = self._progress.add_task("training", total=steps)
         self._progress.start()
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, mood: Mood = Mood.GOOD) -> None:
         """See Screen."""
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(text, style=mood.value, markup=False, soft_wrap=True)
 
     def title(self, text: str) -> None:
         """See Screen."""
         self._console.print()
         self._console.print(text, style="bold cyan", markup=False, soft_wrap=True)
 
-    def row(self, step: int, text: str, mood: Mood = Mood.GOOD) -> None:
+    def row(self, text: str, mood: Mood = Mood.GOOD) -> None:
         """See Screen."""
-        self._console.print(text, style=mood.value, markup=False, soft_wrap=True)
-        self._progress.update(self._task, completed=step)
+        self.say(text, mood)
+        self._progress.advance(self._task)
 
     def sample(self, title: str, text: str) -> None:
         """See Screen."""

@@ -75,7 +75,7 @@ class Run:
                 row.update(self._refit(published))
             else:
                 row["note"] = "no engine: it was killed and is on its way back"
-            self.screen.row(step, format_row(row), mood_of(row))
+            self.screen.row(format_row(row), mood_of(row))
             if "version" in row and step % self.settings.sample_every == 0:
                 self._sample(step)
         if self._starting is not None:

@@ -24,7 +24,7 @@ from transfuse.demo.rl.settings import (
     TRAINERS,
     Settings,
 )
-from transfuse.demo.screen import Screen
+from transfuse.demo.screen import Mood, Screen
 
 LOST_RANK = RANKS - 1  # which is killed
 STOPPED = TRAINERS - 1  # the trainer that is stopped
@@ -125,7 +125,7 @@ class Run:
         row |= {"published": self._version, "publish_ms": slowest}
         row |= {"engine_version": self._engine.version, "refit": refit}
         self.rows.append(row)
-        self.screen.row(step, format_row(row), mood_of(row))
+        self.screen.row(format_row(row), mood_of(row))
         return following
 
     def _wanted(self) -> int:
@@ -136,7 +136,8 @@ class Run:
     def _fresh(self, rollout: Rollout) -> Rollout:
         """The rollout, or its batch answered again if it is older than the bound allows."""
         if self.settings.refits and self._version - rollout.version > self.settings.max_lag:
-            self.screen.say(f"      {rollout.batch.name} is of version {rollout.version}: too old")
+            said = f"      {rollout.batch.name} is of version {rollout.version}: too old, once more"
+            self.screen.say(said, Mood.NOTE)
             self._engine.refit(at_least=self._version)
             self._engine.ask(rollout.batch)
             rollout, _ = self._engine.take(rollout.batch)
@@ -158,13 +159,14 @@ class Run:
         start = time.monotonic()
         pid = self._engine.kill(LOST_RANK)
         self._event("killed", step, who=RANK_NAMES[LOST_RANK], pid=pid)
-        self.screen.say(f"      SIGKILL to {RANK_NAMES[LOST_RANK]}, process {pid}")
+        self.screen.say(f"      SIGKILL to {RANK_NAMES[LOST_RANK]}, process {pid}", Mood.NOTE)
         broken = self._engine.wait_for(GroupState.BROKEN)
         seconds = time.monotonic() - start
         self._event("broken", step, group=GROUP, reason=broken.reason, seconds=seconds)
         self.screen.say(
             f"      group {GROUP} is BROKEN after {seconds:.2f} s: {broken.reason}; nothing is "
-            "served, the rollout is lost, another process starts"
+            "served, the rollout is lost, another process starts",
+            Mood.NOTE,
         )
         pid = self._engine.replace(LOST_RANK, at_least=self._version)
         whole = self._engine.wait_for(GroupState.WHOLE)
@@ -172,7 +174,8 @@ class Run:
         self._event("whole", step, group=GROUP, version=whole.version, pid=pid, seconds=seconds)
         self.screen.say(
             f"      group {GROUP} is WHOLE again after {seconds:.1f} s: {RANK_NAMES[LOST_RANK]} is "
-            f"process {pid}, every rank holds version {whole.version}; the rollout begins again"
+            f"process {pid}, every rank holds version {whole.version}; the rollout begins again",
+            Mood.NOTE,
         )
 
     def _serve_without_a_trainer(self, step: int) -> None:
@@ -182,7 +185,9 @@ class Run:
         self._wait_until_stopped(pid)
         start = time.monotonic()
         self._event("stopped", step, who=name, pid=pid)
-        self.screen.say(f"      {name}, process {pid}, is stopped (SIGSTOP) before it publishes")
+        self.screen.say(
+            f"      {name}, process {pid}, is stopped (SIGSTOP) before it publishes", Mood.NOTE
+        )
         batch = held_out_batch(self.settings)
         self._engine.ask(batch, stage=waiting)
         self._engine.take(batch)
@@ -205,7 +210,8 @@ class Run:
         self.screen.say(
             f"      the stage waited: {said}; meanwhile group {GROUP} was {group.state.name} and "
             f"gave {served} answers from version {self._engine.version}; {name} goes on after "
-            f"{seconds:.1f} s"
+            f"{seconds:.1f} s",
+            Mood.NOTE,
         )
 
     def _answer_without_commit(self, batch: Batch) -> None:
