@@ -14,7 +14,7 @@ ENV := PATH="$(VENV):$(CURDIR)/$(BUILD)/bin:$$PATH" PYTHONPATH="$(CURDIR)/$(BUIL
 help:
 	@echo "make deps      packages and .venv (asked for by the targets below)"
 	@echo "make build     C++ and the Python package, into $(BUILD)"
-	@echo "make demo      two trainers refit a running inference process, on this machine"
+	@echo "make demo      reinforcement learning with refits, kills and a control run, on this machine"
 	@echo "make test      every C++ and Python test; ends with one summary line"
 	@echo "make bench     measure, into bench/results/"
 	@echo "make lint      formatting, clang-tidy, thread safety, ruff, mypy, rules of the house"

@@ -35,21 +35,24 @@ int run(const std::vector<std::string>& arguments) {
 
 void add_demo_command(CLI::App& app, CommandContext& context) {
   CLI::App* command = app.add_subcommand(
-      "demo", "Two trainers refit a running inference process, on this machine (needs torch).");
+      "demo", "Reinforcement learning with refits and failures, on this machine (needs torch).");
   command->prefix_command();
   command->footer(R"(Options of the demo:
   --out FOLDER   results: plots, plan picture, report.json (default ./demo-out)
   --steps N      optimizer steps
-  --text PATH    file or folder to train on (default: the GPL of this system)
+  --seed N       of weights, data and samples
   --tiny         small model, few steps
   --plain        no colours, no progress bar
+  --pretrain     pre-training into one inference process instead
+  --text PATH    with --pretrain: file or folder to train on (default: the GPL of this system)
 
 Examples:
   transfuse demo
-  transfuse demo --steps 200 --text README.md --out /tmp/demo
+  transfuse demo --pretrain --steps 200 --text README.md --out /tmp/demo
 
-Exit codes: 0 the engine's logits are those of the trainers, bit for bit; 1 they are not, or a
-process failed; 2 wrong usage; 3 a Python package is missing; 130 interrupted.)");
+Exit codes: 0 the reward is there, and a control run shows that it needs the refits (--pretrain: the
+engine's logits are those of the trainers, bit for bit); 1 that is not so, a process failed, or
+results could not be written; 2 wrong usage; 3 a Python package is missing; 130 interrupted.)");
   command->callback(
       [command, &context] { context.run = [command] { return run(command->remaining()); }; });
 }

@@ -209,6 +209,15 @@ TEST_F(Group, RankThatLeavesBetweenDecisionAndCommitBreaksTheGroupAndItsReturnRe
   refit_all(2);
 }
 
+TEST_F(Group, RefitAppliesWhatWasDecidedWithoutWaitingForANewRankToHoldIt) {
+  start();
+  trainer_->publish(2);
+  stage_all();
+  start_rank(
+      1);  // another process in its place: it holds nothing, and never will hold this round's
+  refit_all(2);
+}
+
 TEST_F(Group, CommitOfOneRankSaysWhoHasNotCommitted) {
   start();
   trainer_->publish(2);

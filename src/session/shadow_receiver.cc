@@ -115,7 +115,7 @@ class ShadowReceiver final : public Receiver, private FetchMemory {
     TRANSFUSE_RETURN_IF_ERROR(member_->check_usable());
     if (!stage_->moving()) cancelled_ = false;
     const Stopwatch watch;
-    auto outcome = commit_staged(deadline);
+    auto outcome = commit_staged(deadline, {.others = deadline});
     log_refit(member_->options(), report_, outcome);
     if (!outcome) return Unexpected{std::move(outcome).error()};
     report_.phases.total_us += watch.elapsed_us();
@@ -188,8 +188,9 @@ class ShadowReceiver final : public Receiver, private FetchMemory {
       auto begun = begin_stage(order);
       if (!begun && begun.error().code == ErrorCode::kAlreadyExists && !stage_->moving()) {
         // What lies in the shadow was decided without this rank having applied it. Whether the
-        // others are still there is for the new round to find out.
-        const auto applied = commit_staged(order.deadline);
+        // others are still there is for the new round to find out: one that took the place of
+        // another never applies the old one.
+        const auto applied = commit_staged(order.deadline, {.others = Deadline::after_ms(0)});
         if (!applied && applied.error().code != ErrorCode::kGroupBroken) return applied;
         begun = begin_stage(order);
       }
@@ -199,7 +200,7 @@ class ShadowReceiver final : public Receiver, private FetchMemory {
       if (!stage_->moving()) report_ = stage_->report();
       Result<void> outcome;
       if (staged) {
-        outcome = commit_staged(order.deadline, &aborted);
+        outcome = commit_staged(order.deadline, {.others = order.deadline, .aborted = &aborted});
       } else {
         outcome = std::move(staged).error();
       }
@@ -218,8 +219,11 @@ class ShadowReceiver final : public Receiver, private FetchMemory {
     }
   }
 
-  // `aborted`: set if the group has decided to give the version up.
-  Result<void> commit_staged(Deadline deadline, bool* aborted = nullptr) {
+  struct GroupCommit {
+    Deadline others;          // until when ranks are waited for that have yet to apply it
+    bool* aborted = nullptr;  // set if the group has decided to give the version up
+  };
+  Result<void> commit_staged(Deadline deadline, const GroupCommit& group) {
     TRANSFUSE_ASSIGN_OR_RETURN(const Fetched ready, stage_->ready());
     report_ = stage_->report();
     if (ready.round != 0) {
@@ -234,7 +238,7 @@ class ShadowReceiver final : public Receiver, private FetchMemory {
                                 member_->options().group, ready.version, decision->reason,
                                 version_.load())};
         stage_->drop(error);
-        if (aborted != nullptr) *aborted = true;
+        if (group.aborted != nullptr) *group.aborted = true;
         return error;
       }
     }
@@ -244,7 +248,7 @@ class ShadowReceiver final : public Receiver, private FetchMemory {
     report_.phases.commit_us = commit_watch.elapsed_us();
     previous_ = member_->options().keep_previous ? before : 0;
     stage_->drop({});
-    if (ready.round != 0) return member_->applied(ready, deadline, cancelled_);
+    if (ready.round != 0) return member_->applied(ready, group.others, cancelled_);
     if (auto held = hold(deadline); !held) {
       // The parameters hold it, and the next one tells.
       report_.steps.push_back(

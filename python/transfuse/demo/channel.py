@@ -9,17 +9,17 @@ import queue
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 Message = dict[str, Any]
+START_S = 180.0  # importing torch and transformers in several processes on a small machine
 _END: Message = {"kind": "end"}
 
 
 class ChildFailedError(RuntimeError):
-    """A process of the demo ended or was silent for too long; the message has its last words."""
+    """A process of the demo ended, was silent, or said what must not be; the message says which."""
 
 
 class Child:
@@ -35,6 +35,7 @@ class Child:
             OMP_NUM_THREADS="1",
             TOKENIZERS_PARALLELISM="false",
             PYTHONUNBUFFERED="1",
+            TMPDIR=str(folder),  # torch leaves folders there; this one is removed with the run
             TRANSFUSE_DEMO_ANSWERS=str(answers_of_child),
         )
         with self.log.open("ab") as log:
@@ -65,16 +66,17 @@ class Child:
         except BrokenPipeError:
             self._answers.put(_END)
 
-    def expect(self, kind: str, timeout_s: float) -> Message:
-        """The next answer, which must be of this kind."""
+    def expect(self, *kinds: str, timeout_s: float) -> Message:
+        """The next answer, which must be of one of these kinds."""
+        wanted = " or ".join(f"'{kind}'" for kind in kinds)
         try:
             answer = self._answers.get(timeout=timeout_s)
         except queue.Empty:
             raise ChildFailedError(
-                self._say(f"gave no '{kind}' within {timeout_s:.0f} s")
+                self._say(f"gave no {wanted} within {timeout_s:.0f} s")
             ) from None
-        if answer["kind"] != kind:
-            raise ChildFailedError(self._say(f"gave '{answer['kind']}' instead of '{kind}'"))
+        if answer["kind"] not in kinds:
+            raise ChildFailedError(self._say(f"gave {_shown(answer)} instead of {wanted}"))
         return answer
 
     def poll(self) -> Message | None:
@@ -124,10 +126,16 @@ class Child:
         return f"{self.name} {what}; it {state}\n{tail}"
 
 
+def _shown(answer: Message) -> str:
+    said = f": {answer['message']}" if "message" in answer else ""
+    return f"'{answer['kind']}'{said}"
+
+
 def answer(kind: str, **content: Any) -> None:  # noqa: ANN401
     """From within a child: an answer to the one who started it."""
-    line = json.dumps({"kind": kind, "at": time.time(), **content}) + "\n"
-    os.write(int(os.environ["TRANSFUSE_DEMO_ANSWERS"]), line.encode())
+    line = json.dumps({"kind": kind, **content}) + "\n"
+    with os.fdopen(int(os.environ["TRANSFUSE_DEMO_ANSWERS"]), "wb", closefd=False) as pipe:
+        pipe.write(line.encode())  # all of it, where os.write() may stop half-way
 
 
 def commands() -> Iterator[Message]:

@@ -1,50 +1,52 @@
-"""Pictures of a run."""
+"""What the pictures of both demos share."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-PHASES = ("discover", "lease", "transfer", "verify", "commit")
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PHASES = ("discover", "lease", "transfer", "verify", "decide", "commit")
+_COLOURS = ("tab:red", "tab:purple", "tab:brown")
 
 
-def draw_loss(rows: Sequence[Mapping[str, Any]], killed_at: int, path: Path) -> None:
-    """The loss over steps, with the moment at which the engine was killed."""
+def new_figure(title: str, y_label: str) -> tuple[Figure, Axes]:
+    """One picture over optimizer steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], marker=".")
-    axes.axvline(killed_at, color="tab:red", linestyle="--", label="engine killed")
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("training loss (nats per token)")
-    axes.set_title("Two FSDP2 trainers; every step is refitted into the engine")
-    axes.grid(visible=True, alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=140)
+    axes.set_ylabel(y_label)
+    axes.set_title(title)
+    axes.grid(visible=True, axis="y", alpha=0.3)
+    return figure, axes
 
 
-def draw_phases(rows: Sequence[Mapping[str, Any]], killed_at: int, path: Path) -> None:
-    """Where the time of every refit went, on a scale that fits the warm ones."""
-    from matplotlib.figure import Figure
+def mark(axes: Axes, marks: Mapping[str, int]) -> None:
+    """Vertical lines: what happened, and at which step."""
+    for (what, step), colour in zip(marks.items(), _COLOURS, strict=False):
+        axes.axvline(step, color=colour, linestyle="--", label=what)
 
-    refits = [row for row in rows if "phases_us" in row]
-    steps = [row["step"] for row in refits]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+
+def draw_phases(refits: Sequence[Mapping[str, Any]], marks: Mapping[str, int]) -> Figure:
+    """Where the time of every refit went, on a scale that fits those that did not plan.
+
+    A refit has `step`, `phases_us` and `planned`.
+    """
+    figure, axes = new_figure("Phases of every refit", "refit (ms; the tallest are cut off)")
+    steps = [refit["step"] for refit in refits]
     below = [0.0] * len(refits)
     for phase in PHASES:
-        heights = [row["phases_us"][phase] / 1e3 for row in refits]
+        heights = [refit["phases_us"][phase] / 1e3 for refit in refits]
         axes.bar(steps, heights, bottom=below, label=phase, width=0.8)
         below = [a + b for a, b in zip(below, heights, strict=True)]
-    warm = sorted(height for row, height in zip(refits, below, strict=True) if not row["planned"])
+    warm = sorted(total for r, total in zip(refits, below, strict=True) if not r["planned"])
     if warm:
         axes.set_ylim(0, 1.3 * warm[int(0.95 * (len(warm) - 1))])
-    axes.axvline(killed_at, color="tab:red", linestyle="--", label="engine killed")
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("refit (ms; the tallest are cut off)")
-    axes.set_title("Phases of every refit")
-    axes.grid(visible=True, axis="y", alpha=0.3)
+    mark(axes, marks)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.savefig(path, dpi=140)
+    return figure

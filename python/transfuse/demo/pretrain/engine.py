@@ -1,17 +1,13 @@
 """The inference process: holds the model in bf16, brings versions in and generates text.
 
-Usage: python -m transfuse.demo.engine <settings>
+Usage: python -m transfuse.demo.pretrain.engine <settings>
 """
 
 from __future__ import annotations
 
-import ctypes
-import itertools
 import json
-import os
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -20,8 +16,11 @@ import transformers
 import transfuse
 from transfuse import hf
 from transfuse.demo.channel import answer, commands
-from transfuse.demo.settings import MODEL, Settings
-from transfuse.demo.text import Tokenizer, read_corpus
+from transfuse.demo.layouts import save_layout
+from transfuse.demo.memcpy import Memcpy
+from transfuse.demo.plots import PHASES
+from transfuse.demo.pretrain.settings import MODEL, Settings
+from transfuse.demo.pretrain.text import Tokenizer, read_corpus
 
 PROMPT = "This License"
 
@@ -32,46 +31,6 @@ def logits_of(model: torch.nn.Module, settings: Settings) -> torch.Tensor:
     with torch.no_grad():
         result: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
     return result
-
-
-class Memcpy:
-    """What memcpy reaches at this moment with the threads that a refit uses.
-
-    The buffers take turns, so that they are no more in the caches than weights that another process
-    has just written.
-    """
-
-    _FOOTPRINT_BYTES = 128 << 20  # beyond the last-level cache of most machines
-    _ROUNDS = 5
-
-    def __init__(self, size_bytes: int) -> None:
-        self._size_bytes = size_bytes
-        self._threads = len(os.sched_getaffinity(0))
-        self._pool = ThreadPoolExecutor(self._threads)
-        pairs = max(1, min(64, self._FOOTPRINT_BYTES // (2 * size_bytes)))
-        self._pairs = itertools.cycle(
-            (torch.ones(size_bytes, dtype=torch.uint8), torch.zeros(size_bytes, dtype=torch.uint8))
-            for _ in range(pairs)
-        )
-
-    def gigabytes_per_second(self) -> float:
-        """The median of some copies of as many bytes as a refit writes."""
-        share = -(-self._size_bytes // self._threads)
-        seconds = []
-        for _ in range(self._ROUNDS):
-            source, target = next(self._pairs)
-
-            addresses = (target.data_ptr(), source.data_ptr())
-
-            def copy(index: int, addresses: tuple[int, int] = addresses) -> None:
-                begin = min(index * share, self._size_bytes)
-                count = min(share, self._size_bytes - begin)
-                ctypes.memmove(addresses[0] + begin, addresses[1] + begin, count)
-
-            start = time.perf_counter()
-            list(self._pool.map(copy, range(self._threads)))
-            seconds.append(time.perf_counter() - start)
-        return self._size_bytes / sorted(seconds)[self._ROUNDS // 2] / 1e9
 
 
 class Engine:
@@ -85,7 +44,7 @@ class Engine:
         self.model = transformers.Qwen3ForCausalLM(settings.model_config()).eval()
         torch.nn.Module.to(self.model, torch.bfloat16)
         self.layout, self.parameters = hf.layout(self.model)
-        (settings.path / "engine0.layout").write_bytes(self.layout.encode())
+        save_layout(settings.path, "engine0", self.layout)
         self._memcpy = Memcpy(self.layout.parameter_bytes)
 
     def open_receiver(self) -> transfuse.Receiver:
@@ -110,10 +69,7 @@ class Engine:
             verified=report.verified_bytes == report.size_bytes == self.layout.parameter_bytes,
             memcpy_gbps=self._memcpy.gigabytes_per_second(),
             report=json.loads(report.to_json()),
-            phases_us={
-                name: getattr(report.phases, f"{name}_us")
-                for name in ("discover", "lease", "transfer", "verify", "commit", "total")
-            },
+            phases_us={name: getattr(report.phases, f"{name}_us") for name in (*PHASES, "total")},
             gbps=report.gigabytes_per_second,
             routes=sorted({route.route for route in report.routes}),
         )

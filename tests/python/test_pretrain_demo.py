@@ -1,41 +1,26 @@
-"""The demo, tiny: real trainers, a real kill, results that can be read."""
+"""The pre-training demo, tiny: real trainers, a real kill, results that can be read."""
 
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
-import sys
-import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+from demo_process import COMMAND, interrupt
 from transfuse.demo import __main__ as command
-from transfuse.demo.text import Tokenizer, read_corpus
+from transfuse.demo.pretrain.text import Tokenizer, read_corpus
 
 TEXT = Path(__file__).resolve().parents[2] / "LICENSE"
-COMMAND = [sys.executable, "-m", "transfuse.demo", "--tiny", "--plain", "--text", str(TEXT)]
-
-
-def processes_of(job):
-    """Live processes whose command line names a job."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if job.encode() in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-    return found
+PRETRAIN = [*COMMAND, "--pretrain", "--text", str(TEXT)]
 
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
     result = subprocess.run(
-        [*COMMAND, "--out", str(out)], check=False, capture_output=True, text=True, timeout=280
+        [*PRETRAIN, "--out", str(out)], check=False, capture_output=True, text=True, timeout=280
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return out, result.stdout
@@ -82,22 +67,8 @@ def test_pictures_and_samples_are_written(tiny_run):
 
 
 def test_an_interrupted_run_leaves_no_process(tmp_path):
-    with (tmp_path / "log").open("wb") as log:
-        demo = subprocess.Popen(
-            [*COMMAND, "--out", str(tmp_path / "out")], stdout=log, stderr=log, bufsize=0
-        )
-    job = f"demo-{demo.pid}"
-    try:
-        deadline = time.monotonic() + 60
-        while len(processes_of(f'"job": "{job}"')) < 3 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert len(processes_of(f'"job": "{job}"')) >= 3, (tmp_path / "log").read_text()
-        demo.send_signal(signal.SIGINT)
-        assert demo.wait(60) == command.EXIT_INTERRUPTED, (tmp_path / "log").read_text()
-        assert processes_of(f'"job": "{job}"') == []
-    finally:
-        demo.kill()
-        demo.wait()
+    run = [*PRETRAIN, "--out", str(tmp_path / "out")]
+    assert interrupt(run, tmp_path / "log", at_least=3) == (command.EXIT_INTERRUPTED, [])
 
 
 def test_text_that_is_too_short_is_an_error_with_a_remedy(tmp_path):

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import os
 import platform
-import signal
 import time
-from pathlib import Path
 from typing import Any
 
-import transfuse
-from transfuse.demo.channel import Child, ChildFailedError, Message
-from transfuse.demo.screen import HEADER, LEGEND, Screen
-from transfuse.demo.settings import MODEL, TRAINERS, Settings
+from transfuse.demo.channel import START_S, Child, ChildFailedError, Message
+from transfuse.demo.crew import Crew
+from transfuse.demo.layouts import explain
+from transfuse.demo.plots import draw_phases
+from transfuse.demo.pretrain.plots import draw_loss
+from transfuse.demo.pretrain.rows import HEADER, LEGEND, format_row, mood_of
+from transfuse.demo.pretrain.settings import MODEL, TRAINERS, Settings
+from transfuse.demo.results import Results
+from transfuse.demo.screen import Screen
 
 STEPS_ALONE = 5
-START_S = 180.0  # importing torch and transformers in three processes on a small machine
 
 
 class Run:
@@ -29,23 +31,21 @@ class Run:
         self.samples: list[dict[str, Any]] = []
         self.events: list[dict[str, Any]] = []
         self._start = time.monotonic()
+        self._crew = Crew(settings.job, settings.path)
         self._trainers: list[Child] = []
         self._engine: Child | None = None
         self._starting: float | None = None  # since when an engine is on its way
-        self._peak_bytes: dict[str, int] = {}
 
     def open(self) -> None:
         """Starts everybody and waits until they have joined."""
-        settings, folder = self.settings.to_json(), self.settings.path
+        module, settings = "transfuse.demo.pretrain.trainer", self.settings.to_json()
         for rank in range(TRAINERS):
-            module = "transfuse.demo.trainer"
-            child = Child(f"trainer{rank}", module, str(rank), settings, folder=folder)
-            self._trainers.append(child)
+            self._trainers.append(self._crew.start(f"trainer{rank}", module, str(rank), settings))
         self._start_engine()
         for trainer in self._trainers:
-            trainer.expect("ready", START_S)
+            trainer.expect("ready", timeout_s=START_S)
         assert self._engine is not None
-        ready = self._engine.expect("ready", START_S)
+        ready = self._engine.expect("ready", timeout_s=START_S)
         self._starting = None
         count = ready["parameters"] / 1e6
         self.screen.say(
@@ -75,7 +75,7 @@ class Run:
                 row.update(self._refit(published))
             else:
                 row["note"] = "no engine: it was killed and is on its way back"
-            self.screen.row(row)
+            self.screen.row(format_row(row), mood_of(row))
             if "version" in row and step % self.settings.sample_every == 0:
                 self._sample(step)
         if self._starting is not None:
@@ -88,13 +88,14 @@ class Run:
         reference, state = self.settings.path / "reference.pt", self.settings.path / "engine.pt"
         for trainer in self._trainers:
             trainer.send(do="reference", path=str(reference))
-        versions = {t.expect("reference", self._deadline)["version"] for t in self._trainers}
+        answers = [t.expect("reference", timeout_s=self._deadline) for t in self._trainers]
+        versions = {answer["version"] for answer in answers}
         engine = self._live_engine()
         engine.send(do="state", path=str(state))
-        versions.add(engine.expect("state", self._deadline)["version"])
+        versions.add(engine.expect("state", timeout_s=self._deadline)["version"])
         if len(versions) != 1:
             raise ChildFailedError(f"trainers and engine hold different versions: {versions}")
-        from transfuse.demo.judge import compare
+        from transfuse.demo.pretrain.judge import compare
 
         verdict = compare(self.settings, reference, state)
         verdict["version"] = versions.pop()
@@ -102,24 +103,14 @@ class Run:
 
     def verify(self) -> str:
         """What `transfuse verify` says about the live processes."""
-        report = transfuse.Control(job=self.settings.job).verify(MODEL, timeout_s=self._deadline)
+        report = self._crew.control.verify(MODEL, timeout_s=self._deadline)
         if not report.matches:
             raise ChildFailedError(f"fingerprints differ:\n{report.to_text()}")
         return report.to_text().strip()
 
-    def explain(self) -> transfuse.Explanation:
-        """The plan between the real layouts of this run."""
-
-        def read(name: str) -> transfuse.Layout:
-            return transfuse.Layout.decode((self.settings.path / f"{name}.layout").read_bytes())
-
-        sources = [(f"trainer{rank}", read(f"trainer{rank}")) for rank in range(TRAINERS)]
-        plan = transfuse.compile(read("engine0"), [layout for _, layout in sources])
-        return transfuse.explain([("engine0", plan)], sources)
-
     def report(self, verdict: dict[str, Any]) -> dict[str, Any]:
         """Everything about the run as data."""
-        self._note_peaks()
+        self._crew.note_peaks()
         warm = [r for r in self.rows if "phases_us" in r and not r["planned"]]
         totals = sorted(row["phases_us"]["total"] / 1e3 for row in warm)
         shares = sorted(row["gbps"] / row["memcpy_gbps"] for row in warm)
@@ -131,7 +122,7 @@ class Run:
                 "python": platform.python_version(),
             },
             "seconds": time.monotonic() - self._start,
-            "peak_bytes": self._peak_bytes,
+            "peak_bytes": self._crew.peak_bytes,
             "warm_refit_ms_median": totals[len(totals) // 2] if totals else None,
             "share_of_memcpy_median": shares[len(shares) // 2] if shares else None,
             "events": self.events,
@@ -141,22 +132,15 @@ class Run:
 
     def stop(self, *, at_once: bool) -> None:
         """Ends every process that this run started, `at_once` without waiting for good manners."""
-        children = [*self._trainers, *([self._engine] if self._engine else [])]
-        for child in children:
-            child.hang_up()
-        deadline = time.monotonic() + (1.0 if at_once else 15.0)
-        for child in children:
-            child.stop(max(0.0, deadline - time.monotonic()))
-        self._trainers, self._engine = [], None
-        _stop_coordinator(self.settings.job)
+        self._crew.stop(at_once=at_once)
 
     @property
     def _deadline(self) -> float:
         return self.settings.deadline_s
 
     def _start_engine(self) -> None:
-        settings, folder = self.settings.to_json(), self.settings.path
-        self._engine = Child("engine0", "transfuse.demo.engine", settings, folder=folder)
+        module = "transfuse.demo.pretrain.engine"
+        self._engine = self._crew.start("engine0", module, self.settings.to_json())
         self._starting = time.monotonic()
 
     def _live_engine(self) -> Child:
@@ -167,12 +151,12 @@ class Run:
     def _step(self) -> Message:
         for trainer in self._trainers:
             trainer.send(do="step")
-        return [trainer.expect("stepped", self._deadline) for trainer in self._trainers][0]
+        return [t.expect("stepped", timeout_s=self._deadline) for t in self._trainers][0]
 
     def _refit(self, at_least: int) -> dict[str, Any]:
         engine = self._live_engine()
         engine.send(do="refit", at_least=at_least)
-        refitted = engine.expect("refitted", self._deadline + 10)
+        refitted = engine.expect("refitted", timeout_s=self._deadline + 10)
         if not refitted["verified"]:
             raise ChildFailedError(f"version {refitted['version']} arrived without fingerprints")
         return {**_numbers(refitted), "planned": refitted["report"]["planned"]}
@@ -180,10 +164,10 @@ class Run:
     def _sample(self, step: int) -> None:
         engine = self._live_engine()
         engine.send(do="sample")
-        sampled = engine.expect("sampled", self._deadline)
+        sampled = engine.expect("sampled", timeout_s=self._deadline)
         text = sampled["text"].strip()
         self.samples.append({"step": step, "version": sampled["version"], "text": text})
-        self.screen.sample(sampled["version"], text)
+        self.screen.sample(f"the engine writes, from version {sampled['version']}", text)
 
     def _refit_and_sample(self, step: int, published: int) -> None:
         self._refit(published)
@@ -192,9 +176,8 @@ class Run:
     def _kill_engine(self, step: int, published: int) -> None:
         """In the middle of its work: a refit has just been asked for."""
         engine = self._live_engine()
-        self._note_peaks()
         engine.send(do="refit", at_least=published)
-        engine.kill()
+        self._crew.kill(engine)
         self._event("killed", step, pid=engine.pid)
         self.screen.say(f"      SIGKILL to the engine, process {engine.pid}; another one starts")
         self._start_engine()
@@ -202,11 +185,11 @@ class Run:
     def _welcome_engine(self, step: int, *, wait: bool = False) -> None:
         if self._engine is None or self._starting is None:
             return
-        ready = self._engine.expect("ready", START_S) if wait else self._engine.poll()
+        ready = self._engine.expect("ready", timeout_s=START_S) if wait else self._engine.poll()
         if ready is None:
             return
         if ready["kind"] != "ready":
-            self._engine.expect("ready", 0.1)  # says what has happened to it
+            self._engine.expect("ready", timeout_s=0.1)  # says what has happened to it
         seconds = time.monotonic() - self._starting
         self._starting = None
         self._event("back", step, pid=self._engine.pid, seconds=seconds)
@@ -217,41 +200,23 @@ class Run:
     def _event(self, what: str, step: int, **more: Any) -> None:  # noqa: ANN401
         self.events.append({"what": what, "step": step, **more})
 
-    def _note_peaks(self) -> None:
-        for child in [*self._trainers, *([self._engine] if self._engine else [])]:
-            peak = max(child.peak_bytes(), self._peak_bytes.get(child.name, 0))
-            self._peak_bytes[child.name] = peak
-
-
-def _stop_coordinator(job: str) -> None:
-    """The processes of the run have started one; it would end by itself, but later."""
-    try:
-        pid = transfuse.find_coordinator(job).pid
-        os.kill(pid, signal.SIGTERM)
-    except (transfuse.NotFoundError, transfuse.UnavailableError, ProcessLookupError):
-        return  # none was started, or it is gone
-    deadline = time.monotonic() + 5.0
-    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-
 
 def _numbers(message: Message) -> dict[str, Any]:
-    return {name: value for name, value in message.items() if name not in {"kind", "at"}}
+    return {name: value for name, value in message.items() if name != "kind"}
 
 
-def write_results(run: Run, verdict: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Plots, plan picture, samples and report.json."""
-    from transfuse.demo.plots import draw_loss, draw_phases
-
-    out.mkdir(parents=True, exist_ok=True)
-    killed_at = next(event["step"] for event in run.events if event["what"] == "killed")
-    draw_loss(run.rows, killed_at, out / "loss.png")
-    draw_phases(run.rows, killed_at, out / "refit_phases.png")
-    explanation = run.explain()
-    (out / "plan.svg").write_text(explanation.to_svg())
-    (out / "plan.txt").write_text(explanation.to_text())
-    samples = (f"step {s['step']}, version {s['version']}:\n{s['text']}\n" for s in run.samples)
-    (out / "samples.txt").write_text("\n".join(samples))
+def write_results(run: Run, verdict: dict[str, Any], results: Results) -> dict[str, Any]:
+    """report.json, plots, plan picture and samples."""
     report = run.report(verdict)
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    results.write("report.json", json.dumps(report, indent=1) + "\n")
+    marks = {f"engine {e['what']}": e["step"] for e in run.events if e["what"] == "killed"}
+    results.draw("loss.png", draw_loss(run.rows, marks))
+    refits = [row for row in run.rows if "phases_us" in row]
+    results.draw("refit_phases.png", draw_phases(refits, marks))
+    trainers = [f"trainer{rank}" for rank in range(TRAINERS)]
+    explanation = explain(run.settings.path, trainers, ["engine0"])
+    results.write("plan.svg", explanation.to_svg())
+    results.write("plan.txt", explanation.to_text())
+    samples = (f"step {s['step']}, version {s['version']}:\n{s['text']}\n" for s in run.samples)
+    results.write("samples.txt", "\n".join(samples))
     return report

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import transformers
 
-from transfuse.demo.engine import logits_of
-from transfuse.demo.settings import Settings
+from transfuse.demo.pretrain.engine import logits_of
+from transfuse.demo.pretrain.settings import Settings
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """One FSDP2 trainer process: trains on command and publishes a version after every step.
 
-Usage: python -m transfuse.demo.trainer <rank> <settings>
+Usage: python -m transfuse.demo.pretrain.trainer <rank> <settings>
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from torch.distributed.tensor import DTensor
 import transfuse
 from transfuse import fsdp2, torch_optimizer
 from transfuse.demo.channel import answer, commands
-from transfuse.demo.settings import MODEL, TRAINERS, Settings
-from transfuse.demo.text import Tokenizer, read_corpus
+from transfuse.demo.layouts import save_layout
+from transfuse.demo.pretrain.settings import MODEL, TRAINERS, Settings
+from transfuse.demo.pretrain.text import Tokenizer, read_corpus
 
 
 class Trainer:
@@ -116,7 +117,7 @@ def main() -> None:
     )
     trainer = Trainer(rank, settings)
     layout, parameters = fsdp2.layout(trainer.model)
-    (settings.path / f"trainer{rank}.layout").write_bytes(layout.encode())
+    save_layout(settings.path, f"trainer{rank}", layout)
     with transfuse.Publisher(
         layout,
         parameters,

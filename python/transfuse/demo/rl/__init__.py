@@ -1,0 +1,1 @@
+"""`transfuse demo`: an engine answers, trainers learn, every version goes back."""
