@@ -11,7 +11,8 @@ namespace transfuse {
 
 enum class LogLevel { kDebug, kInfo, kWarn, kError };
 
-// `event` is snake_case; a field without a value is left out. Safe to call from any thread; never from a hot path.
+// `event` is snake_case; a field without a value is left out. Safe to call from any thread; never
+// from a hot path.
 void log_event(LogLevel level, std::string_view event,
                std::initializer_list<std::pair<std::string_view, std::string>> fields = {});
 
