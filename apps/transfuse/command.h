@@ -4,8 +4,10 @@
 
 #include <CLI/CLI.hpp>
 #include <functional>
+#include <nlohmann/json_fwd.hpp>
 
 #include "transfuse/result.h"
+#include "transfuse/versions.h"
 
 namespace transfuse {
 
@@ -27,12 +29,18 @@ struct CommandContext {
 // Returns kExitFailed.
 int report_failure(const Error& error, bool json);
 
+// As every command writes a version.
+nlohmann::json version_to_json(const VersionInfo& version);
+
 // Each adds one subcommand to `app` whose callback sets context.run; defined in command_<name>.cc.
 void add_bench_command(CLI::App& app, CommandContext& context);
 void add_demo_command(CLI::App& app, CommandContext& context);
 void add_doctor_command(CLI::App& app, CommandContext& context);
 void add_plan_command(CLI::App& app, CommandContext& context);
 void add_serve_command(CLI::App& app, CommandContext& context);
+void add_status_command(CLI::App& app, CommandContext& context);
 void add_verify_command(CLI::App& app, CommandContext& context);
+void add_versions_command(CLI::App& app, CommandContext& context);
+void add_why_command(CLI::App& app, CommandContext& context);
 
 }  // namespace transfuse

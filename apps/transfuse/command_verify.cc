@@ -6,6 +6,7 @@
 #include <string>
 
 #include "command.h"
+#include "job.h"
 #include "rpc/rpc.h"
 #include "transfuse/deadline.h"
 #include "transfuse/result.h"
@@ -16,25 +17,18 @@ namespace transfuse {
 namespace {
 
 struct Options {
-  std::string model = "model";
-  std::string job;
-  std::string address;
+  JobOptions job;
+  std::string model;
   int64_t deadline_s = 60;
   bool json = false;
 };
 
 Result<VerifyReport> verify(const Options& options) {
-  ConnectOptions connect;
-  connect.job = options.job;
-  connect.address = options.address;
-  if (options.address.empty()) {
-    // A check must not start a coordinator that nobody else uses.
-    TRANSFUSE_RETURN_IF_ERROR(find_coordinator(connect));
-  }
+  TRANSFUSE_ASSIGN_OR_RETURN(const Job job, open_job(options.job));
+  TRANSFUSE_ASSIGN_OR_RETURN(const std::string model, choose_model(*job.control, options.model));
   TRANSFUSE_ASSIGN_OR_RETURN(const std::string folder, open_runtime_folder());
   TRANSFUSE_ASSIGN_OR_RETURN(auto transport, open_shm_transport(folder));
-  TRANSFUSE_ASSIGN_OR_RETURN(auto control, connect_control(connect));
-  return verify_model(*transport, *control, options.model,
+  return verify_model(*transport, *job.control, model,
                       Deadline::after_ms(options.deadline_s * 1000));
 }
 
@@ -52,10 +46,9 @@ void add_verify_command(CLI::App& app, CommandContext& context) {
   auto options = std::make_shared<Options>();
   CLI::App* command = app.add_subcommand(
       "verify", "Compare what running engines hold with what running trainers publish.");
-  command->add_option("--model", options->model, "The stream of versions")->capture_default_str();
-  command->add_option("--job", options->job, "The job whose coordinator to ask [$TRANSFUSE_JOB]");
-  command->add_option("--address", options->address,
-                      "A coordinator started by hand: unix:/path or host:port");
+  add_job_options(*command, options->job);
+  command->add_option("--model", options->model,
+                      "The stream of versions; not needed if the job has only one");
   command->add_option("--deadline", options->deadline_s, "Seconds")
       ->capture_default_str()
       ->check(CLI::PositiveNumber);

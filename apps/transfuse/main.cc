@@ -43,7 +43,10 @@ int run_command_line(int argc, char** argv) {
   add_doctor_command(app, context);
   add_plan_command(app, context);
   add_serve_command(app, context);
+  add_status_command(app, context);
   add_verify_command(app, context);
+  add_versions_command(app, context);
+  add_why_command(app, context);
 
   if (argc <= 1) {
     std::fputs(app.help().c_str(), stderr);

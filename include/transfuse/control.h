@@ -76,11 +76,11 @@ class Control {
   // This rank has the round's version staged and verified, or (not ready) gives the round up.
   virtual Result<void> vote(MemberId target, uint64_t round, bool ready, std::string_view reason,
                             Deadline deadline) = 0;
-  // Waits for the one recorded decision. kGroupBroken: it cannot be learned by the deadline, or the
+  // Waits for the one recorded decision. kDeadlineExceeded: there is none yet. kGroupBroken: the
   // coordinator that recorded it is gone and no rank knows it.
   virtual Result<Decision> decision(MemberId target, uint64_t round, Deadline deadline) = 0;
-  // This rank holds `version`, the round's; waits until every rank does. kGroupBroken names the
-  // rank that is missing.
+  // This rank holds `version`, the round's; waits until every rank does. kDeadlineExceeded names
+  // those that do not yet, kGroupBroken a rank that is lost.
   virtual Result<void> applied(MemberId target, uint64_t round, uint64_t version,
                                Deadline deadline) = 0;
 

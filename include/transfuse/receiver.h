@@ -42,9 +42,6 @@ struct ReceiverOptions {
   int64_t round_ms = 60000;  // a group without a decision after so long gives the round up
 };
 
-// Memory that a shadow of `layout` needs, beside the parameters.
-uint64_t shadow_bytes(const Layout& layout);
-
 struct StageOptions {
   double max_gigabytes_per_second = 0;  // of bytes written; 0: as fast as possible
 };

@@ -35,7 +35,9 @@ class ErrorCode(enum.Enum):
 
     CANCELLED = 13
 
-    UNSUPPORTED = 14
+    GROUP_BROKEN = 14
+
+    UNSUPPORTED = 15
 
 MAX_RANK: int = 8
 
@@ -597,6 +599,9 @@ class RefitPhases:
     def verify_us(self) -> int: ...
 
     @property
+    def decide_us(self) -> int: ...
+
+    @property
     def commit_us(self) -> int: ...
 
     @property
@@ -688,6 +693,21 @@ class WriteTiming:
     @property
     def revoked(self) -> int: ...
 
+class PublishTiming:
+    """What publish() waited for and copied."""
+
+    @property
+    def waited_us(self) -> int: ...
+
+    @property
+    def revoked(self) -> int: ...
+
+    @property
+    def copy_us(self) -> int: ...
+
+    @property
+    def skipped(self) -> bool: ...
+
 class VersionState(enum.Enum):
     """Where a version is in its life."""
 
@@ -750,6 +770,81 @@ class MemberInfo:
     @property
     def version(self) -> int: ...
 
+class StageState(enum.Enum):
+    """Where a version is on its way into a shadow."""
+
+    NONE = 0
+
+    MOVING = 1
+
+    READY = 2
+
+    FAILED = 3
+
+class StageProgress:
+    """How far a stage is."""
+
+    @property
+    def state(self) -> StageState: ...
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def landed_bytes(self) -> int: ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+class GroupState(enum.Enum):
+    """Whether the ranks of one engine may serve."""
+
+    FORMING = 0
+
+    WHOLE = 1
+
+    SWITCHING = 2
+
+    BROKEN = 3
+
+class GroupRank:
+    """A rank of a group, and the version that it holds."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> int: ...
+
+class GroupInfo:
+    """The ranks of one engine as the coordinator knows them."""
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def state(self) -> GroupState: ...
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def round(self) -> int: ...
+
+    @property
+    def reason(self) -> str: ...
+
+    @property
+    def ranks(self) -> list[GroupRank]: ...
+
+    def __repr__(self) -> str: ...
+
 class BoxMismatch:
     """A box whose fingerprints differ."""
 
@@ -807,16 +902,39 @@ class VerifyReport:
 
     def __repr__(self) -> str: ...
 
+class Retention(enum.Enum):
+    """What readers of a version read while the trainer goes on."""
+
+    IN_PLACE = 0
+
+    SNAPSHOT = 1
+
+class WhenLeased(enum.Enum):
+    """What publish() does if readers hold every snapshot."""
+
+    REVOKE_AT_DEADLINE = 0
+
+    WAIT = 1
+
+    REVOKE = 2
+
+    SKIP = 3
+
+def snapshot_bytes(layout: Layout, slots: int) -> int:
+    """Memory that so many snapshots of a layout need, beside the weights."""
+
 class NativePublisher:
     """See transfuse.Publisher."""
 
-    def __init__(self, layout: Layout, parameters: dict[str, object], *, name: str, model: str, source_count: int, drain_ms: int, fingerprint_threads: int, job: str, address: str | None, token: str | None, threads: int | None, allow_any_tracer: bool | None) -> None: ...
+    def __init__(self, layout: Layout, parameters: dict[str, object], *, name: str, model: str, source_count: int, drain_ms: int, retention: Retention, snapshot_slots: int, when_leased: WhenLeased, fingerprint_threads: int, job: str, address: str | None, token: str | None, threads: int | None, allow_any_tracer: bool | None) -> None: ...
 
     def begin_write(self, version: int) -> WriteTiming: ...
 
-    def publish(self, version: int) -> None: ...
+    def publish(self, version: int) -> PublishTiming: ...
 
     def abort_write(self, reason: str) -> None: ...
+
+    def set_retention(self, retention: Retention) -> None: ...
 
     @property
     def version(self) -> int: ...
@@ -830,12 +948,35 @@ class Verify(enum.Enum):
 
     OFF = 1
 
+class ReceiveInto(enum.Enum):
+    """Where versions arrive."""
+
+    IN_PLACE = 0
+
+    SHADOW = 1
+
+def shadow_bytes(layout: Layout) -> int:
+    """Memory that a shadow of a layout needs, beside the parameters."""
+
 class NativeReceiver:
     """See transfuse.Receiver."""
 
-    def __init__(self, layout: Layout, parameters: dict[str, object], *, name: str, model: str, verify: Verify, chunk_bytes: int, spread: int, no_progress_ms: int, max_attempts: int, job: str, address: str | None, token: str | None, threads: int | None, allow_any_tracer: bool | None) -> None: ...
+    def __init__(self, layout: Layout, parameters: dict[str, object], *, name: str, model: str, verify: Verify, chunk_bytes: int, spread: int, no_progress_ms: int, max_attempts: int, into: ReceiveInto, keep_previous: bool, group: str, group_size: int, round_ms: int, job: str, address: str | None, token: str | None, threads: int | None, allow_any_tracer: bool | None) -> None: ...
 
     def refit(self, *, exactly: int | None, at_least: int | None, timeout_ms: int) -> RefitReport: ...
+
+    def stage(self, *, exactly: int | None, at_least: int | None, timeout_ms: int, max_gigabytes_per_second: float) -> None: ...
+
+    @property
+    def staged(self) -> StageProgress: ...
+
+    def wait_staged(self, timeout_ms: int) -> StageProgress: ...
+
+    def commit(self, timeout_ms: int) -> RefitReport: ...
+
+    def rollback(self, timeout_ms: int) -> int: ...
+
+    def check_group(self) -> GroupInfo: ...
 
     @property
     def last_report(self) -> RefitReport: ...
@@ -861,6 +1002,8 @@ class NativeControl:
     def versions(self, model: str) -> list[VersionInfo]: ...
 
     def members(self, model: str) -> list[MemberInfo]: ...
+
+    def groups(self, model: str) -> list[GroupInfo]: ...
 
     def watch(self, model: str) -> NativeWatch: ...
 

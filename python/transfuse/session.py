@@ -32,6 +32,7 @@ DEFAULT_JOB = ""  # $TRANSFUSE_JOB or "default"
 _FOREVER_MS = 1 << 40
 
 
+_DEFAULT_SLOTS = 2  # one is read while the next is written
 _T = TypeVar("_T")
 _RETENTIONS = {"in_place": Retention.IN_PLACE, "snapshot": Retention.SNAPSHOT}
 _INTO = {"in_place": ReceiveInto.IN_PLACE, "shadow": ReceiveInto.SHADOW}
@@ -65,15 +66,16 @@ class Publisher:
 
     `retention` "in_place": readers read where the trainer keeps the weights. Between begin_write()
     and publish() nobody reads; outside of it the caller must not write. "snapshot": publish()
-    copies the weights into one of `snapshot_slots` slots (snapshot_bytes() says what they take), and
-    the caller may write at any other time; a leased copy is never overwritten. If readers hold
+    copies the weights into one of `snapshot_slots` slots (snapshot_bytes() says what they take;
+    None: 2, or none in place, and then there is no changing to "snapshot" with set_retention()),
+    and the caller may write at any other time; a leased copy is never overwritten. If readers hold
     every slot, `when_leased` says what publish() does: "revoke_at_deadline" (wait drain_s, then
     revoke the readers of the oldest), "wait" (DeadlineExceededError after drain_s, readers are left
     alone), "revoke" (at once) or "skip" (readers never see this version).
 
-    Use it from one thread at a time. Transport and coordinator of the job are opened inside and shared by
-    everything of the job in this process; `address` names a coordinator started by hand, `token`
-    is what it may ask for.
+    Use it from one thread at a time. Transport and coordinator of the job are opened inside and
+    shared by everything of the job in this process; `address` names a coordinator started by hand,
+    `token` is what it may ask for.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class Publisher:
         source_count: int = 1,
         drain_s: float = 30.0,
         retention: Retention | str = Retention.IN_PLACE,
-        snapshot_slots: int = 0,
+        snapshot_slots: int | None = None,
         when_leased: WhenLeased | str = WhenLeased.REVOKE_AT_DEADLINE,
         fingerprint_threads: int = 0,
         job: str = DEFAULT_JOB,
@@ -95,6 +97,9 @@ class Publisher:
         threads: int | None = None,
         allow_any_tracer: bool | None = None,
     ) -> None:
+        kept = _choice("retention", retention, _RETENTIONS)
+        if snapshot_slots is None:
+            snapshot_slots = _DEFAULT_SLOTS if kept == Retention.SNAPSHOT else 0
         self._native = NativePublisher(
             layout,
             dict(parameters),
@@ -102,7 +107,7 @@ class Publisher:
             model=model,
             source_count=source_count,
             drain_ms=_milliseconds(drain_s),
-            retention=_choice("retention", retention, _RETENTIONS),
+            retention=kept,
             snapshot_slots=snapshot_slots,
             when_leased=_choice("when_leased", when_leased, _WHEN_LEASED),
             fingerprint_threads=fingerprint_threads,

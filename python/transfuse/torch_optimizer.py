@@ -28,7 +28,7 @@ class Attachment:
 
     @property
     def version(self) -> int:
-        """The last version that these hooks published or skipped, or that the publisher had before."""
+        """The last version that these hooks published or skipped, or the publisher had before."""
         return self._version
 
     def publish_now(self) -> int:

@@ -39,6 +39,25 @@ spdlog::level::level_enum spdlog_level(LogLevel level) {
   return spdlog::level::err;
 }
 
+// A value is quoted where it would not be one word; nothing in it ends the line.
+void append_value(std::string& line, std::string_view value) {
+  const bool plain = value.find_first_of(" \"\\=\n\r\t") == value.npos;
+  if (plain) {
+    line.append(value);
+    return;
+  }
+  line.push_back('"');
+  for (const char c : value) {
+    if (c == '"' || c == '\\') line.push_back('\\');
+    if (c == '\n' || c == '\r') {
+      line.append("\\n");
+    } else {
+      line.push_back(c);
+    }
+  }
+  line.push_back('"');
+}
+
 }  // namespace
 
 void log_event(LogLevel level, std::string_view event,
@@ -47,11 +66,9 @@ void log_event(LogLevel level, std::string_view event,
   if (!logger().should_log(spdlog_at)) return;
   std::string line(event);
   for (const auto& [key, value] : fields) {
+    if (value.empty()) continue;
     line.append(" ").append(key).append("=");
-    const bool quoted = value.find(' ') != std::string::npos;
-    if (quoted) line.push_back('"');
-    line.append(value);
-    if (quoted) line.push_back('"');
+    append_value(line, value);
   }
   logger().log(spdlog_at, "{}", line);
 }

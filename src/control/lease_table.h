@@ -99,8 +99,22 @@ struct MemberNotice {
   uint64_t owner = 0;
   MemberEvent event;
 };
+inline constexpr std::string_view kLeftWord = "it left";  // MemberChanged::why of a leave()
+
+// For the log: who came or went, and engines that may serve or not.
+struct MemberChanged {
+  uint64_t member = 0;
+  MemberRole role = MemberRole::kSource;
+  std::string model;
+  std::string name;
+  bool joined = false;
+  std::string why{};  // it went
+};
+struct GroupChanged {
+  GroupInfo group;
+};
 using Effect = std::variant<LeaseReply, DrainReply, TableReply, DecisionReply, AppliedReply,
-                            VersionChanged, MemberNotice>;
+                            VersionChanged, MemberNotice, MemberChanged, GroupChanged>;
 
 struct TableStats {
   size_t members = 0;
@@ -278,7 +292,8 @@ class LeaseTable {
     std::string trouble;         // why it is not whole any more
     std::optional<Round> round;  // STAGING, or committed and not applied by all
     std::map<uint64_t, FinishedRound> finished;
-    std::set<uint64_t> waiters;  // decision() and applied()
+    std::set<uint64_t> waiters;              // decision() and applied()
+    std::pair<GroupState, uint64_t> told{};  // state and version of the last GroupChanged
   };
   struct Model {
     std::map<uint64_t, Version> versions;
@@ -380,6 +395,7 @@ class LeaseTable {
   void commit_if_all_ready(const std::string& model, Group& group, TimePoint now);
   void settle_group(const std::string& model, Group& group, TimePoint now);
   void expire_round(uint64_t round, TimePoint now);
+  void tell_change(const std::string& model, const std::string& name, Group& group);
   bool holds(const Group& group, uint64_t version) const;
   void land(Member& target, uint64_t version, uint64_t run);
   uint64_t run_of(const Member& member) const;

@@ -193,10 +193,19 @@ void LeaseTable::leave_group(const Member& member, std::string_view why, TimePoi
     fail_waiter(
         id, Error{ErrorCode::kGroupBroken, fmt::format("group {}: {}", registration.group, lost)});
   }
+  tell_change(model, registration.group, group);
   if (group.ranks.empty()) {
     if (group.round) lose_round(model, group, lost, now);
     groups.erase(registration.group);
   }
+}
+
+// Tells of a new state, or of a new version of a whole group.
+void LeaseTable::tell_change(const std::string& model, const std::string& name, Group& group) {
+  GroupInfo now = info(model, name, group);
+  const std::pair seen{now.state, now.version};
+  if (std::exchange(group.told, seen) == seen) return;
+  effects_.emplace_back(GroupChanged{std::move(now)});
 }
 
 // -- rounds --
@@ -296,7 +305,7 @@ void LeaseTable::end_round(const std::string& model, Group& group, Decision deci
   timers_.erase({round.deadline, TimerKind::kRound, id});
   round.committed = decision.commit;
   record(group, id, std::move(decision), round.run);
-  if (round.committed) return;
+  if (round.committed) return tell_change(model, rounds_.at(id).second, group);
   rounds_.erase(id);
   group.round.reset();
 }
@@ -318,6 +327,7 @@ void LeaseTable::lose_round(const std::string& model, Group& group, const std::s
     if (waiters_.at(waiter).round != round.id) continue;
     fail_waiter(waiter, Error{ErrorCode::kGroupBroken, fmt::format("group {}: {}", name, why)});
   }
+  tell_change(model, name, group);
 }
 
 void LeaseTable::expire_round(uint64_t id, TimePoint now) {
@@ -491,8 +501,9 @@ void LeaseTable::settle_group(const std::string& model, Group& group, TimePoint 
       return members_.at(id).landed != group.round->version;
     });
   }
-  const uint64_t version = members_.at(group.ranks.begin()->second).landed;
-  if (!holds(group, version)) return;
+  const Member& first = members_.at(group.ranks.begin()->second);
+  const uint64_t version = first.landed;
+  if (!holds(group, version)) return tell_change(model, first.registration.group, group);
   const bool switching = group.round && group.round->committed;
   if (switching && (group.round->version != version || group.round->applied.size() < group.size)) {
     return;
@@ -506,11 +517,13 @@ void LeaseTable::settle_group(const std::string& model, Group& group, TimePoint 
     remove_waiter(id);
     effects_.emplace_back(AppliedReply{WaiterId{id}, Result<void>()});
   }
-  if (!switching) return;
-  rounds_.erase(group.round->id);
-  timers_.erase({group.round->deadline, TimerKind::kRound, group.round->id});
-  group.round.reset();
-  serve_waiters(model, now);
+  if (switching) {
+    rounds_.erase(group.round->id);
+    timers_.erase({group.round->deadline, TimerKind::kRound, group.round->id});
+    group.round.reset();
+  }
+  tell_change(model, first.registration.group, group);
+  if (switching) serve_waiters(model, now);
 }
 
 GroupInfo LeaseTable::info(const std::string& model, const std::string& name,

@@ -230,7 +230,7 @@ TEST_F(Group, AStalledDecisionEndsAtTheDeadlineOfWhoWaits) {
   const Lease staged = lease(r0_);
   const WaiterId waits = ask_decision(r0_, staged.round, 50);
   wait_ms(50);
-  EXPECT_EQ(decided(waits).error().code, ErrorCode::kGroupBroken);
+  EXPECT_EQ(decided(waits).error().code, ErrorCode::kDeadlineExceeded);
   EXPECT_EQ(decided(ask_decision(r0_, 77)).error().code, ErrorCode::kGroupBroken);
 }
 
@@ -597,7 +597,7 @@ TEST_F(Restarted, ACommitThatIsToldLateIsTrueThoughAnotherRoundIsOpen) {
   r1_ = rank("r1", 2, 7, voted(staged_, 2, true));
   const WaiterId waits = say_applied(r1_, staged_, 100);
   wait_ms(100);
-  EXPECT_EQ(all_hold(waits).error().code, ErrorCode::kGroupBroken);
+  EXPECT_EQ(all_hold(waits).error().code, ErrorCode::kDeadlineExceeded);
   r0_ = rank("r0", 2, 7, voted(staged_, 1));
   EXPECT_TRUE(decided(ask_decision(r0_, staged_.round))->commit);
 }

@@ -127,13 +127,13 @@ void LeaseTable::expire_waiter(uint64_t id, TimePoint now) {
       break;
     case WaiterKind::kDecision:
       fail_waiter(
-          id, Error{ErrorCode::kGroupBroken,
+          id, Error{ErrorCode::kDeadlineExceeded,
                     fmt::format("{} waited {} ms for the decision of round {:x} of group "
-                                "{}: it is not known",
+                                "{}: it is not known yet",
                                 registration.name, waited_ms, waiter.round, registration.group)});
       break;
     case WaiterKind::kApplied:
-      fail_waiter(id, Error{ErrorCode::kGroupBroken,
+      fail_waiter(id, Error{ErrorCode::kDeadlineExceeded,
                             fmt::format("{} holds version {}, but after {} ms {}",
                                         registration.name, waiter.request.version, waited_ms,
                                         who_holds_not(*group_of(members_.at(waiter.member)),

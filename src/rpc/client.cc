@@ -209,7 +209,40 @@ class RpcControl final : public Control {
     return versions;
   }
 
-  Result<DrainOutcome> begin_write(MemberId source, uint64_t version, Deadline deadline) override {
+  Result<std::vector<VersionEvent>> history(std::string_view model, uint64_t version) override {
+    TRANSFUSE_RETURN_IF_ERROR(connection_->check_process());
+    wire::HistoryReply reply;
+    TRANSFUSE_RETURN_IF_ERROR(connection_->call(
+        "history", &Stub::History, std::nullopt, connection_->default_deadline(),
+        [&](wire::HistoryRequest& request, const Link&, bool) {
+          request.set_model(std::string(model));
+          request.set_version(version);
+        },
+        &reply));
+    std::vector<VersionEvent> events;
+    for (const wire::VersionEvent& each : reply.events()) events.push_back(from_wire(each));
+    return events;
+  }
+
+  Result<std::vector<GroupInfo>> groups(std::string_view model) override {
+    TRANSFUSE_RETURN_IF_ERROR(connection_->check_process());
+    wire::GroupsReply reply;
+    TRANSFUSE_RETURN_IF_ERROR(connection_->call(
+        "groups", &Stub::Groups, std::nullopt, connection_->default_deadline(),
+        [&](wire::ModelRequest& request, const Link&, bool) {
+          request.set_model(std::string(model));
+        },
+        &reply));
+    std::vector<GroupInfo> groups;
+    for (const wire::Group& each : reply.groups()) {
+      TRANSFUSE_ASSIGN_OR_RETURN(GroupInfo group, from_wire(each));
+      groups.push_back(std::move(group));
+    }
+    return groups;
+  }
+
+  Result<DrainOutcome> begin_write(MemberId source, const WriteRequest& wanted,
+                                   Deadline deadline) override {
     TRANSFUSE_RETURN_IF_ERROR(connection_->check_process());
     // The deadline is the readers'. That they were revoked at it is an answer, which needs time.
     const Deadline answer_by(deadline.at() +
@@ -219,39 +252,41 @@ class RpcControl final : public Control {
         "begin_write", &Stub::BeginWrite, source, answer_by,
         [&](wire::BeginWriteRequest& request, const Link&, bool) {
           request.set_source(connection_->coordinator_id(source));
-          request.set_version(version);
+          to_wire(wanted, &request);
           request.set_timeout_us(deadline.remaining() / std::chrono::microseconds(1));
         },
         &reply));
     connection_->change_member(source, [&](LocalMember& member) {
-      member.state.writing = version;
-      member.state.readable = 0;
+      member.state.writing = wanted.version;
+      std::erase_if(member.state.offers,
+                    [&](const Offer& offer) { return offer.version == reply.replaced(); });
     });
-    return DrainOutcome{.revoked = reply.revoked(), .waited_us = reply.waited_us()};
+    return DrainOutcome{
+        .revoked = reply.revoked(), .waited_us = reply.waited_us(), .replaced = reply.replaced()};
   }
 
-  Result<void> publish(MemberId source, uint64_t version, const Generation& generation) override {
+  Result<void> publish(MemberId source, const Offer& offer) override {
     TRANSFUSE_RETURN_IF_ERROR(connection_->check_process());
     wire::Done done;
     auto published = connection_->call(
         "publish", &Stub::Publish, source, connection_->default_deadline(),
         [&](wire::PublishRequest& request, const Link&, bool) {
           request.set_source(connection_->coordinator_id(source));
-          request.set_version(version);
-          to_wire(generation, request.mutable_generation());
+          to_wire(offer, request.mutable_offer());
         },
         &done);
     bool fresh = false;
     connection_->change_member(
-        source, [&](LocalMember& member) { fresh = member.state.last_published < version; });
+        source, [&](LocalMember& member) { fresh = member.state.last_published < offer.version; });
     // An earlier attempt, or an earlier call, got through, and only its answer was lost.
     const bool landed_before =
         fresh && !published && published.error().code == ErrorCode::kAlreadyExists;
     if (!published && !landed_before) return published;
     connection_->change_member(source, [&](LocalMember& member) {
-      member.state.last_published = version;
-      member.state.readable = version;
-      member.state.generation = generation;
+      member.state.last_published = offer.version;
+      std::erase_if(member.state.offers,
+                    [&](const Offer& each) { return each.version == offer.version; });
+      member.state.offers.push_back(offer);
       member.state.writing = 0;
     });
     return {};
@@ -299,15 +334,19 @@ class RpcControl final : public Control {
       return error;
     }
     connection_->add_lease(LeaseId{reply.lease()}, target, reply.version());
+    connection_->change_member(target, [&](LocalMember& member) {
+      member.state.last_round = reply.round();
+      member.round_version = reply.version();
+    });
     auto lease = lease_of(reply, model, epoch, std::move(known));
     if (!lease) {
       // The first error is the one to tell.
-      (void)release(LeaseId{reply.lease()}, LeaseEnd::kUnchanged, deadline);
+      (void)release(LeaseId{reply.lease()}, {.end = LeaseEnd::kUnchanged}, deadline);
     }
     return lease;
   }
 
-  Result<void> release(LeaseId lease, LeaseEnd end, Deadline deadline) override {
+  Result<void> release(LeaseId lease, const LeaseOutcome& outcome, Deadline deadline) override {
     TRANSFUSE_RETURN_IF_ERROR(connection_->check_process());
     const auto held = connection_->take_lease(lease);
     if (!held) {
@@ -316,8 +355,8 @@ class RpcControl final : public Control {
                                static_cast<uint64_t>(lease))};
     }
     connection_->change_member(held->first, [&](LocalMember& member) {
-      if (end == LeaseEnd::kLanded) member.state.landed = held->second;
-      if (end == LeaseEnd::kLost) member.state.landed = 0;
+      if (outcome.end == LeaseEnd::kLanded) member.state.landed = held->second;
+      if (outcome.end == LeaseEnd::kLost) member.state.landed = 0;
     });
     wire::Done done;
     auto released = connection_->call(
@@ -326,13 +365,99 @@ class RpcControl final : public Control {
           request.set_target(connection_->coordinator_id(held->first));
           request.set_lease(static_cast<uint64_t>(lease));
           request.set_version(held->second);
-          request.set_end(to_wire(end));
+          to_wire(outcome, &request);
         },
         &done);
     // Revoked, run out, or given by a coordinator that has died: the member was told by an event,
     // and the generation of the source says whether what was read is whole.
     if (!released && released.error().code == ErrorCode::kNotFound) return {};
     return released;
+  }
+
+  Result<void> hold(MemberId target, uint64_t version, Deadline deadline) override {
+    TRANSFUSE_RETURN_IF_ERROR(connection_->check_process());
+    connection_->change_member(target, [&](LocalMember& member) { member.state.landed = version; });
+    wire::Done done;
+    return connection_->call(
+        "hold", &Stub::Hold, target, deadline,
+        [&](wire::HoldRequest& request, const Link&, bool) {
+          request.set_target(connection_->coordinator_id(target));
+          request.set_version(version);
+        },
+        &done);
+  }
+
+  Result<void> vote(MemberId target, uint64_t round, bool ready, std::string_view reason,
+                    Deadline deadline) override {
+    TRANSFUSE_RETURN_IF_ERROR(connection_->check_process());
+    // Kept before it is sent: a coordinator that dies may have counted it.
+    connection_->change_member(target, [&](LocalMember& member) {
+      if (!ready || member.state.last_round != round) return;
+      member.state.voted_round = round;
+      member.state.voted_version = member.round_version;
+      member.state.told_commit = false;
+      member.state.applied = false;
+    });
+    wire::Done done;
+    return connection_->call(
+        "vote", &Stub::Vote, target, deadline,
+        [&](wire::VoteRequest& request, const Link&, bool) {
+          request.set_target(connection_->coordinator_id(target));
+          request.set_round(round);
+          request.set_ready(ready);
+          request.set_reason(std::string(reason));
+        },
+        &done);
+  }
+
+  Result<Decision> decision(MemberId target, uint64_t round, Deadline deadline) override {
+    TRANSFUSE_RETURN_IF_ERROR(connection_->check_process());
+    while (true) {
+      uint64_t epoch = 0;
+      wire::DecideReply reply;
+      TRANSFUSE_RETURN_IF_ERROR(connection_->call(
+          "decision", &Stub::Decide, target, deadline,
+          [&](wire::DecideRequest& request, const Link& link, bool) {
+            epoch = link.epoch;
+            request.set_target(connection_->coordinator_id(target));
+            request.set_round(round);
+            request.set_timeout_us(wait_us(deadline));
+          },
+          &reply));
+      // A coordinator that was told, in the meantime, that this rank knows of no commit decides
+      // anew; only what is kept here before can be acted on.
+      const bool kept = connection_->change_member_of(epoch, target, [&](LocalMember& member) {
+        member.state.told_commit = reply.commit();
+        if (!reply.commit()) member.state.voted_round = 0;
+      });
+      if (kept) return Decision{.commit = reply.commit(), .reason = reply.reason()};
+    }
+  }
+
+  Result<void> applied(MemberId target, uint64_t round, uint64_t version,
+                       Deadline deadline) override {
+    TRANSFUSE_RETURN_IF_ERROR(connection_->check_process());
+    connection_->change_member(target, [&](LocalMember& member) {
+      member.state.landed = version;
+      member.state.applied = member.state.voted_round == round;
+    });
+    wire::Done done;
+    TRANSFUSE_RETURN_IF_ERROR(connection_->call(
+        "applied", &Stub::Applied, target, deadline,
+        [&](wire::AppliedRequest& request, const Link&, bool) {
+          request.set_target(connection_->coordinator_id(target));
+          request.set_round(round);
+          request.set_version(version);
+          request.set_timeout_us(wait_us(deadline));
+        },
+        &done));
+    connection_->change_member(target, [&](LocalMember& member) {
+      if (member.state.voted_round != round) return;
+      member.state.voted_round = 0;
+      member.state.told_commit = false;
+      member.state.applied = false;
+    });
+    return {};
   }
 
   Result<std::unique_ptr<Watch>> watch(std::string_view model) override {
@@ -430,6 +555,7 @@ class RpcControl final : public Control {
     }
     Lease lease{.id = LeaseId{reply.lease()},
                 .version = reply.version(),
+                .round = reply.round(),
                 .ttl_ms = reply.ttl_ms(),
                 .sources = {}};
     for (const wire::LeaseSource& each : reply.sources()) {
@@ -443,6 +569,7 @@ class RpcControl final : public Control {
       MemberInfo source = found->second;
       source.version = reply.version();
       source.generation = from_wire(each.generation());
+      source.slot = each.slot();
       lease.sources.push_back(std::move(source));
     }
     return lease;

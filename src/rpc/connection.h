@@ -45,6 +45,7 @@ struct LocalMember {
   Resume state;                  // with the coordinator's number
   uint64_t epoch = 0;            // of the coordinator that knows it; 0: none
   std::optional<Error> refused;  // the coordinator does not take it back
+  uint64_t round_version = 0;    // of its last lease
   std::deque<MemberEvent> events;
 };
 
@@ -107,6 +108,17 @@ class Connection {
   void change_member(MemberId member, Change change) {
     const MutexLock lock(mutex_);
     if (const auto found = members_.find(member); found != members_.end()) change(found->second);
+  }
+  // As change_member(), if what a coordinator of `epoch` said is still what the next one will be
+  // told: false if the member is being registered elsewhere, and has to ask there.
+  template <typename Change>
+  bool change_member_of(uint64_t epoch, MemberId member, Change change) {
+    const MutexLock lock(mutex_);
+    const auto found = members_.find(member);
+    if (found == members_.end()) return true;
+    if (!link_ || link_->epoch != epoch || found->second.epoch != epoch) return false;
+    change(found->second);
+    return true;
   }
   Result<std::optional<MemberEvent>> next_event(MemberId member, Deadline deadline);
   void add_lease(LeaseId lease, MemberId target, uint64_t version);

@@ -93,14 +93,14 @@ void acquire_and_release(benchmark::State& state) {
   for (uint32_t i = 0; i < sources; ++i) {
     const MemberId source =
         join(*control, MemberRole::kSource, "trainer" + std::to_string(i), sources);
-    control->begin_write(source, 1, Deadline::after_ms(5000)).value();
-    control->publish(source, 1, {7, 2}).value();
+    control->begin_write(source, {.version = 1, .replaces = {}}, Deadline::after_ms(5000)).value();
+    control->publish(source, {.version = 1, .generation = {7, 2}}).value();
   }
   const MemberId target = join(*control, MemberRole::kTarget, "engine0", 1);
   for (auto _ : state) {
     const auto lease = control->acquire(target, {}, Deadline::after_ms(5000));
     benchmark::DoNotOptimize(lease.value().sources.data());
-    control->release(lease->id, LeaseEnd::kLanded, Deadline::after_ms(5000)).value();
+    control->release(lease->id, {LeaseEnd::kLanded}, Deadline::after_ms(5000)).value();
   }
 }
 BENCHMARK(acquire_and_release)
@@ -116,8 +116,11 @@ void begin_write_and_publish(benchmark::State& state) {
   uint64_t version = 0;
   for (auto _ : state) {
     ++version;
-    control->begin_write(source, version, Deadline::after_ms(5000)).value();
-    control->publish(source, version, {7, 2 * version}).value();
+    control
+        ->begin_write(source, {.version = version, .replaces = {version - 1}},
+                      Deadline::after_ms(5000))
+        .value();
+    control->publish(source, {.version = version, .generation = {7, 2 * version}}).value();
   }
 }
 BENCHMARK(begin_write_and_publish)->Unit(benchmark::kMicrosecond)->UseRealTime();
@@ -132,9 +135,12 @@ void publish_to_watcher(benchmark::State& state) {
   for (auto _ : state) {
     state.PauseTiming();
     ++version;
-    control->begin_write(source, version, Deadline::after_ms(5000)).value();
+    control
+        ->begin_write(source, {.version = version, .replaces = {version - 1}},
+                      Deadline::after_ms(5000))
+        .value();
     state.ResumeTiming();
-    control->publish(source, version, {7, 2 * version}).value();
+    control->publish(source, {.version = version, .generation = {7, 2 * version}}).value();
     while (true) {
       const auto change = watch->next(Deadline::after_ms(5000)).value();
       if (!change) return state.SkipWithError("the watch was not told");

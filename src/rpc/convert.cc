@@ -39,6 +39,7 @@ constexpr std::array<ErrorRow, kErrorCodeCount> kErrors{{
     {ErrorCode::kPoisoned, wire::POISONED, grpc::StatusCode::FAILED_PRECONDITION},
     {ErrorCode::kCancelled, wire::CANCELLED, grpc::StatusCode::CANCELLED},
     {ErrorCode::kUnsupported, wire::UNSUPPORTED, grpc::StatusCode::UNIMPLEMENTED},
+    {ErrorCode::kGroupBroken, wire::GROUP_BROKEN, grpc::StatusCode::FAILED_PRECONDITION},
 }};
 
 const ErrorRow& row_of(ErrorCode code) {
@@ -155,6 +156,33 @@ Generation from_wire(const wire::Generation& from) {
   return {.incarnation = from.incarnation(), .counter = from.counter()};
 }
 
+void to_wire(const Offer& from, wire::Offer* to) {
+  to->set_version(from.version);
+  to_wire(from.generation, to->mutable_generation());
+  to->set_slot(from.slot);
+}
+
+Offer from_wire(const wire::Offer& from) {
+  return {
+      .version = from.version(), .generation = from_wire(from.generation()), .slot = from.slot()};
+}
+
+void to_wire(const RefitSummary& from, wire::RefitSummary* to) {
+  to->set_version(from.version);
+  to->set_total_us(from.total_us);
+  to->set_transfer_us(from.transfer_us);
+  to->set_size_bytes(from.size_bytes);
+  to->set_attempts(from.attempts);
+}
+
+RefitSummary from_wire(const wire::RefitSummary& from) {
+  return {.version = from.version(),
+          .total_us = from.total_us(),
+          .transfer_us = from.transfer_us(),
+          .size_bytes = from.size_bytes(),
+          .attempts = from.attempts()};
+}
+
 void to_wire(const MemberInfo& from, wire::Member* to) {
   to->set_id(from.id);
   to->set_role(role_to_wire(from.role));
@@ -164,6 +192,11 @@ void to_wire(const MemberInfo& from, wire::Member* to) {
   to_wire(from.layout, to->mutable_layout());
   to->set_version(from.version);
   to_wire(from.generation, to->mutable_generation());
+  to->set_slot(from.slot);
+  to->set_writing(from.writing);
+  to->set_leases(from.leases);
+  to->set_group(from.group);
+  if (from.last_refit.version != 0) to_wire(from.last_refit, to->mutable_last_refit());
 }
 
 Result<MemberInfo> from_wire(const wire::Member& from) {
@@ -175,7 +208,12 @@ Result<MemberInfo> from_wire(const wire::Member& from) {
                     .incarnation = from.incarnation(),
                     .layout = from_wire(from.layout()),
                     .version = from.version(),
-                    .generation = from_wire(from.generation())};
+                    .generation = from_wire(from.generation()),
+                    .slot = from.slot(),
+                    .writing = from.writing(),
+                    .leases = from.leases(),
+                    .group = from.group(),
+                    .last_refit = from_wire(from.last_refit())};
 }
 
 void to_wire(const VersionInfo& from, wire::Version* to) {
@@ -256,16 +294,18 @@ void to_wire(const VersionRequest& from, wire::AcquireRequest* to) {
       break;
   }
   to->set_version(from.version);
+  to->set_round_ms(from.round_ms);
 }
 
 Result<VersionRequest> from_wire(const wire::AcquireRequest& from) {
+  using Kind = VersionRequest::Kind;
   switch (from.want()) {
     case wire::NEWEST:
-      return VersionRequest{VersionRequest::Kind::kNewest, from.version()};
+      return VersionRequest{Kind::kNewest, from.version(), from.round_ms()};
     case wire::EXACTLY:
-      return VersionRequest{VersionRequest::Kind::kExactly, from.version()};
+      return VersionRequest{Kind::kExactly, from.version(), from.round_ms()};
     case wire::AT_LEAST:
-      return VersionRequest{VersionRequest::Kind::kAtLeast, from.version()};
+      return VersionRequest{Kind::kAtLeast, from.version(), from.round_ms()};
     default:
       return out_of_range("kind of version request", from.want());
   }
@@ -283,39 +323,158 @@ void to_wire(const JoinRequest& from, wire::JoinRequest* to) {
   to->set_description(registration.descriptor);
   to->set_ttl_ms(from.ttl / std::chrono::milliseconds(1));
   to->set_lease_ttl_ms(from.lease_ttl / std::chrono::milliseconds(1));
+  to->set_group(registration.group);
+  to->set_group_size(registration.group_size);
   if (!from.resume) return;
   wire::Resume* resume = to->mutable_resume();
   resume->set_id(from.resume->id);
   resume->set_last_published(from.resume->last_published);
-  resume->set_readable(from.resume->readable);
-  to_wire(from.resume->generation, resume->mutable_generation());
+  for (const Offer& offer : from.resume->offers) to_wire(offer, resume->add_offers());
   resume->set_writing(from.resume->writing);
   resume->set_landed(from.resume->landed);
+  resume->set_voted_round(from.resume->voted_round);
+  resume->set_voted_version(from.resume->voted_version);
+  resume->set_told_commit(from.resume->told_commit);
+  resume->set_applied(from.resume->applied);
+  resume->set_last_round(from.resume->last_round);
 }
 
-wire::LeaseEnd to_wire(LeaseEnd from) {
-  switch (from) {
+void to_wire(const LeaseOutcome& from, wire::ReleaseRequest* to) {
+  switch (from.end) {
     case LeaseEnd::kUnchanged:
-      return wire::UNCHANGED;
+      to->set_end(wire::UNCHANGED);
+      break;
     case LeaseEnd::kLanded:
-      return wire::LANDED;
+      to->set_end(wire::LANDED);
+      break;
     case LeaseEnd::kLost:
-      return wire::LOST;
+      to->set_end(wire::LOST);
+      break;
   }
-  check_failed(__FILE__, __LINE__, "a LeaseEnd outside the enum");
+  if (from.summary.version != 0) to_wire(from.summary, to->mutable_summary());
 }
 
-Result<LeaseEnd> from_wire(wire::LeaseEnd from) {
-  switch (from) {
+Result<LeaseOutcome> from_wire(const wire::ReleaseRequest& from) {
+  LeaseOutcome to{.end = LeaseEnd::kUnchanged, .summary = from_wire(from.summary())};
+  switch (from.end()) {
     case wire::UNCHANGED:
-      return LeaseEnd::kUnchanged;
+      return to;
     case wire::LANDED:
-      return LeaseEnd::kLanded;
+      to.end = LeaseEnd::kLanded;
+      return to;
     case wire::LOST:
-      return LeaseEnd::kLost;
+      to.end = LeaseEnd::kLost;
+      return to;
     default:
-      return out_of_range("lease end", from);
+      return out_of_range("lease end", from.end());
   }
+}
+
+void to_wire(const WriteRequest& from, wire::BeginWriteRequest* to) {
+  to->set_version(from.version);
+  for (const uint64_t version : from.replaces) to->add_replaces(version);
+  switch (from.when_leased) {
+    case WhenLeased::kRevokeAtDeadline:
+      to->set_when_leased(wire::REVOKE_AT_DEADLINE);
+      break;
+    case WhenLeased::kWait:
+      to->set_when_leased(wire::WAIT);
+      break;
+    case WhenLeased::kRevoke:
+      to->set_when_leased(wire::REVOKE);
+      break;
+    case WhenLeased::kSkip:
+      to->set_when_leased(wire::SKIP);
+      break;
+  }
+}
+
+Result<WriteRequest> from_wire(const wire::BeginWriteRequest& from) {
+  WriteRequest to{.version = from.version(),
+                  .replaces = {from.replaces().begin(), from.replaces().end()},
+                  .when_leased = WhenLeased::kRevokeAtDeadline};
+  switch (from.when_leased()) {
+    case wire::REVOKE_AT_DEADLINE:
+      return to;
+    case wire::WAIT:
+      to.when_leased = WhenLeased::kWait;
+      return to;
+    case wire::REVOKE:
+      to.when_leased = WhenLeased::kRevoke;
+      return to;
+    case wire::SKIP:
+      to.when_leased = WhenLeased::kSkip;
+      return to;
+    default:
+      return out_of_range("policy of a write", from.when_leased());
+  }
+}
+
+void to_wire(const GroupInfo& from, wire::Group* to) {
+  to->set_model(from.model);
+  to->set_name(from.name);
+  to->set_size(from.size);
+  switch (from.state) {
+    case GroupState::kForming:
+      to->set_state(wire::FORMING);
+      break;
+    case GroupState::kWhole:
+      to->set_state(wire::WHOLE);
+      break;
+    case GroupState::kSwitching:
+      to->set_state(wire::SWITCHING);
+      break;
+    case GroupState::kBroken:
+      to->set_state(wire::BROKEN);
+      break;
+  }
+  to->set_version(from.version);
+  to->set_round(from.round);
+  to->set_reason(from.reason);
+  for (const GroupRank& rank : from.ranks) {
+    wire::GroupRank* each = to->add_ranks();
+    each->set_name(rank.name);
+    each->set_version(rank.version);
+  }
+}
+
+Result<GroupInfo> from_wire(const wire::Group& from) {
+  GroupInfo to{.model = from.model(),
+               .name = from.name(),
+               .size = from.size(),
+               .state = GroupState::kForming,
+               .version = from.version(),
+               .round = from.round(),
+               .reason = from.reason()};
+  switch (from.state()) {
+    case wire::FORMING:
+      break;
+    case wire::WHOLE:
+      to.state = GroupState::kWhole;
+      break;
+    case wire::SWITCHING:
+      to.state = GroupState::kSwitching;
+      break;
+    case wire::BROKEN:
+      to.state = GroupState::kBroken;
+      break;
+    default:
+      return out_of_range("group state", from.state());
+  }
+  for (const wire::GroupRank& rank : from.ranks()) {
+    to.ranks.push_back({.name = rank.name(), .version = rank.version()});
+  }
+  return to;
+}
+
+void to_wire(const VersionEvent& from, wire::VersionEvent* to) {
+  to->set_at_us(from.at_us);
+  to->set_who(from.who);
+  to->set_what(from.what);
+}
+
+VersionEvent from_wire(const wire::VersionEvent& from) {
+  return {.at_us = from.at_us(), .who = from.who(), .what = from.what()};
 }
 
 Result<JoinRequest> from_wire(const wire::JoinRequest& from) {
@@ -333,17 +492,26 @@ Result<JoinRequest> from_wire(const wire::JoinRequest& from) {
                                   .source_count = from.source_count(),
                                   .incarnation = from.incarnation(),
                                   .layout = from_wire(from.layout()),
-                                  .descriptor = from.description()},
+                                  .descriptor = from.description(),
+                                  .group = from.group(),
+                                  .group_size = from.group_size()},
                  .owner = from.owner(),
                  .ttl = std::chrono::milliseconds(from.ttl_ms()),
                  .lease_ttl = std::chrono::milliseconds(from.lease_ttl_ms())};
   if (from.has_resume()) {
     to.resume = Resume{.id = from.resume().id(),
                        .last_published = from.resume().last_published(),
-                       .readable = from.resume().readable(),
-                       .generation = from_wire(from.resume().generation()),
+                       .offers = {},
                        .writing = from.resume().writing(),
-                       .landed = from.resume().landed()};
+                       .landed = from.resume().landed(),
+                       .voted_round = from.resume().voted_round(),
+                       .voted_version = from.resume().voted_version(),
+                       .told_commit = from.resume().told_commit(),
+                       .applied = from.resume().applied(),
+                       .last_round = from.resume().last_round()};
+    for (const wire::Offer& offer : from.resume().offers()) {
+      to.resume->offers.push_back(from_wire(offer));
+    }
   }
   return to;
 }

@@ -53,24 +53,42 @@ TEST(Convert, AnEnumThatThisBuildDoesNotKnowIsCorrupt) {
   request.set_want(static_cast<wire::Want>(99));
   EXPECT_EQ(from_wire(request).error().code, ErrorCode::kCorrupt);
   EXPECT_EQ(from_wire(static_cast<wire::ErrorKind>(99)).error().code, ErrorCode::kCorrupt);
+  wire::BeginWriteRequest write;
+  write.set_when_leased(static_cast<wire::WhenLeased>(99));
+  EXPECT_EQ(from_wire(write).error().code, ErrorCode::kCorrupt);
+  wire::ReleaseRequest release;
+  release.set_end(static_cast<wire::LeaseEnd>(99));
+  EXPECT_EQ(from_wire(release).error().code, ErrorCode::kCorrupt);
+  wire::Group group;
+  group.set_state(static_cast<wire::GroupState>(99));
+  EXPECT_EQ(from_wire(group).error().code, ErrorCode::kCorrupt);
 }
 
 TEST(Convert, EveryFieldOfAMemberAVersionAndAJoinComesBack) {
-  const MemberInfo member{.id = 1,
-                          .role = MemberRole::kTarget,
-                          .model = "policy",
-                          .name = "engine0",
-                          .incarnation = 2,
-                          .layout = {3, 4},
-                          .version = 5,
-                          .generation = {6, 8}};
+  const MemberInfo member{
+      .id = 1,
+      .role = MemberRole::kTarget,
+      .model = "policy",
+      .name = "engine0",
+      .incarnation = 2,
+      .layout = {3, 4},
+      .version = 5,
+      .generation = {6, 8},
+      .slot = 9,
+      .writing = 10,
+      .leases = 11,
+      .group = "engine",
+      .last_refit = {
+          .version = 12, .total_us = 13, .transfer_us = 14, .size_bytes = 15, .attempts = 16}};
   wire::Member wire_member;
   to_wire(member, &wire_member);
   const MemberInfo back = from_wire(wire_member).value();
   EXPECT_EQ(std::tie(back.id, back.role, back.model, back.name, back.incarnation, back.layout,
-                     back.version, back.generation),
+                     back.version, back.generation, back.slot, back.writing, back.leases,
+                     back.group, back.last_refit),
             std::tie(member.id, member.role, member.model, member.name, member.incarnation,
-                     member.layout, member.version, member.generation));
+                     member.layout, member.version, member.generation, member.slot, member.writing,
+                     member.leases, member.group, member.last_refit));
 
   for (const auto state : {VersionState::kOpen, VersionState::kReady, VersionState::kRetired,
                            VersionState::kAborted}) {
@@ -91,18 +109,29 @@ TEST(Convert, EveryFieldOfAMemberAVersionAndAJoinComesBack) {
   }
 
   JoinRequest join;
-  join.registration = {.role = MemberRole::kSource,
+  join.registration = {.role = MemberRole::kTarget,
                        .model = "policy",
-                       .name = "trainer0",
+                       .name = "engine0",
                        .source_count = 3,
                        .incarnation = 4,
                        .layout = {5, 6},
-                       .descriptor = std::string("\0\xff", 2)};
+                       .descriptor = std::string("\0\xff", 2),
+                       .group = "engine",
+                       .group_size = 2};
   join.owner = 7;
   join.ttl = std::chrono::milliseconds(8);
   join.lease_ttl = std::chrono::milliseconds(9);
-  join.resume = Resume{
-      .id = 1, .last_published = 2, .readable = 3, .generation = {4, 6}, .writing = 5, .landed = 6};
+  join.resume = Resume{.id = 1,
+                       .last_published = 2,
+                       .offers = {{.version = 2, .generation = {4, 6}, .slot = 1},
+                                  {.version = 3, .generation = {4, 8}, .slot = 2}},
+                       .writing = 5,
+                       .landed = 6,
+                       .voted_round = 7,
+                       .voted_version = 8,
+                       .told_commit = true,
+                       .applied = true,
+                       .last_round = 9};
   wire::JoinRequest wire_join;
   to_wire(join, &wire_join);
   const JoinRequest joined = from_wire(wire_join).value();
@@ -112,8 +141,65 @@ TEST(Convert, EveryFieldOfAMemberAVersionAndAJoinComesBack) {
   EXPECT_EQ(joined.ttl, join.ttl);
   EXPECT_EQ(joined.lease_ttl, join.lease_ttl);
   ASSERT_TRUE(joined.resume.has_value());
-  EXPECT_EQ(joined.resume->generation, (Generation{4, 6}));
+  EXPECT_EQ(joined.registration.group, "engine");
+  EXPECT_EQ(joined.registration.group_size, 2u);
+  ASSERT_EQ(joined.resume->offers.size(), 2u);
+  EXPECT_EQ(joined.resume->offers[1].version, 3u);
+  EXPECT_EQ(joined.resume->offers[1].generation, (Generation{4, 8}));
+  EXPECT_EQ(joined.resume->offers[1].slot, 2u);
   EXPECT_EQ(joined.resume->writing, 5u);
+  EXPECT_EQ(joined.resume->voted_round, 7u);
+  EXPECT_EQ(joined.resume->voted_version, 8u);
+  EXPECT_TRUE(joined.resume->told_commit);
+  EXPECT_TRUE(joined.resume->applied);
+  EXPECT_EQ(joined.resume->last_round, 9u);
+}
+
+TEST(Convert, EveryFieldOfAWriteAnOutcomeAndAGroupComesBack) {
+  for (const auto policy :
+       {WhenLeased::kRevokeAtDeadline, WhenLeased::kWait, WhenLeased::kRevoke, WhenLeased::kSkip}) {
+    wire::BeginWriteRequest request;
+    to_wire(WriteRequest{.version = 4, .replaces = {1, 3}, .when_leased = policy}, &request);
+    const WriteRequest back = from_wire(request).value();
+    EXPECT_EQ(back.version, 4u);
+    EXPECT_EQ(back.replaces, (std::vector<uint64_t>{1, 3}));
+    EXPECT_EQ(back.when_leased, policy);
+  }
+  for (const auto end : {LeaseEnd::kUnchanged, LeaseEnd::kLanded, LeaseEnd::kLost}) {
+    const LeaseOutcome outcome{
+        .end = end,
+        .summary = {.version = 1, .total_us = 2, .transfer_us = 3, .size_bytes = 4, .attempts = 5}};
+    wire::ReleaseRequest request;
+    to_wire(outcome, &request);
+    const LeaseOutcome back = from_wire(request).value();
+    EXPECT_EQ(back.end, end);
+    EXPECT_EQ(back.summary, outcome.summary);
+  }
+  for (const auto state :
+       {GroupState::kForming, GroupState::kWhole, GroupState::kSwitching, GroupState::kBroken}) {
+    wire::Group group;
+    to_wire(GroupInfo{.model = "policy",
+                      .name = "engine",
+                      .size = 2,
+                      .state = state,
+                      .version = 3,
+                      .round = 4,
+                      .reason = "why",
+                      .ranks = {{.name = "rank0", .version = 3}, {.name = "rank1", .version = 2}}},
+            &group);
+    const GroupInfo back = from_wire(group).value();
+    EXPECT_EQ(std::tie(back.model, back.name, back.size, back.state, back.version, back.round),
+              std::make_tuple("policy", "engine", 2u, state, 3u, 4u));
+    EXPECT_EQ(back.reason, "why");
+    ASSERT_EQ(back.ranks.size(), 2u);
+    EXPECT_EQ(back.ranks[1].name, "rank1");
+    EXPECT_EQ(back.ranks[1].version, 2u);
+  }
+  wire::VersionEvent event;
+  to_wire(VersionEvent{.at_us = 1, .who = "trainer0", .what = "published"}, &event);
+  EXPECT_EQ(from_wire(event).at_us, 1);
+  EXPECT_EQ(from_wire(event).who, "trainer0");
+  EXPECT_EQ(from_wire(event).what, "published");
 }
 
 // T13. A member publishes, leases, releases and watches one version of 8 sources.
@@ -122,10 +208,11 @@ TEST(Convert, AVersionCostsAMemberLessThanOneKibibyteOnTheWire) {
   begin.set_source(~0ull);
   begin.set_version(1 << 30);
   begin.set_timeout_us(30'000'000);
+  for (int i = 0; i < 3; ++i) begin.add_replaces(1 << 30);
   wire::PublishRequest publish;
   publish.set_source(~0ull);
-  publish.set_version(1 << 30);
-  to_wire(Generation{~0ull, 1 << 30}, publish.mutable_generation());
+  to_wire(Offer{.version = 1 << 30, .generation = {~0ull, 1 << 30}, .slot = 2},
+          publish.mutable_offer());
   wire::AcquireRequest acquire;
   acquire.set_target(~0ull);
   to_wire(VersionRequest{VersionRequest::Kind::kAtLeast, 1 << 30}, &acquire);
@@ -139,13 +226,20 @@ TEST(Convert, AVersionCostsAMemberLessThanOneKibibyteOnTheWire) {
   for (int i = 0; i < 8; ++i) {
     wire::LeaseSource* source = lease.add_sources();
     source->set_member(~0ull);
+    source->set_slot(2);
     to_wire(Generation{~0ull, 1 << 30}, source->mutable_generation());
   }
   wire::ReleaseRequest release;
   release.set_target(~0ull);
   release.set_lease(~0ull);
   release.set_version(1 << 30);
-  release.set_end(wire::LANDED);
+  to_wire(LeaseOutcome{.end = LeaseEnd::kLanded,
+                       .summary = {.version = 1 << 30,
+                                   .total_us = 1 << 30,
+                                   .transfer_us = 1 << 30,
+                                   .size_bytes = ~0ull,
+                                   .attempts = 2}},
+          &release);
   wire::Version change;
   to_wire(VersionInfo{.model = "policy",
                       .version = 1 << 30,

@@ -61,8 +61,8 @@ TEST_F(Coordinator, AVersionOfTwoProcessesIsReadyWhenBothHavePublished) {
             "at trainer1");
   EXPECT_EQ(control->get_layout(peer.layout, Deadline::after_ms(5000))->digest(),
             small_layout().digest());
-  EXPECT_TRUE(control->release(lease->id, LeaseEnd::kLanded, Deadline::after_ms(5000)));
-  EXPECT_EQ(control->release(lease->id, LeaseEnd::kLanded, Deadline::after_ms(5000)).error().code,
+  EXPECT_TRUE(control->release(lease->id, {LeaseEnd::kLanded}, Deadline::after_ms(5000)));
+  EXPECT_EQ(control->release(lease->id, {LeaseEnd::kLanded}, Deadline::after_ms(5000)).error().code,
             ErrorCode::kNotFound);
   const auto members = control->members("policy").value();
   ASSERT_EQ(members.size(), 3u);
@@ -97,7 +97,7 @@ TEST_F(Coordinator, AKilledCoordinatorIsStartedAgainAndItsMembersGoOn) {
   const CoordinatorInfo first = coordinator();
   ASSERT_EQ(::kill(static_cast<pid_t>(first.pid), SIGKILL), 0);
 
-  EXPECT_TRUE(control->release(before->id, LeaseEnd::kLanded, Deadline::after_ms(5000)))
+  EXPECT_TRUE(control->release(before->id, {LeaseEnd::kLanded}, Deadline::after_ms(5000)))
       << "a lease of the dead one is no error";
   const auto after = control->acquire(target, {kExactly, 7}, Deadline::after_ms(20000));
   ASSERT_TRUE(after) << after.error().to_string();
@@ -114,8 +114,8 @@ TEST_F(Coordinator, AKilledCoordinatorIsStartedAgainAndItsMembersGoOn) {
   ASSERT_TRUE(event && event->has_value());
   EXPECT_EQ((*event)->kind, MemberEvent::Kind::kEpoch);
   EXPECT_EQ((*event)->epoch, coordinator().epoch);
-  ASSERT_TRUE(control->release(after->id, LeaseEnd::kLanded, Deadline::after_ms(5000)));
-  EXPECT_EQ(control->publish(source, 7, {9, 14}).error().code, ErrorCode::kAlreadyExists);
+  ASSERT_TRUE(control->release(after->id, {LeaseEnd::kLanded}, Deadline::after_ms(5000)));
+  EXPECT_EQ(control->publish(source, offer(7)).error().code, ErrorCode::kAlreadyExists);
   ASSERT_TRUE(write_version(*control, source, 8));
   EXPECT_TRUE(eventually([&] {
     const auto change = watch->next(Deadline::after_ms(1000));
@@ -128,9 +128,9 @@ TEST_F(Coordinator, ASourceThatWasWritingPublishesToTheNextCoordinator) {
   auto control = connect();
   const MemberId source = join_as(*control, MemberRole::kSource, "trainer0").value();
   const MemberId target = join_as(*control, MemberRole::kTarget, "engine0").value();
-  ASSERT_TRUE(control->begin_write(source, 3, Deadline::after_ms(20000)));
+  ASSERT_TRUE(control->begin_write(source, in_place(3), Deadline::after_ms(20000)));
   ASSERT_EQ(::kill(static_cast<pid_t>(coordinator().pid), SIGKILL), 0);
-  const auto published = control->publish(source, 3, {9, 6});
+  const auto published = control->publish(source, offer(3));
   ASSERT_TRUE(published) << published.error().to_string();
   EXPECT_EQ(control->acquire(target, {}, Deadline::after_ms(20000))->version, 3u);
 }
@@ -265,9 +265,31 @@ TEST_F(Coordinator, TheLeaseOfAKilledReceiverIsFreedLongBeforeItsTimeToLive) {
   ASSERT_EQ(engine->ask("join target engine0"), "ok");
   ASSERT_EQ(engine->ask("acquire 1"), "ok 1");
   engine->kill(SIGKILL);
-  const auto drained = control->begin_write(source, 2, Deadline::after_ms(60000));
+  const auto drained = control->begin_write(source, in_place(2), Deadline::after_ms(60000));
   ASSERT_TRUE(drained) << drained.error().to_string();
   EXPECT_EQ(drained->revoked, 0u) << "its lease ended with it, it was not revoked at the deadline";
+}
+
+TEST_F(Coordinator, WhoComesLeavesAndIsLostIsALineOfTheLog) {
+  auto control = connect();
+  const MemberId leaving = join_as(*control, MemberRole::kSource, "leaving").value();
+  auto killed = member();
+  ASSERT_EQ(killed->line(), "ok");
+  ASSERT_EQ(killed->ask("join target killed"), "ok");
+  ASSERT_TRUE(control->leave(leaving));
+  killed->kill(SIGKILL);
+  const auto logged = [&] {
+    std::ifstream log(folder_ + "/test.log");
+    return std::string(std::istreambuf_iterator<char>(log), {});
+  };
+  ASSERT_TRUE(eventually(
+      [&] { return logged().find("member_gone model=policy role=target") != std::string::npos; }));
+  const std::string text = logged();
+  EXPECT_THAT(text, HasSubstr("warning member_gone model=policy role=target name=killed id="));
+  EXPECT_THAT(text, HasSubstr("why=\"its connection broke"));
+  EXPECT_THAT(text, HasSubstr("info member_joined model=policy role=source name=leaving id="));
+  EXPECT_THAT(text, HasSubstr("why=\"it left\"\n"));
+  EXPECT_THAT(text, testing::Not(HasSubstr("warning member_gone model=policy role=source")));
 }
 
 TEST_F(Coordinator, BeginWriteWaitsForAReaderOfAnotherProcess) {
@@ -283,7 +305,7 @@ TEST_F(Coordinator, BeginWriteWaitsForAReaderOfAnotherProcess) {
   EXPECT_EQ(control->acquire(target, {kAtLeast, 2}, Deadline::after_ms(300)).error().code,
             ErrorCode::kDeadlineExceeded);
   EXPECT_EQ(control->versions("policy")->at(0).state, VersionState::kReady);
-  ASSERT_TRUE(control->release(lease->id, LeaseEnd::kLanded, Deadline::after_ms(5000)));
+  ASSERT_TRUE(control->release(lease->id, {LeaseEnd::kLanded}, Deadline::after_ms(5000)));
   EXPECT_EQ(trainer->line(), "ok 0");
 }
 
@@ -294,7 +316,7 @@ TEST_F(Coordinator, BeginWriteRevokesAReaderAtItsDeadlineAndTellsIt) {
   ASSERT_TRUE(write_version(*control, source, 1));
   const auto lease = control->acquire(target, {}, Deadline::after_ms(20000));
   ASSERT_TRUE(lease);
-  const auto drained = control->begin_write(source, 2, Deadline::after_ms(500));
+  const auto drained = control->begin_write(source, in_place(2), Deadline::after_ms(500));
   ASSERT_TRUE(drained) << drained.error().to_string();
   EXPECT_EQ(drained->revoked, 1u);
   const auto event = control->next_event(target, Deadline::after_ms(20000));
@@ -328,10 +350,9 @@ TEST_F(Coordinator, TheHandlesOfAForkedChildAreInert) {
   const pid_t child = ::fork();
   ASSERT_GE(child, 0);
   if (child == 0) {
-    const bool inert =
-        control->publish(source, 1, {9, 2}).error().code == ErrorCode::kUnavailable &&
-        control->leave(source).error().code == ErrorCode::kUnavailable &&
-        watch->next(Deadline::after_ms(1)).error().code == ErrorCode::kUnavailable;
+    const bool inert = control->publish(source, offer(1)).error().code == ErrorCode::kUnavailable &&
+                       control->leave(source).error().code == ErrorCode::kUnavailable &&
+                       watch->next(Deadline::after_ms(1)).error().code == ErrorCode::kUnavailable;
     // gRPC's threads are the parent's: a new connection is refused, not waited for.
     const auto own = connect_control(options());
     const bool refused = !own && own.error().code == ErrorCode::kUnsupported;

@@ -37,7 +37,8 @@ inline Layout small_layout(int64_t rows = 4) {
 }
 
 inline Result<MemberId> join_as(Control& control, MemberRole role, const std::string& name,
-                                uint32_t source_count = 1, uint64_t incarnation = 0) {
+                                uint32_t source_count = 1, uint64_t incarnation = 0,
+                                uint32_t group_size = 0) {
   const Layout layout = small_layout();
   TRANSFUSE_RETURN_IF_ERROR(control.put_layout(layout));
   Registration registration;
@@ -48,12 +49,24 @@ inline Result<MemberId> join_as(Control& control, MemberRole role, const std::st
   registration.incarnation = incarnation != 0 ? incarnation : static_cast<uint64_t>(getpid());
   registration.layout = layout.digest();
   registration.descriptor = "at " + name;
+  if (group_size != 0) registration.group = "engine";
+  registration.group_size = group_size;
   return control.join(registration);
 }
 
+// As a publisher in place writes: over the version before.
+inline WriteRequest in_place(uint64_t version) {
+  return {.version = version, .replaces = {version - 1}};
+}
+
+inline Offer offer(uint64_t version) {
+  return {.version = version, .generation = {.incarnation = 9, .counter = 2 * version}};
+}
+
 inline Result<void> write_version(Control& control, MemberId source, uint64_t version) {
-  TRANSFUSE_RETURN_IF_ERROR(control.begin_write(source, version, Deadline::after_ms(20000)));
-  return control.publish(source, version, {.incarnation = 9, .counter = 2 * version});
+  TRANSFUSE_RETURN_IF_ERROR(
+      control.begin_write(source, in_place(version), Deadline::after_ms(20000)));
+  return control.publish(source, offer(version));
 }
 
 // Waits for what other processes do; generous, because a slow machine is no failure.

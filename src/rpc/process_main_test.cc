@@ -58,9 +58,10 @@ class MemberShell {
     if (command == "join") {
       std::string role, name;
       uint32_t count = 1;
-      words >> role >> name >> count;
+      uint32_t group_size = 0;
+      words >> role >> name >> count >> group_size;
       auto joined = join_as(*control_, role == "source" ? MemberRole::kSource : MemberRole::kTarget,
-                            name, count);
+                            name, count, 0, group_size);
       if (!joined) return joined.error().to_string();
       self_ = *joined;
       return "ok";
@@ -69,21 +70,35 @@ class MemberShell {
     words >> number;
     if (command == "write") return said(write_version(*control_, self_, number));
     if (command == "begin") {
-      auto drained = control_->begin_write(self_, number, Deadline::after_ms(20000));
+      auto drained = control_->begin_write(self_, in_place(number), Deadline::after_ms(20000));
       return drained ? "ok " + std::to_string(drained->revoked) : drained.error().to_string();
     }
     if (command == "publish") {
-      return said(control_->publish(self_, number, {.incarnation = 9, .counter = 2 * number}));
+      return said(control_->publish(self_, offer(number)));
     }
     if (command == "acquire") {
       auto lease = control_->acquire(self_, {VersionRequest::Kind::kAtLeast, number},
                                      Deadline::after_ms(20000));
       if (!lease) return lease.error().to_string();
       lease_ = lease->id;
+      round_ = lease->round;
       return "ok " + std::to_string(lease->version);
     }
-    if (command == "release")
-      return said(control_->release(lease_, LeaseEnd::kLanded, Deadline::after_ms(5000)));
+    if (command == "release" || command == "staged") {
+      const LeaseEnd end = command == "staged" ? LeaseEnd::kUnchanged : LeaseEnd::kLanded;
+      return said(control_->release(lease_, {end}, Deadline::after_ms(5000)));
+    }
+    if (command == "vote") {
+      return said(control_->vote(self_, round_, number != 0, "told to", Deadline::after_ms(20000)));
+    }
+    if (command == "decide") {
+      const auto decision = control_->decision(self_, round_, Deadline::after_ms(20000));
+      if (!decision) return decision.error().to_string();
+      return decision->commit ? "commit" : "abort: " + decision->reason;
+    }
+    if (command == "apply") {
+      return said(control_->applied(self_, round_, number, Deadline::after_ms(20000)));
+    }
     return "unknown command";
   }
 
@@ -94,6 +109,7 @@ class MemberShell {
   std::unique_ptr<Control> control_;
   MemberId self_{};
   LeaseId lease_{};
+  uint64_t round_ = 0;
 };
 
 int run_member(int64_t ttl_ms) {

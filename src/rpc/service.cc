@@ -16,11 +16,13 @@
 #include <variant>
 #include <vector>
 
+#include "base/log.h"
 #include "base/mutex.h"
 #include "control/lease_table.h"
 #include "rpc/convert.h"
 #include "rpc/protocol.h"
 #include "rpc/streams.h"
+#include "rpc/waiting_call.h"
 #include "transfuse/control.h"
 #include "transfuse/deadline.h"
 #include "transfuse/layout.h"
@@ -33,12 +35,40 @@ namespace {
 constexpr Duration kTimerPeriod = std::chrono::milliseconds(250);
 // Beyond this the process itself was stopped (SIGSTOP, a frozen container), not its members.
 constexpr Duration kStoodStill = std::chrono::milliseconds(1000);
-constexpr int64_t kLongestWaitUs = 86'400'000'000;
 
-TimePoint clock_now() { return std::chrono::steady_clock::now(); }
+void log_version(const VersionInfo& version) {
+  const bool aborted = version.state == VersionState::kAborted;
+  log_event(aborted ? LogLevel::kWarn : LogLevel::kDebug, "version_changed",
+            {{"model", version.model},
+             {"version", std::to_string(version.version)},
+             {"state", std::string(version_state_name(version.state))},
+             {"published", fmt::format("{}/{}", version.published, version.source_count)},
+             {"reason", version.reason}});
+}
 
-TimePoint deadline_of(int64_t timeout_us, TimePoint now) {
-  return now + std::chrono::microseconds(std::clamp<int64_t>(timeout_us, 0, kLongestWaitUs));
+// What is worth a line: who comes and goes, versions that end badly, engines that may not serve.
+void log_effect(const Effect& effect) {
+  if (const auto* version = std::get_if<VersionChanged>(&effect)) {
+    log_version(version->version);
+  } else if (const auto* member = std::get_if<MemberChanged>(&effect)) {
+    const bool well = member->joined || member->why == kLeftWord;
+    log_event(well ? LogLevel::kInfo : LogLevel::kWarn,
+              member->joined ? "member_joined" : "member_gone",
+              {{"model", member->model},
+               {"role", member->role == MemberRole::kSource ? "source" : "target"},
+               {"name", member->name},
+               {"id", fmt::format("{:x}", member->member)},
+               {"why", member->why}});
+  } else if (const auto* changed = std::get_if<GroupChanged>(&effect)) {
+    const GroupInfo& group = changed->group;
+    const bool broken = group.state == GroupState::kBroken;
+    log_event(broken ? LogLevel::kWarn : LogLevel::kInfo, "group_changed",
+              {{"model", group.model},
+               {"group", group.name},
+               {"state", std::string(group_state_name(group.state))},
+               {"version", std::to_string(group.version)},
+               {"reason", group.reason}});
+  }
 }
 
 // Takes the same time wherever the first difference is.
@@ -50,48 +80,10 @@ bool equal_secret(std::string_view a, std::string_view b) {
   return difference == 0;
 }
 
-Result<void> check_layout(const wire::PutLayoutRequest& request) {
-  const std::string& bytes = request.layout();
-  TRANSFUSE_ASSIGN_OR_RETURN(const Layout layout,
-                             decode_layout(std::as_bytes(std::span(bytes.data(), bytes.size()))));
-  const Digest said = from_wire(request.digest());
-  if (layout.digest() == said) return {};
-  return Error{ErrorCode::kCorrupt, fmt::format("a layout was put as {}, its digest is {}",
-                                                said.to_string(), layout.digest().to_string())};
-}
-
 }  // namespace
 
-// Lives until gRPC is done with it. Whoever takes it out of waiting_ finishes it, once.
-class CoordinatorService::WaitingCall final : public grpc::ServerUnaryReactor {
- public:
-  WaitingCall(CoordinatorService& service, WaiterId id, WaitingReply to, uint64_t roster)
-      : waiter(id), reply(to), known_roster(roster), service_(service) {}
-  void OnDone() override { delete this; }
-  void OnCancel() override { service_.give_up(this); }
-
-  const WaiterId waiter;
-  const WaitingReply reply;
-  const uint64_t known_roster;
-
- private:
-  CoordinatorService& service_;
-};
-
-struct CoordinatorService::Outbox {
-  std::vector<std::pair<WaitingCall*, grpc::Status>> finished;
-  std::vector<std::shared_ptr<AttendStream>> attending;
-  std::vector<std::shared_ptr<WatchStream>> watching;
-
-  void send() {
-    for (auto& [call, status] : finished) call->Finish(status);
-    for (const auto& stream : attending) stream->pump();
-    for (const auto& stream : watching) stream->pump();
-  }
-};
-
 CoordinatorService::CoordinatorService(const ServiceOptions& options)
-    : options_(options), table_(options.limits), last_used_(clock_now()) {
+    : options_(options), table_(options.limits), last_used_(std::chrono::steady_clock::now()) {
   timers_ = std::thread([this] { run_timers(); });
 }
 
@@ -115,7 +107,7 @@ void CoordinatorService::close() {
 
 Duration CoordinatorService::idle_for() {
   const MutexLock lock(mutex_);
-  const TimePoint now = clock_now();
+  const TimePoint now = std::chrono::steady_clock::now();
   if (table_.member_count() > 0 || !attending_.empty()) last_used_ = now;
   return now - last_used_;
 }
@@ -126,7 +118,7 @@ void CoordinatorService::run_timers() {
     {
       const MutexLock lock(mutex_);
       if (stopping_) return;
-      const TimePoint now = clock_now();
+      const TimePoint now = std::chrono::steady_clock::now();
       if (timers_sleep_until_ != TimePoint{} && now - timers_sleep_until_ > kStoodStill) {
         table_.forgive(now);
       }
@@ -140,7 +132,7 @@ void CoordinatorService::run_timers() {
     outbox.send();
     const MutexLock lock(mutex_);
     if (stopping_) return;
-    if (clock_now() < timers_sleep_until_) {
+    if (std::chrono::steady_clock::now() < timers_sleep_until_) {
       changed_.wait_until(mutex_, Deadline(timers_sleep_until_));
     }
   }
@@ -183,6 +175,7 @@ void CoordinatorService::answer_waiting(const Effect& effect, Outbox& outbox) {
       auto* reply = std::get<wire::BeginWriteReply*>(call->reply);
       reply->set_revoked(drain->result->revoked);
       reply->set_waited_us(drain->result->waited_us);
+      reply->set_replaced(drain->result->replaced);
     } else {
       status = to_status(drain->result.error());
     }
@@ -193,6 +186,18 @@ void CoordinatorService::answer_waiting(const Effect& effect, Outbox& outbox) {
     } else {
       status = to_status(table->result.error());
     }
+  } else if (const auto* decision = std::get_if<DecisionReply>(&effect)) {
+    if ((call = take_waiting(decision->waiter)) == nullptr) return;
+    if (decision->result) {
+      auto* reply = std::get<wire::DecideReply*>(call->reply);
+      reply->set_commit(decision->result->commit);
+      reply->set_reason(decision->result->reason);
+    } else {
+      status = to_status(decision->result.error());
+    }
+  } else if (const auto* applied = std::get_if<AppliedReply>(&effect)) {
+    if ((call = take_waiting(applied->waiter)) == nullptr) return;
+    status = to_status(applied->result);
   }
   if (call != nullptr) outbox.finished.emplace_back(call, status);
 }
@@ -201,6 +206,7 @@ void CoordinatorService::answer_waiting(const Effect& effect, Outbox& outbox) {
 CoordinatorService::Outbox CoordinatorService::collect() {
   Outbox outbox;
   for (const Effect& effect : table_.take_effects()) {
+    log_effect(effect);
     if (const auto* changed = std::get_if<VersionChanged>(&effect)) {
       wire::Version version;
       to_wire(changed->version, &version);
@@ -240,10 +246,12 @@ void CoordinatorService::fill(const LeaseReply& from, uint64_t known_roster,
   to->set_version(lease.version);
   to->set_ttl_ms(lease.ttl_ms);
   to->set_roster(from.roster);
+  to->set_round(lease.round);
   for (const MemberInfo& source : lease.sources) {
     wire::LeaseSource* each = to->add_sources();
     each->set_member(source.id);
     to_wire(source.generation, each->mutable_generation());
+    each->set_slot(source.slot);
   }
   if (from.roster == known_roster || lease.sources.empty()) return;
   for (const MemberInfo& member : table_.members(lease.sources.front().model)) {
@@ -251,64 +259,12 @@ void CoordinatorService::fill(const LeaseReply& from, uint64_t known_roster,
   }
 }
 
-// A call that is answered at once. `caller`: the member that acts, 0 if none does.
-template <typename Call>
-CoordinatorService::Unary* CoordinatorService::answer(Context* context, uint64_t caller,
-                                                      Call call) {
-  Unary* reactor = context->DefaultReactor();
-  grpc::Status status = to_status(authorize(*context));
-  Outbox outbox;
-  if (status.ok()) {
-    const MutexLock lock(mutex_);
-    const Result<void> done = call(table_, clock_now());
-    if (!done) {
-      const bool unknown = caller != 0 && !table_.is_member(caller);
-      status = to_status(done.error(), unknown);
-    }
-    outbox = collect();
-  }
-  reactor->Finish(status);
-  outbox.send();
-  return reactor;
-}
-
-// A call that is answered by an effect of the table, which comes by the deadline at the latest.
-template <typename Start>
-CoordinatorService::Unary* CoordinatorService::wait(Context* context, uint64_t caller,
-                                                    WaitingReply reply, uint64_t known_roster,
-                                                    Start start) {
-  if (const auto allowed = authorize(*context); !allowed) {
-    Unary* reactor = context->DefaultReactor();
-    reactor->Finish(to_status(allowed));
-    return reactor;
-  }
-  Outbox outbox;
-  WaitingCall* call = nullptr;
-  {
-    const MutexLock lock(mutex_);
-    const WaiterId waiter{++last_waiter_};
-    call = new WaitingCall(*this, waiter, reply, known_roster);
-    if (caller != 0 && !table_.is_member(caller)) {
-      outbox.finished.emplace_back(
-          call, to_status(Error{ErrorCode::kNotFound,
-                                fmt::format("member {:x} is not registered (any more)", caller)},
-                          true));
-    } else {
-      waiting_.emplace(waiter, call);
-      start(table_, waiter, clock_now());
-      outbox = collect();
-    }
-  }
-  outbox.send();
-  return call;
-}
-
 void CoordinatorService::give_up(WaitingCall* call) {
   Outbox outbox;
   {
     const MutexLock lock(mutex_);
     if (waiting_.erase(call->waiter) == 0) return;  // answered at the same moment
-    table_.cancel(call->waiter, clock_now());
+    table_.cancel(call->waiter, std::chrono::steady_clock::now());
     outbox = collect();
   }
   call->Finish(grpc::Status::CANCELLED);
@@ -330,7 +286,7 @@ grpc::Status CoordinatorService::beat(AttendStream* stream, const wire::Beat& be
   Outbox outbox;
   {
     const MutexLock lock(mutex_);
-    const TimePoint now = clock_now();
+    const TimePoint now = std::chrono::steady_clock::now();
     wire::Notice notice;
     if (stream->owner == 0) {
       if (beat.owner() == 0 || stopping_) {
@@ -366,8 +322,8 @@ void CoordinatorService::detach(AttendStream* stream) {
     const auto found = attending_.find(stream->owner);
     if (found == attending_.end() || found->second.get() != stream) return;
     attending_.erase(found);
-    last_used_ = clock_now();
-    if (!stream->leaving) table_.suspect(stream->owner, clock_now());
+    last_used_ = std::chrono::steady_clock::now();
+    if (!stream->leaving) table_.suspect(stream->owner, std::chrono::steady_clock::now());
     outbox = collect();
   }
   outbox.send();
@@ -396,172 +352,6 @@ grpc::ServerWriteReactor<wire::Version>* CoordinatorService::Watch(
 void CoordinatorService::detach(WatchStream* stream) {
   const MutexLock lock(mutex_);
   watching_.erase(stream);
-}
-
-// -- calls --
-
-CoordinatorService::Unary* CoordinatorService::Hello(Context* context,
-                                                     const wire::HelloRequest* /*request*/,
-                                                     wire::HelloReply* reply) {
-  return answer(context, 0, [&](LeaseTable&, TimePoint) -> Result<void> {
-    reply->set_protocol(kProtocol);
-    reply->set_epoch(options_.epoch);
-    reply->set_pid(static_cast<uint32_t>(getpid()));
-    return {};
-  });
-}
-
-CoordinatorService::Unary* CoordinatorService::PutLayout(Context* context,
-                                                         const wire::PutLayoutRequest* request,
-                                                         wire::PutLayoutReply* reply) {
-  const bool asks = request->layout().empty();
-  const Result<void> valid = asks ? Result<void>() : check_layout(*request);
-  return answer(context, 0, [&](LeaseTable& table, TimePoint now) -> Result<void> {
-    const Digest digest = from_wire(request->digest());
-    TRANSFUSE_RETURN_IF_ERROR(valid);
-    reply->set_known(table.layouts().contains(digest));
-    if (asks && !reply->known()) return {};
-    return table.layouts().put(digest, request->layout(), now);
-  });
-}
-
-CoordinatorService::Unary* CoordinatorService::GetLayout(Context* context,
-                                                         const wire::GetLayoutRequest* request,
-                                                         wire::GetLayoutReply* reply) {
-  return answer(context, 0, [&](LeaseTable& table, TimePoint) -> Result<void> {
-    TRANSFUSE_ASSIGN_OR_RETURN(const auto bytes, table.layouts().get(from_wire(request->digest())));
-    reply->set_layout(*bytes);
-    return {};
-  });
-}
-
-CoordinatorService::Unary* CoordinatorService::Join(Context* context,
-                                                    const wire::JoinRequest* request,
-                                                    wire::JoinReply* reply) {
-  return answer(context, 0, [&](LeaseTable& table, TimePoint now) -> Result<void> {
-    TRANSFUSE_ASSIGN_OR_RETURN(const JoinRequest join, from_wire(*request));
-    TRANSFUSE_ASSIGN_OR_RETURN(const uint64_t id, table.join(join, now));
-    reply->set_member(id);
-    return {};
-  });
-}
-
-CoordinatorService::Unary* CoordinatorService::Leave(Context* context,
-                                                     const wire::LeaveRequest* request,
-                                                     wire::Done* /*reply*/) {
-  return answer(context, request->member(), [&](LeaseTable& table, TimePoint now) {
-    return table.leave(request->member(), now);
-  });
-}
-
-CoordinatorService::Unary* CoordinatorService::Describe(Context* context,
-                                                        const wire::DescribeRequest* request,
-                                                        wire::DescribeReply* reply) {
-  return answer(context, 0, [&](LeaseTable& table, TimePoint) -> Result<void> {
-    TRANSFUSE_ASSIGN_OR_RETURN(const auto description,
-                               table.describe(request->member(), request->incarnation()));
-    reply->set_description(*description);
-    return {};
-  });
-}
-
-CoordinatorService::Unary* CoordinatorService::Members(Context* context,
-                                                       const wire::ModelRequest* request,
-                                                       wire::MembersReply* reply) {
-  return answer(context, 0, [&](LeaseTable& table, TimePoint) -> Result<void> {
-    for (const MemberInfo& member : table.members(request->model())) {
-      to_wire(member, reply->add_members());
-    }
-    return {};
-  });
-}
-
-CoordinatorService::Unary* CoordinatorService::Versions(Context* context,
-                                                        const wire::ModelRequest* request,
-                                                        wire::VersionsReply* reply) {
-  return answer(context, 0, [&](LeaseTable& table, TimePoint) -> Result<void> {
-    for (const VersionInfo& version : table.versions(request->model())) {
-      to_wire(version, reply->add_versions());
-    }
-    return {};
-  });
-}
-
-CoordinatorService::Unary* CoordinatorService::BeginWrite(Context* context,
-                                                          const wire::BeginWriteRequest* request,
-                                                          wire::BeginWriteReply* reply) {
-  return wait(context, request->source(), reply, 0,
-              [&](LeaseTable& table, WaiterId waiter, TimePoint now) {
-                table.begin_write(waiter, request->source(), request->version(),
-                                  deadline_of(request->timeout_us(), now), now);
-              });
-}
-
-CoordinatorService::Unary* CoordinatorService::Publish(Context* context,
-                                                       const wire::PublishRequest* request,
-                                                       wire::Done* /*reply*/) {
-  return answer(context, request->source(), [&](LeaseTable& table, TimePoint now) {
-    return table.publish(request->source(), request->version(), from_wire(request->generation()),
-                         now);
-  });
-}
-
-CoordinatorService::Unary* CoordinatorService::AbortVersion(
-    Context* context, const wire::AbortVersionRequest* request, wire::Done* /*reply*/) {
-  return answer(context, request->source(), [&](LeaseTable& table, TimePoint now) {
-    return table.abort_version(request->source(), request->version(), request->reason(), now);
-  });
-}
-
-CoordinatorService::Unary* CoordinatorService::Acquire(Context* context,
-                                                       const wire::AcquireRequest* request,
-                                                       wire::AcquireReply* reply) {
-  const auto wanted = from_wire(*request);
-  if (!wanted) {
-    return answer(context, 0,
-                  [&](LeaseTable&, TimePoint) -> Result<void> { return wanted.error(); });
-  }
-  return wait(context, request->target(), reply, request->roster(),
-              [&](LeaseTable& table, WaiterId waiter, TimePoint now) {
-                table.acquire(waiter, request->target(), *wanted,
-                              deadline_of(request->timeout_us(), now), now);
-              });
-}
-
-CoordinatorService::Unary* CoordinatorService::Release(Context* context,
-                                                       const wire::ReleaseRequest* request,
-                                                       wire::Done* /*reply*/) {
-  const auto end = from_wire(request->end());
-  return answer(context, request->target(), [&](LeaseTable& table, TimePoint now) -> Result<void> {
-    if (!end) return end.error();
-    return table.release(request->target(), LeaseId{request->lease()}, request->version(), *end,
-                         now);
-  });
-}
-
-CoordinatorService::Unary* CoordinatorService::RequestTable(
-    Context* context, const wire::RequestTableRequest* request, wire::Done* /*reply*/) {
-  return answer(context, request->from(), [&](LeaseTable& table, TimePoint) {
-    return table.request_table(request->from(), request->holder(), from_wire(request->table()));
-  });
-}
-
-CoordinatorService::Unary* CoordinatorService::PutTable(Context* context,
-                                                        const wire::PutTableRequest* request,
-                                                        wire::Done* /*reply*/) {
-  return answer(context, request->holder(), [&](LeaseTable& table, TimePoint) {
-    return table.put_table(request->holder(), from_wire(request->plan_key()),
-                           request->description());
-  });
-}
-
-CoordinatorService::Unary* CoordinatorService::GetTable(Context* context,
-                                                        const wire::GetTableRequest* request,
-                                                        wire::GetTableReply* reply) {
-  return wait(context, 0, reply, 0, [&](LeaseTable& table, WaiterId waiter, TimePoint now) {
-    table.get_table(waiter, request->holder(), from_wire(request->plan_key()),
-                    deadline_of(request->timeout_us(), now), now);
-  });
 }
 
 }  // namespace transfuse

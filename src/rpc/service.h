@@ -60,6 +60,10 @@ class CoordinatorService final : public wire::Coordinator::CallbackService {
                  wire::MembersReply* reply) override;
   Unary* Versions(Context* context, const wire::ModelRequest* request,
                   wire::VersionsReply* reply) override;
+  Unary* History(Context* context, const wire::HistoryRequest* request,
+                 wire::HistoryReply* reply) override;
+  Unary* Groups(Context* context, const wire::ModelRequest* request,
+                wire::GroupsReply* reply) override;
   Unary* BeginWrite(Context* context, const wire::BeginWriteRequest* request,
                     wire::BeginWriteReply* reply) override;
   Unary* Publish(Context* context, const wire::PublishRequest* request, wire::Done* reply) override;
@@ -68,6 +72,11 @@ class CoordinatorService final : public wire::Coordinator::CallbackService {
   Unary* Acquire(Context* context, const wire::AcquireRequest* request,
                  wire::AcquireReply* reply) override;
   Unary* Release(Context* context, const wire::ReleaseRequest* request, wire::Done* reply) override;
+  Unary* Hold(Context* context, const wire::HoldRequest* request, wire::Done* reply) override;
+  Unary* Vote(Context* context, const wire::VoteRequest* request, wire::Done* reply) override;
+  Unary* Decide(Context* context, const wire::DecideRequest* request,
+                wire::DecideReply* reply) override;
+  Unary* Applied(Context* context, const wire::AppliedRequest* request, wire::Done* reply) override;
   grpc::ServerWriteReactor<wire::Version>* Watch(Context* context,
                                                  const wire::ModelRequest* request) override;
   Unary* RequestTable(Context* context, const wire::RequestTableRequest* request,
@@ -80,12 +89,13 @@ class CoordinatorService final : public wire::Coordinator::CallbackService {
  private:
   class WaitingCall;
   struct Outbox;  // what is sent after the mutex is released
-  using WaitingReply =
-      std::variant<wire::AcquireReply*, wire::BeginWriteReply*, wire::GetTableReply*>;
+  using WaitingReply = std::variant<wire::AcquireReply*, wire::BeginWriteReply*,
+                                    wire::GetTableReply*, wire::DecideReply*, wire::Done*>;
 
   Result<void> authorize(const Context& context) const;
   template <typename Call>
   Unary* answer(Context* context, uint64_t caller, Call call);
+  Unary* refuse(Context* context, const Error& error);
   template <typename Start>
   Unary* wait(Context* context, uint64_t caller, WaitingReply reply, uint64_t known_roster,
               Start start);

@@ -64,6 +64,7 @@ class InPlaceReceiver final : public Receiver, private FetchMemory {
     const Stopwatch watch;
     auto outcome = refit_until(request, deadline);
     report_.phases.total_us = watch.elapsed_us();
+    log_refit(member_->options(), report_, outcome);
     if (!outcome) return Unexpected{std::move(outcome).error()};
     return report_;
   }

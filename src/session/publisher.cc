@@ -66,6 +66,10 @@ class SlotPublisher final : public Publisher {
                                "abort it first",
                                version, version_)};
     }
+    if (version == 0) {
+      return Error{ErrorCode::kInvalidArgument,
+                   fmt::format("publisher '{}': versions begin at 1", options_.name)};
+    }
     if (version <= published_) {
       return Error{ErrorCode::kAlreadyExists,
                    fmt::format("publisher '{}' has published version {} already, {} is not above "
@@ -86,6 +90,7 @@ class SlotPublisher final : public Publisher {
     }
     state_ = State::kWriting;
     version_ = version;
+    tell_revoked(timing.revoked);
     timing_ = {};
     return timing;
   }
@@ -106,8 +111,21 @@ class SlotPublisher final : public Publisher {
       state_ = State::kIdle;
       if (retention_ == Retention::kSnapshot && options_.when_leased == WhenLeased::kSkip) {
         published_ = version;  // the number is used up
+        log_event(LogLevel::kInfo, "version_skipped",
+                  {{"publisher", options_.name},
+                   {"version", std::to_string(version)},
+                   {"reason", timing.error().message}});
         return PublishTiming{.waited_us = 0, .revoked = 0, .copy_us = 0, .skipped = true};
       }
+    }
+    if (timing) {
+      tell_revoked(timing->revoked);
+      log_event(LogLevel::kDebug, "published",
+                {{"publisher", options_.name},
+                 {"version", std::to_string(version)},
+                 {"slot", std::to_string(offer_.slot)},
+                 {"waited_us", std::to_string(timing->waited_us)},
+                 {"copy_us", std::to_string(timing->copy_us)}});
     }
     return timing;
   }
@@ -169,6 +187,14 @@ class SlotPublisher final : public Publisher {
       return Error{ErrorCode::kUnavailable, fmt::format("publisher '{}' is closed", options_.name)};
     }
     return {};
+  }
+
+  void tell_revoked(uint32_t count) const {
+    if (count == 0) return;
+    log_event(LogLevel::kWarn, "readers_revoked",
+              {{"publisher", options_.name},
+               {"for_version", std::to_string(version_)},
+               {"count", std::to_string(count)}});
   }
 
   Result<DrainOutcome> open_version(const WriteRequest& request) {

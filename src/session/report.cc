@@ -4,10 +4,38 @@
 #include <cstdint>
 #include <nlohmann/json.hpp>
 #include <string>
+
+#include "base/log.h"
+#include "session/receivers.h"
 #include "transfuse/receiver.h"
 #include "transfuse/result.h"
 
 namespace transfuse {
+
+void log_refit(const ReceiverOptions& options, const RefitReport& report,
+               const Result<void>& outcome) {
+  for (const RefitStep& step : report.steps) {
+    log_event(LogLevel::kInfo, "refit_step",
+              {{"receiver", options.name},
+               {"version", std::to_string(report.version)},
+               {"source", step.source},
+               {"what", step.what}});
+  }
+  if (!outcome) {
+    log_event(LogLevel::kWarn, "refit_failed",
+              {{"receiver", options.name},
+               {"version", std::to_string(report.version)},
+               {"attempts", std::to_string(report.attempts)},
+               {"reason", outcome.error().to_string()}});
+    return;
+  }
+  log_event(LogLevel::kDebug, "refit_landed",
+            {{"receiver", options.name},
+             {"version", std::to_string(report.version)},
+             {"attempts", std::to_string(report.attempts)},
+             {"size_bytes", std::to_string(report.size_bytes)},
+             {"total_us", std::to_string(report.phases.total_us)}});
+}
 
 std::string RefitReport::to_json() const {
   nlohmann::json routes_json = nlohmann::json::array();

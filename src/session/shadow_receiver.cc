@@ -81,6 +81,7 @@ class ShadowReceiver final : public Receiver, private FetchMemory {
     const Stopwatch watch;
     auto outcome = refit_until({.request = request, .deadline = deadline});
     report_.phases.total_us = watch.elapsed_us();
+    log_refit(member_->options(), report_, outcome);
     if (!outcome) return Unexpected{std::move(outcome).error()};
     return report_;
   }
@@ -115,6 +116,7 @@ class ShadowReceiver final : public Receiver, private FetchMemory {
     if (!stage_->moving()) cancelled_ = false;
     const Stopwatch watch;
     auto outcome = commit_staged(deadline);
+    log_refit(member_->options(), report_, outcome);
     if (!outcome) return Unexpected{std::move(outcome).error()};
     report_.phases.total_us += watch.elapsed_us();
     return report_;
@@ -183,7 +185,15 @@ class ShadowReceiver final : public Receiver, private FetchMemory {
     uint32_t attempts = 0;
     for (uint32_t rounds = 1;; ++rounds) {
       bool aborted = false;
-      TRANSFUSE_RETURN_IF_ERROR(begin_stage(order));
+      auto begun = begin_stage(order);
+      if (!begun && begun.error().code == ErrorCode::kAlreadyExists && !stage_->moving()) {
+        // What lies in the shadow was decided without this rank having applied it. Whether the
+        // others are still there is for the new round to find out.
+        const auto applied = commit_staged(order.deadline);
+        if (!applied && applied.error().code != ErrorCode::kGroupBroken) return applied;
+        begun = begin_stage(order);
+      }
+      TRANSFUSE_RETURN_IF_ERROR(begun);
       auto staged = stage_->wait(Deadline(order.deadline.at() + kStageGrace));
       if (!staged && staged.error().code == ErrorCode::kDeadlineExceeded) cancelled_ = true;
       if (!stage_->moving()) report_ = stage_->report();

@@ -34,9 +34,8 @@ constexpr auto kPause = std::chrono::milliseconds(20);  // while the coordinator
 
 // A wait for the group ended because its slice was over, or because the coordinator is away: the
 // answer may still come.
-bool may_still_come(ErrorCode code, const Deadline& slice) {
-  return code == ErrorCode::kUnavailable || code == ErrorCode::kDeadlineExceeded ||
-         (code == ErrorCode::kGroupBroken && slice.passed());
+bool may_still_come(ErrorCode code) {
+  return code == ErrorCode::kUnavailable || code == ErrorCode::kDeadlineExceeded;
 }
 
 }  // namespace
@@ -122,7 +121,7 @@ Result<Decision> TargetMember::decide(const Fetched& fetched, Deadline deadline,
     auto decision = control_.decision(id_, fetched.round, slice);
     if (decision) return decision;
     const Error& error = decision.error();
-    if (!may_still_come(error.code, slice)) {
+    if (!may_still_come(error.code)) {
       return Error{ErrorCode::kGroupBroken,
                    fmt::format("what group '{}' decided about version {} cannot be learned: {}",
                                options_.group, fetched.version, error.message)};
@@ -158,7 +157,7 @@ Result<void> TargetMember::applied(const Fetched& fetched, Deadline deadline,
     auto outcome = control_.applied(id_, fetched.round, fetched.version, slice);
     if (outcome) return outcome;
     const Error& error = outcome.error();
-    if (!may_still_come(error.code, slice) || deadline.passed() || cancelled) {
+    if (!may_still_come(error.code) || deadline.passed() || cancelled) {
       return Error{ErrorCode::kGroupBroken,
                    fmt::format("this rank ('{}') holds version {}, but it is not known that every "
                                "rank of group '{}' does: {}",

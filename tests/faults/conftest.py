@@ -166,6 +166,20 @@ class Member:
             assert answer["code"] in codes, answer
         return answer
 
+    def stage(self, **request: object) -> int:
+        """The version that is staged and verified now."""
+        return self.call("stage", **request)["version"]
+
+    def expect_held(self, version: int, values: int | None = None) -> None:
+        """The parameters are those of this version, every element of them."""
+        answer = self.call("check", values=values or version)
+        assert (answer["holds"], answer["wrong"]) == (version, 0), answer
+
+    def group(self) -> dict:
+        """The only group that the coordinator knows."""
+        (group,) = self.call("groups")["groups"]
+        return group
+
     def stats(self) -> dict:
         return self.call("stats")
 
@@ -230,6 +244,7 @@ class Job:
 
     def __init__(self, log_folder: Path) -> None:
         self.log_folder = log_folder
+        self.build = BUILD
         self.folder = Path(tempfile.mkdtemp(prefix="job-", dir="/tmp"))  # a socket path is short
         self.name = self.folder.name
         self.members: list[Member] = []
@@ -263,6 +278,11 @@ class Job:
             assert answer["code"] == "ALREADY_EXISTS", answer
             assert time.monotonic() < deadline, answer
             time.sleep(0.05)
+
+    def rank(self, number: int, size: int = 2, **options: object) -> Member:
+        """A rank of an engine that commits as a group, with a shadow unless told otherwise."""
+        group = {"group": "engine", "group_size": size, "into": "shadow"}
+        return self.engine(f"rank{number}", **(group | options))
 
     def coordinator(self, member: Member) -> Coordinator:
         info = member.call("coordinator")

@@ -30,6 +30,15 @@ VersionRequest version_request(const Json& request) {
   return wanted;
 }
 
+Deadline deadline_of(const Json& request) {
+  return Deadline::after_ms(request.value("deadline_ms", int64_t{5000}));
+}
+
+Result<Json> report_answer(const Result<RefitReport>& report) {
+  if (!report) return report.error();
+  return Json{{"report", Json::parse(report->to_json())}, {"version", report->version}};
+}
+
 // What an inert handle answers, by name of the call.
 template <typename T>
 std::string code_of(const Result<T>& result) {
@@ -61,9 +70,9 @@ Json Member::answer(const Json& request) {
   answer["elapsed_ms"] = std::chrono::duration_cast<std::chrono::milliseconds>(
                              std::chrono::steady_clock::now() - start)
                              .count();
+  if (receiver_) answer["holds"] = receiver_->version();
   if (!result && request.value("do", "") == "refit" && receiver_) {
     answer["report"] = Json::parse(receiver_->last_report().to_json());
-    answer["holds"] = receiver_->version();
   }
   return answer;
 }
@@ -81,7 +90,9 @@ Result<Json> Member::dispatch(const std::string& call, const Json& request) {
   }
   TRANSFUSE_RETURN_IF_ERROR(require(control_ != nullptr, "coordinator: connect first"));
   if (call == "coordinator") return coordinator();
-  if (call == "versions" || call == "members") return control_call(call);
+  if (call == "versions" || call == "members" || call == "groups" || call == "history") {
+    return control_call(call, request);
+  }
   if (call == "stats") return stats();
   if (call == "allocate") return allocate(request);
   if (call == "fork") return fork_child();
@@ -107,7 +118,11 @@ Result<Json> Member::dispatch(const std::string& call, const Json& request) {
   }
   if (call == "write") return write(request);
   if (call == "check") return check(request);
-  if (call == "refit") return refit(request);
+  if (call == "refit" || call == "stage" || call == "staged" || call == "commit" ||
+      call == "rollback" || call == "check_group") {
+    TRANSFUSE_RETURN_IF_ERROR(require(receiver_ != nullptr, "receiver"));
+    return receiver_call(call, request);
+  }
   if (call == "close_receiver") {
     TRANSFUSE_RETURN_IF_ERROR(require(receiver_ != nullptr, "receiver"));
     cancellable_ = nullptr;
@@ -213,6 +228,11 @@ Result<Json> Member::open_receiver(const Json& request) {
   options.no_progress_ms = request.value("no_progress_ms", int64_t{500});
   options.max_attempts = request.value("max_attempts", 50u);
   options.plan.chunk_bytes = request.value("chunk_bytes", uint64_t{4096});
+  if (request.value("into", "in_place") == "shadow") options.into = ReceiveInto::kShadow;
+  options.keep_previous = request.value("keep_previous", false);
+  options.group = request.value("group", "");
+  options.group_size = request.value("group_size", 0u);
+  options.round_ms = request.value("round_ms", int64_t{20000});
   options.arenas = weights_->arenas();
   testing::Parameters& parameters = weights_->parameters();
   parameters.poison(std::byte{0xEE});
@@ -223,16 +243,29 @@ Result<Json> Member::open_receiver(const Json& request) {
 }
 
 Result<Json> Member::refit(const Json& request) {
-  TRANSFUSE_RETURN_IF_ERROR(require(receiver_ != nullptr, "receiver"));
-  TRANSFUSE_ASSIGN_OR_RETURN(
-      const RefitReport report,
-      receiver_->refit(version_request(request),
-                       Deadline::after_ms(request.value("deadline_ms", int64_t{5000}))));
-  Json answer;
-  answer["report"] = Json::parse(report.to_json());
-  answer["version"] = report.version;
-  answer["holds"] = receiver_->version();
-  return answer;
+  return report_answer(receiver_->refit(version_request(request), deadline_of(request)));
+}
+
+Result<Json> Member::receiver_call(const std::string& call, const Json& request) {
+  if (call == "refit") return refit(request);
+  if (call == "commit") return report_answer(receiver_->commit(deadline_of(request)));
+  if (call == "rollback") {
+    TRANSFUSE_ASSIGN_OR_RETURN(const uint64_t version, receiver_->rollback(deadline_of(request)));
+    return Json{{"version", version}};
+  }
+  if (call == "check_group") {
+    TRANSFUSE_ASSIGN_OR_RETURN(const GroupInfo group, receiver_->check_group());
+    return Json{{"version", group.version}};
+  }
+  if (call == "stage") {
+    TRANSFUSE_RETURN_IF_ERROR(
+        receiver_->stage(version_request(request), deadline_of(request),
+                         {.max_gigabytes_per_second = request.value("max_gbs", 0.0)}));
+    if (!request.value("wait", true)) return Json::object();
+  }
+  TRANSFUSE_ASSIGN_OR_RETURN(const StageProgress staged,
+                             receiver_->wait_staged(deadline_of(request)));
+  return Json{{"version", staged.version}};
 }
 
 Result<Json> Member::check(const Json& request) {
@@ -241,8 +274,24 @@ Result<Json> Member::check(const Json& request) {
   return Json{{"wrong", weights_->parameters().wrong_elements(values)}};
 }
 
-Result<Json> Member::control_call(const std::string& call) {
+Result<Json> Member::control_call(const std::string& call, const Json& request) {
   Json list = Json::array();
+  if (call == "history") {
+    TRANSFUSE_ASSIGN_OR_RETURN(const auto events,
+                               control_->history("model", request.value("version", uint64_t{0})));
+    for (const VersionEvent& event : events) list.push_back(event.who + " " + event.what);
+    return Json{{call, list}};
+  }
+  if (call == "groups") {
+    TRANSFUSE_ASSIGN_OR_RETURN(const auto groups, control_->groups(""));
+    for (const GroupInfo& group : groups) {
+      list.push_back({{"name", group.name},
+                      {"state", group_state_name(group.state)},
+                      {"version", group.version},
+                      {"reason", group.reason}});
+    }
+    return Json{{call, list}};
+  }
   if (call == "versions") {
     TRANSFUSE_ASSIGN_OR_RETURN(const auto versions, control_->versions(""));
     for (const VersionInfo& version : versions) {
@@ -269,6 +318,9 @@ Result<Json> Member::stats() {
   answer["remote_regions"] = stats.remote_regions;
   answer["tickets"] = stats.tickets;
   answer["poisoned_bytes"] = stats.poisoned_bytes;
+  answer["wall_s"] = std::chrono::duration_cast<std::chrono::seconds>(
+                         std::chrono::system_clock::now().time_since_epoch())
+                         .count();
   return answer;
 }
 

@@ -38,9 +38,10 @@ class Member {
   Result<Json> publisher_call(const std::string& call, const Json& request);
   Result<Json> write(const Json& request);
   Result<Json> open_receiver(const Json& request);
+  Result<Json> receiver_call(const std::string& call, const Json& request);
   Result<Json> refit(const Json& request);
   Result<Json> check(const Json& request);
-  Result<Json> control_call(const std::string& call);
+  Result<Json> control_call(const std::string& call, const Json& request);
   Result<Json> stats();
   Result<Json> allocate(const Json& request);
   Result<Json> fork_child();

@@ -18,7 +18,7 @@ LIES = {
     "unregistered_region": ("NOT_FOUND", "region 1234567"),
     "nothing_mapped": ("CORRUPT", "process_vm_readv"),
     "fewer_places": ("CORRUPT", "parameters, expected"),
-    "another_layout": ("CORRUPT", "binding of layout"),
+    "another_layout": ("CORRUPT", "binding 0 of layout"),
     "no_generation": ("CORRUPT", "no generation"),
     "another_transport": ("UNSUPPORTED", "carrier pigeon"),
     "nobody_there": ("UNAVAILABLE", "-gone"),
@@ -57,7 +57,7 @@ def test_the_same_source_without_a_lie_is_read(job):
     ("lie", "code", "words"),
     [
         ("wrong_sums", "FINGERPRINT_MISMATCH", r"tensor 'lm_head\.weight' box \[0:\d+, 0:24\]"),
-        ("short", "CORRUPT", r"announced a fingerprint table of 64 bytes"),
+        ("short", "CORRUPT", r"announced fingerprint tables of 64 bytes"),
         ("garbage", "CORRUPT", r"malformed region"),
         ("unfinished", "DEADLINE_EXCEEDED", r"no progress with its fingerprints"),
         (None, "DEADLINE_EXCEEDED", r"trainer0|fingerprint|get_table"),

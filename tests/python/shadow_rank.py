@@ -10,6 +10,11 @@ import transfuse
 from transfuse import hf
 
 
+def say(said: dict[str, object]) -> None:
+    sys.stdout.write(json.dumps(said) + "\n")
+    sys.stdout.flush()
+
+
 def model() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 32))
 
@@ -46,7 +51,7 @@ def main() -> None:
         group_size=2,
         job=job,
     ) as engine:
-        print(json.dumps({"version": 0}), flush=True)
+        say({"version": 0})
         for line in sys.stdin:
             try:
                 said = answer(engine, weights, line.split())
@@ -57,7 +62,7 @@ def main() -> None:
                     "version": engine.version,
                     "sum": total(weights),
                 }
-            print(json.dumps(said), flush=True)
+            say(said)
 
 
 if __name__ == "__main__":

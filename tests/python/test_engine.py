@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,11 +21,8 @@ from transfuse.engine.sampling import draw, uniforms
 
 transformers = pytest.importorskip("transformers")
 
-WORKER = Path(__file__).with_name("engine_worker.py")
-specification = importlib.util.spec_from_file_location("engine_worker", WORKER)
-assert specification is not None
-engine_worker = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(engine_worker)
+import engine_worker  # noqa: E402 (needs transformers)
+
 REQUESTS = engine_worker.REQUESTS
 GREEDY = [i for i, request in enumerate(REQUESTS) if request.temperature == 0]
 

@@ -78,3 +78,75 @@ def test_beyond_loopback_a_token_file_is_demanded() -> None:
     )
     assert refused.returncode != 0
     assert "token" in refused.stderr
+
+
+def ask(job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["transfuse", *arguments, "--job", job], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_status_versions_and_why_tell_what_a_job_does(job: str) -> None:
+    torch = pytest.importorskip("torch")
+    from transfuse import hf
+
+    nobody = ask(job, "status")
+    assert nobody.returncode == 1
+    assert "NOT_FOUND" in nobody.stderr
+    source, target = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+    with (
+        transfuse.Publisher(
+            *hf.layout(source), name="trainer0", job=job, retention="snapshot"
+        ) as trainer,
+        transfuse.Receiver(
+            *hf.layout(target), name="rank0", job=job, into="shadow", group="engine", group_size=1
+        ) as engine,
+    ):
+        for version in (1, 2):
+            with trainer.write(version):
+                pass
+            engine.refit(timeout_s=30)
+        model = json.loads(ask(job, "status", "--json").stdout)["models"]["model"]
+        assert [s["name"] for s in model["sources"]] == ["trainer0"]
+        assert model["sources"][0]["version"] == 2
+        assert model["targets"][0]["version"] == 2
+        assert model["targets"][0]["last_refit"]["version"] == 2
+        assert model["targets"][0]["last_refit"]["size_bytes"] == 8 * 8 * 4 + 8 * 4
+        assert (model["groups"][0]["state"], model["groups"][0]["version"]) == ("WHOLE", 2)
+        text = ask(job, "status").stdout
+        assert all(word in text for word in ("trainer0", "rank0", "WHOLE", "READY")), text
+        versions = json.loads(ask(job, "versions", "--json").stdout)
+        assert [(v["version"], v["state"]) for v in versions] == [(1, "READY"), (2, "READY")]
+        story = json.loads(ask(job, "why", "2", "--json").stdout)
+        told = [(event["who"], event["what"]) for event in story["events"]]
+        assert told[0] == ("trainer0", "began to write")
+        assert ("trainer0", "published") in told
+        assert ("rank0", "voted ready") in told
+        assert told.index(("trainer0", "published")) < told.index(("rank0", "voted ready"))
+        times = [event["at_us"] for event in story["events"]]
+        assert times == sorted(times)
+        gaps = [later - before for before, later in zip(times, times[1:], strict=False)]
+        assert story["longest_wait"]["us"] == max(gaps)
+        assert "longest wait" in ask(job, "why", "2").stdout
+        unknown = ask(job, "why", "77")
+        assert unknown.returncode == 1
+        assert "version 77" in unknown.stderr
+
+
+def test_a_watched_status_ends_with_ctrl_c(job: str) -> None:
+    control = transfuse.Control(job=job)
+    process = subprocess.Popen(
+        ["transfuse", "status", "--job", job, "--json", "--watch", "0.1"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        lines = [json.loads(process.stdout.readline()) for _ in range(3)]
+        assert lines[0]["models"] == {}
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+    finally:
+        process.kill()
+        process.wait()
+    del control
