@@ -102,14 +102,17 @@ void LeaseTable::recover_round(Member& member, Group& group, const Resume& resum
   const Registration& registration = member.registration;
   const uint64_t id = resume.voted_round;
   // Of its own rounds this one knows more than a rank that was away.
-  if (id == 0 || from_this_life(id) || group.finished.contains(id)) return;
-  if (!group.round) {
-    group.round = Round{
-        .id = id, .version = resume.voted_version, .deadline = now + kRecovery, .recovered = true};
+  if (id == 0 || from_this_life(id)) return;
+  if (!group.round && !group.finished.contains(id)) {
+    group.round = Round{.id = id,
+                        .version = resume.voted_version,
+                        .run = run_of(member),
+                        .deadline = now + kRecovery,
+                        .recovered = true};
     rounds_[id] = {registration.model, registration.group};
     timers_.emplace(group.round->deadline, TimerKind::kRound, id);
   }
-  const bool current = group.round->id == id;
+  const bool current = group.round && group.round->id == id;
   if (current) group.round->ready.insert(member.id);
   if (!resume.told_commit) return;
   if (current) {
@@ -121,7 +124,9 @@ void LeaseTable::recover_round(Member& member, Group& group, const Resume& resum
     note(registration.model, group.round->version, registration.name,
          fmt::format("was told COMMIT of round {:x} by a coordinator that is gone", id), now);
   }
-  record(group, id, {.commit = true, .reason = {}}, run_of(member));
+  if (!group.finished.contains(id)) {
+    record(group, id, {.commit = true, .reason = {}}, run_of(member));
+  }
 }
 
 // Once every rank is back, a recovered round is as any other, or aborted if none was told COMMIT:

@@ -482,6 +482,14 @@ TEST_F(Restarted, ACommitThatOneRankHasAppliedIsTrueForAll) {
   EXPECT_EQ(group().state, GroupState::kWhole);
 }
 
+TEST_F(Restarted, ARankThatHoldsTheNumberFromBeforeHasNotAppliedIt) {
+  r1_ = rank("r1", 2, 7, voted(staged_, 2, true));
+  r0_ = rank("r0", 2, 7, voted(staged_, 2));  // 2 of the trainers before they restarted
+  EXPECT_EQ(group().state, GroupState::kSwitching);
+  EXPECT_TRUE(all_hold(say_applied(r0_, staged_)));
+  EXPECT_EQ(group().state, GroupState::kWhole);
+}
+
 TEST_F(Restarted, RanksThatHaveAppliedAreWholeThoughTrainersRestartedWhileTheyCameBack) {
   r1_ = rank("r1", 2, 7, Resume{.landed = 2, .last_round = staged_.round});
   table().lose(a_, "killed", now_);

@@ -95,8 +95,18 @@ Result<uint64_t> Coordinator::join(const JoinRequest& request) {
   TRANSFUSE_RETURN_IF_ERROR(table_->layouts().put(request.registration.layout, "layout", now));
   auto joined = table_->join(request, now);
   if (joined) {
-    world_.say(
-        [&] { return fmt::format("member {:x} is {}", *joined, request.registration.name); });
+    world_.say([&] {
+      std::string out = fmt::format("member {:x} is {}", *joined, request.registration.name);
+      if (request.resume && request.resume->landed != 0) {
+        out += fmt::format(", holds {}", request.resume->landed);
+      }
+      if (request.resume && request.resume->voted_round != 0) {
+        out += fmt::format(", voted in {:x}{}{}", request.resume->voted_round,
+                           request.resume->told_commit ? ", was told COMMIT" : "",
+                           request.resume->applied ? ", applied it" : "");
+      }
+      return out;
+    });
     world_.judge().joined(*joined, request, now);
     if (request.resume) ++world_.counts().resumed;
   }
