@@ -41,7 +41,7 @@ spdlog::level::level_enum spdlog_level(LogLevel level) {
 
 // A value is quoted where it would not be one word; nothing in it ends the line.
 void append_value(std::string& line, std::string_view value) {
-  const bool plain = !value.empty() && value.find_first_of(" \"\\=\n\r\t") == value.npos;
+  const bool plain = value.find_first_of(" \"\\=\n\r\t") == value.npos;
   if (plain) {
     line.append(value);
     return;
@@ -66,6 +66,7 @@ void log_event(LogLevel level, std::string_view event,
   if (!logger().should_log(spdlog_at)) return;
   std::string line(event);
   for (const auto& [key, value] : fields) {
+    if (value.empty()) continue;
     line.append(" ").append(key).append("=");
     append_value(line, value);
   }

@@ -1,6 +1,5 @@
 // One line per event on standard error: level, event name, key=value pairs.
 // TRANSFUSE_LOG=debug|info|warn|error|off chooses the least level that is shown.
-// TRANSFUSE_LOG=debug|info|warn|error|off chooses the least level.
 #pragma once
 
 #include <initializer_list>
@@ -12,7 +11,7 @@ namespace transfuse {
 
 enum class LogLevel { kDebug, kInfo, kWarn, kError };
 
-// `event` is snake_case. Safe to call from any thread; never from a hot path.
+// `event` is snake_case; a field without a value is left out. Safe to call from any thread; never from a hot path.
 void log_event(LogLevel level, std::string_view event,
                std::initializer_list<std::pair<std::string_view, std::string>> fields = {});
 

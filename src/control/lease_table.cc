@@ -224,15 +224,23 @@ uint64_t LeaseTable::admit(const JoinRequest& request, TimePoint now) {
     if (request.resume) resume_source(member, *request.resume, now);
   } else {
     model.targets[wanted.name] = id;
-    if (request.resume) land(member, request.resume->landed, model.run);
+    if (request.resume) {
+      land(member, request.resume->landed, model.run);
+      member.last_round = request.resume->last_round;
+    }
     if (!wanted.group.empty()) join_group(member, request.resume, now);
   }
+  effects_.emplace_back(MemberChanged{.member = id,
+                                      .role = wanted.role,
+                                      .model = wanted.model,
+                                      .name = wanted.name,
+                                      .joined = true});
   return id;
 }
 
 Result<void> LeaseTable::leave(uint64_t member, TimePoint now) {
   if (!members_.contains(member)) return no_member(member);
-  remove_member(member, "it left", now);
+  remove_member(member, kLeftWord, now);
   return {};
 }
 
@@ -350,6 +358,12 @@ void LeaseTable::remove_member(uint64_t id, std::string_view why, TimePoint now)
   descriptor_bytes_ -= member.descriptor->size();
   layouts_.unuse(registration.layout, now);
   members_.erase(found);
+  effects_.emplace_back(MemberChanged{.member = id,
+                                      .role = registration.role,
+                                      .model = registration.model,
+                                      .name = registration.name,
+                                      .joined = false,
+                                      .why = std::string(why)});
   serve_waiters(registration.model, now);  // what this member was closing may be open again
   erase_model_if_empty(registration.model);
 }

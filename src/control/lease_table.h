@@ -57,6 +57,7 @@ struct Resume {
   uint64_t voted_version = 0;
   bool told_commit = false;  // it has learned that the round was committed
   bool applied = false;      // and holds what it voted for
+  uint64_t last_round = 0;   // of the last lease that it was granted
 };
 
 struct JoinRequest {
@@ -98,8 +99,22 @@ struct MemberNotice {
   uint64_t owner = 0;
   MemberEvent event;
 };
+inline constexpr std::string_view kLeftWord = "it left";  // MemberChanged::why of a leave()
+
+// For the log: who came or went, and engines that may serve or not.
+struct MemberChanged {
+  uint64_t member = 0;
+  MemberRole role = MemberRole::kSource;
+  std::string model;
+  std::string name;
+  bool joined = false;
+  std::string why{};  // it went
+};
+struct GroupChanged {
+  GroupInfo group;
+};
 using Effect = std::variant<LeaseReply, DrainReply, TableReply, DecisionReply, AppliedReply,
-                            VersionChanged, MemberNotice>;
+                            VersionChanged, MemberNotice, MemberChanged, GroupChanged>;
 
 struct TableStats {
   size_t members = 0;
@@ -228,6 +243,7 @@ class LeaseTable {
     uint64_t writing = 0;
     uint64_t landed = 0;
     uint64_t landed_run = 0;  // see Model::run
+    uint64_t last_round = 0;  // of its leases
     RefitSummary last_refit;
     std::optional<uint64_t> drain;  // waiter of begin_write()
     std::set<uint64_t> leases;
@@ -276,7 +292,8 @@ class LeaseTable {
     std::string trouble;         // why it is not whole any more
     std::optional<Round> round;  // STAGING, or committed and not applied by all
     std::map<uint64_t, FinishedRound> finished;
-    std::set<uint64_t> waiters;  // decision() and applied()
+    std::set<uint64_t> waiters;              // decision() and applied()
+    std::pair<GroupState, uint64_t> told{};  // state and version of the last GroupChanged
   };
   struct Model {
     std::map<uint64_t, Version> versions;
@@ -370,7 +387,7 @@ class LeaseTable {
   void leave_group(const Member& member, std::string_view why, TimePoint now);
   bool try_grant_in_group(uint64_t waiter_id, Group& group, TimePoint now);
   void open_round(Group& group, const Waiter& waiter, uint64_t version, TimePoint now);
-  void recover_round(const Member& member, Group& group, const Resume& resume, TimePoint now);
+  void recover_round(Member& member, Group& group, const Resume& resume, TimePoint now);
   void settle_recovered(const std::string& model, Group& group, TimePoint now);
   void record(Group& group, uint64_t round, Decision decision, uint64_t run);
   void end_round(const std::string& model, Group& group, Decision decision, TimePoint now);
@@ -378,6 +395,7 @@ class LeaseTable {
   void commit_if_all_ready(const std::string& model, Group& group, TimePoint now);
   void settle_group(const std::string& model, Group& group, TimePoint now);
   void expire_round(uint64_t round, TimePoint now);
+  void tell_change(const std::string& model, const std::string& name, Group& group);
   bool holds(const Group& group, uint64_t version) const;
   void land(Member& target, uint64_t version, uint64_t run);
   uint64_t run_of(const Member& member) const;

@@ -98,8 +98,7 @@ void LeaseTable::join_group(Member& member, const std::optional<Resume>& resume,
 }
 
 // The coordinator that had the round is gone. What a rank was told is true for all.
-void LeaseTable::recover_round(const Member& member, Group& group, const Resume& resume,
-                               TimePoint now) {
+void LeaseTable::recover_round(Member& member, Group& group, const Resume& resume, TimePoint now) {
   const Registration& registration = member.registration;
   const uint64_t id = resume.voted_round;
   // Of its own rounds this one knows more than a rank that was away.
@@ -115,7 +114,10 @@ void LeaseTable::recover_round(const Member& member, Group& group, const Resume&
   if (!resume.told_commit) return;
   if (current) {
     group.round->committed = true;
-    if (resume.applied) group.round->applied.insert(member.id);
+    if (resume.applied) {
+      group.round->applied.insert(member.id);
+      land(member, group.round->version, group.round->run);
+    }
     note(registration.model, group.round->version, registration.name,
          fmt::format("was told COMMIT of round {:x} by a coordinator that is gone", id), now);
   }
@@ -133,11 +135,20 @@ void LeaseTable::settle_recovered(const std::string& model, Group& group, TimePo
       const bool finished = !group.round->ready.contains(id);
       if (finished && members_.at(id).landed == group.round->version) {
         group.round->applied.insert(id);
+        land(members_.at(id), group.round->version, group.round->run);
       }
     }
     group.round->recovered = false;
     timers_.erase({group.round->deadline, TimerKind::kRound, group.round->id});
     return;
+  }
+  for (const auto& [name, id] : group.ranks) {
+    if (members_.at(id).last_round <= group.round->id) continue;  // ids rise with every coordinator
+    return lose_round(model, group,
+                      fmt::format("rank {} has gone on to another round since, and does not know "
+                                  "what was decided about version {}",
+                                  name, group.round->version),
+                      now);
   }
   if (holds(group, group.round->version)) {
     return lose_round(
@@ -177,10 +188,19 @@ void LeaseTable::leave_group(const Member& member, std::string_view why, TimePoi
     fail_waiter(
         id, Error{ErrorCode::kGroupBroken, fmt::format("group {}: {}", registration.group, lost)});
   }
+  tell_change(model, registration.group, group);
   if (group.ranks.empty()) {
     if (group.round) lose_round(model, group, lost, now);
     groups.erase(registration.group);
   }
+}
+
+// Tells of a new state, or of a new version of a whole group.
+void LeaseTable::tell_change(const std::string& model, const std::string& name, Group& group) {
+  GroupInfo now = info(model, name, group);
+  const std::pair seen{now.state, now.version};
+  if (std::exchange(group.told, seen) == seen) return;
+  effects_.emplace_back(GroupChanged{std::move(now)});
 }
 
 // -- rounds --
@@ -280,7 +300,7 @@ void LeaseTable::end_round(const std::string& model, Group& group, Decision deci
   timers_.erase({round.deadline, TimerKind::kRound, id});
   round.committed = decision.commit;
   record(group, id, std::move(decision), round.run);
-  if (round.committed) return;
+  if (round.committed) return tell_change(model, rounds_.at(id).second, group);
   rounds_.erase(id);
   group.round.reset();
 }
@@ -302,6 +322,7 @@ void LeaseTable::lose_round(const std::string& model, Group& group, const std::s
     if (waiters_.at(waiter).round != round.id) continue;
     fail_waiter(waiter, Error{ErrorCode::kGroupBroken, fmt::format("group {}: {}", name, why)});
   }
+  tell_change(model, name, group);
 }
 
 void LeaseTable::expire_round(uint64_t id, TimePoint now) {
@@ -470,8 +491,14 @@ std::string LeaseTable::who_holds_not(const Group& group, uint64_t version) cons
 // After any change of what ranks hold.
 void LeaseTable::settle_group(const std::string& model, Group& group, TimePoint now) {
   if (group.ranks.empty()) return;
-  const uint64_t version = members_.at(group.ranks.begin()->second).landed;
-  if (!holds(group, version)) return;
+  if (group.round) {
+    std::erase_if(group.round->applied, [&](uint64_t id) {  // it has gone back since
+      return members_.at(id).landed != group.round->version;
+    });
+  }
+  const Member& first = members_.at(group.ranks.begin()->second);
+  const uint64_t version = first.landed;
+  if (!holds(group, version)) return tell_change(model, first.registration.group, group);
   const bool switching = group.round && group.round->committed;
   if (switching && (group.round->version != version || group.round->applied.size() < group.size)) {
     return;
@@ -485,11 +512,13 @@ void LeaseTable::settle_group(const std::string& model, Group& group, TimePoint 
     remove_waiter(id);
     effects_.emplace_back(AppliedReply{WaiterId{id}, Result<void>()});
   }
-  if (!switching) return;
-  rounds_.erase(group.round->id);
-  timers_.erase({group.round->deadline, TimerKind::kRound, group.round->id});
-  group.round.reset();
-  serve_waiters(model, now);
+  if (switching) {
+    rounds_.erase(group.round->id);
+    timers_.erase({group.round->deadline, TimerKind::kRound, group.round->id});
+    group.round.reset();
+  }
+  tell_change(model, first.registration.group, group);
+  if (switching) serve_waiters(model, now);
 }
 
 GroupInfo LeaseTable::info(const std::string& model, const std::string& name,

@@ -3,15 +3,14 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
-#include <map>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "control/lease_table.h"
 #include "control/table_fixture.h"
-#include "transfuse/control.h"
 #include "transfuse/result.h"
+#include "transfuse/versions.h"
 
 namespace transfuse {
 namespace {
@@ -483,6 +482,31 @@ TEST_F(Restarted, ACommitThatOneRankHasAppliedIsTrueForAll) {
   EXPECT_EQ(group().state, GroupState::kWhole);
 }
 
+TEST_F(Restarted, RanksThatHaveAppliedAreWholeThoughTrainersRestartedWhileTheyCameBack) {
+  r1_ = rank("r1", 2, 7, Resume{.landed = 2, .last_round = staged_.round});
+  table().lose(a_, "killed", now_);
+  a_ = source("a", 1, 8);
+  r0_ = rank("r0", 2, 7, voted(staged_, 2, true));
+  EXPECT_EQ(group().state, GroupState::kWhole);
+  EXPECT_EQ(group().round, 0u);
+}
+
+TEST_F(Group, ARankThatGoesBackBeforeAllHaveAppliedBlocksNobody) {
+  write(a_, 1);
+  refit({r0_, r1_});
+  write(a_, 2);
+  const Lease staged = stage({r0_, r1_});
+  ASSERT_TRUE(vote(r0_, staged.round));
+  ASSERT_TRUE(vote(r1_, staged.round));
+  (void)say_applied(r0_, staged);
+  ASSERT_TRUE(table().hold(r0_, 1, now_));  // rollback()
+  (void)say_applied(r1_, staged);
+  EXPECT_EQ(group().state, GroupState::kSwitching);
+  EXPECT_THAT(group().reason, HasSubstr("rank r0 holds version 1"));
+  EXPECT_NE(lease(r0_).round, staged.round);
+  refit({r0_, r1_});
+}
+
 TEST_F(Restarted, WhatNoRankWasToldIsAborted) {
   r0_ = rank("r0", 2, 7, voted(staged_, 1));
   const WaiterId waits = ask_decision(r0_, staged_.round);
@@ -519,6 +543,16 @@ TEST_F(Restarted, ARankThatHadNotVotedProvesThatNothingWasDecided) {
   r0_ = rank("r0", 2, 7, voted(staged_, 1));
   r1_ = rank("r1", 2, 7, Resume{.landed = 1});
   EXPECT_FALSE(decided(ask_decision(r0_, staged_.round))->commit);
+  refit({r0_, r1_});
+}
+
+TEST_F(Restarted, ARankThatHasGoneOnMayHaveBeenToldAndForgotten) {
+  r1_ = rank("r1", 2, 7, Resume{.landed = 2, .last_round = staged_.round + 1});
+  r0_ = rank("r0", 2, 7, voted(staged_, 1));
+  const auto decision = decided(ask_decision(r0_, staged_.round));
+  EXPECT_EQ(decision.error().code, ErrorCode::kGroupBroken);
+  EXPECT_EQ(group().state, GroupState::kBroken);
+  EXPECT_THAT(group().reason, HasSubstr("rank r1 has gone on to another round"));
   refit({r0_, r1_});
 }
 

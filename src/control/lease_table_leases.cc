@@ -160,6 +160,7 @@ void LeaseTable::grant(uint64_t waiter_id, uint64_t number, uint64_t round, Time
     source.slot = part.offer.slot;
     lease.sources.push_back(std::move(source));
   }
+  if (round != 0) target.last_round = round;
   version.leases.insert(id);
   target.leases.insert(id);
   const TimePoint end = now + target.lease_ttl;

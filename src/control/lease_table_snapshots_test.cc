@@ -8,8 +8,8 @@
 
 #include "control/lease_table.h"
 #include "control/table_fixture.h"
-#include "transfuse/control.h"
 #include "transfuse/result.h"
+#include "transfuse/versions.h"
 
 namespace transfuse {
 namespace {

@@ -10,9 +10,9 @@
 #include <vector>
 
 #include "control/table_fixture.h"
-#include "transfuse/control.h"
 #include "transfuse/layout.h"
 #include "transfuse/result.h"
+#include "transfuse/versions.h"
 
 namespace transfuse {
 namespace {

@@ -13,9 +13,9 @@
 #include <vector>
 
 #include "control/lease_table.h"
-#include "transfuse/control.h"
 #include "transfuse/deadline.h"
 #include "transfuse/result.h"
+#include "transfuse/versions.h"
 
 namespace transfuse {
 

@@ -160,7 +160,7 @@ class LocalCoordinator::State {
     const TimePoint now = advance();
     const std::set<uint64_t> members = members_[owner];
     for (const uint64_t member : members) {
-      table_.lose(member, "it left", now);
+      table_.lose(member, kLeftWord, now);
       forget(owner, member);
     }
     members_.erase(owner);

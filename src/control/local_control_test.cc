@@ -18,6 +18,7 @@
 #include "transfuse/deadline.h"
 #include "transfuse/layout.h"
 #include "transfuse/result.h"
+#include "transfuse/versions.h"
 
 namespace transfuse {
 namespace {

@@ -334,8 +334,10 @@ class RpcControl final : public Control {
       return error;
     }
     connection_->add_lease(LeaseId{reply.lease()}, target, reply.version());
-    connection_->change_member(
-        target, [&](LocalMember& member) { member.round = {reply.round(), reply.version()}; });
+    connection_->change_member(target, [&](LocalMember& member) {
+      member.state.last_round = reply.round();
+      member.round_version = reply.version();
+    });
     auto lease = lease_of(reply, model, epoch, std::move(known));
     if (!lease) {
       // The first error is the one to tell.
@@ -390,10 +392,11 @@ class RpcControl final : public Control {
     TRANSFUSE_RETURN_IF_ERROR(connection_->check_process());
     // Kept before it is sent: a coordinator that dies may have counted it.
     connection_->change_member(target, [&](LocalMember& member) {
-      if (!ready || member.round.first != round) return;
+      if (!ready || member.state.last_round != round) return;
       member.state.voted_round = round;
-      member.state.voted_version = member.round.second;
+      member.state.voted_version = member.round_version;
       member.state.told_commit = false;
+      member.state.applied = false;
     });
     wire::Done done;
     return connection_->call(
@@ -434,7 +437,10 @@ class RpcControl final : public Control {
   Result<void> applied(MemberId target, uint64_t round, uint64_t version,
                        Deadline deadline) override {
     TRANSFUSE_RETURN_IF_ERROR(connection_->check_process());
-    connection_->change_member(target, [&](LocalMember& member) { member.state.landed = version; });
+    connection_->change_member(target, [&](LocalMember& member) {
+      member.state.landed = version;
+      member.state.applied = member.state.voted_round == round;
+    });
     wire::Done done;
     TRANSFUSE_RETURN_IF_ERROR(connection_->call(
         "applied", &Stub::Applied, target, deadline,
@@ -449,6 +455,7 @@ class RpcControl final : public Control {
       if (member.state.voted_round != round) return;
       member.state.voted_round = 0;
       member.state.told_commit = false;
+      member.state.applied = false;
     });
     return {};
   }

@@ -41,11 +41,11 @@ struct Link {
 // What is repeated to the next coordinator, and what the caller has not taken yet.
 struct LocalMember {
   Registration registration;
-  std::optional<Layout> layout;           // if it was put through this handle
-  Resume state;                           // with the coordinator's number
-  uint64_t epoch = 0;                     // of the coordinator that knows it; 0: none
-  std::optional<Error> refused;           // the coordinator does not take it back
-  std::pair<uint64_t, uint64_t> round{};  // of its last lease, with its version
+  std::optional<Layout> layout;  // if it was put through this handle
+  Resume state;                  // with the coordinator's number
+  uint64_t epoch = 0;            // of the coordinator that knows it; 0: none
+  std::optional<Error> refused;  // the coordinator does not take it back
+  uint64_t round_version = 0;    // of its last lease
   std::deque<MemberEvent> events;
 };
 

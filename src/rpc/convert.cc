@@ -335,6 +335,8 @@ void to_wire(const JoinRequest& from, wire::JoinRequest* to) {
   resume->set_voted_round(from.resume->voted_round);
   resume->set_voted_version(from.resume->voted_version);
   resume->set_told_commit(from.resume->told_commit);
+  resume->set_applied(from.resume->applied);
+  resume->set_last_round(from.resume->last_round);
 }
 
 void to_wire(const LeaseOutcome& from, wire::ReleaseRequest* to) {
@@ -504,7 +506,9 @@ Result<JoinRequest> from_wire(const wire::JoinRequest& from) {
                        .landed = from.resume().landed(),
                        .voted_round = from.resume().voted_round(),
                        .voted_version = from.resume().voted_version(),
-                       .told_commit = from.resume().told_commit()};
+                       .told_commit = from.resume().told_commit(),
+                       .applied = from.resume().applied(),
+                       .last_round = from.resume().last_round()};
     for (const wire::Offer& offer : from.resume().offers()) {
       to.resume->offers.push_back(from_wire(offer));
     }

@@ -129,7 +129,9 @@ TEST(Convert, EveryFieldOfAMemberAVersionAndAJoinComesBack) {
                        .landed = 6,
                        .voted_round = 7,
                        .voted_version = 8,
-                       .told_commit = true};
+                       .told_commit = true,
+                       .applied = true,
+                       .last_round = 9};
   wire::JoinRequest wire_join;
   to_wire(join, &wire_join);
   const JoinRequest joined = from_wire(wire_join).value();
@@ -149,6 +151,8 @@ TEST(Convert, EveryFieldOfAMemberAVersionAndAJoinComesBack) {
   EXPECT_EQ(joined.resume->voted_round, 7u);
   EXPECT_EQ(joined.resume->voted_version, 8u);
   EXPECT_TRUE(joined.resume->told_commit);
+  EXPECT_TRUE(joined.resume->applied);
+  EXPECT_EQ(joined.resume->last_round, 9u);
 }
 
 TEST(Convert, EveryFieldOfAWriteAnOutcomeAndAGroupComesBack) {

@@ -270,6 +270,28 @@ TEST_F(Coordinator, TheLeaseOfAKilledReceiverIsFreedLongBeforeItsTimeToLive) {
   EXPECT_EQ(drained->revoked, 0u) << "its lease ended with it, it was not revoked at the deadline";
 }
 
+TEST_F(Coordinator, WhoComesLeavesAndIsLostIsALineOfTheLog) {
+  auto control = connect();
+  const MemberId leaving = join_as(*control, MemberRole::kSource, "leaving").value();
+  auto killed = member();
+  ASSERT_EQ(killed->line(), "ok");
+  ASSERT_EQ(killed->ask("join target killed"), "ok");
+  ASSERT_TRUE(control->leave(leaving));
+  killed->kill(SIGKILL);
+  const auto logged = [&] {
+    std::ifstream log(folder_ + "/test.log");
+    return std::string(std::istreambuf_iterator<char>(log), {});
+  };
+  ASSERT_TRUE(eventually(
+      [&] { return logged().find("member_gone model=policy role=target") != std::string::npos; }));
+  const std::string text = logged();
+  EXPECT_THAT(text, HasSubstr("warning member_gone model=policy role=target name=killed id="));
+  EXPECT_THAT(text, HasSubstr("why=\"its connection broke"));
+  EXPECT_THAT(text, HasSubstr("info member_joined model=policy role=source name=leaving id="));
+  EXPECT_THAT(text, HasSubstr("why=\"it left\"\n"));
+  EXPECT_THAT(text, testing::Not(HasSubstr("warning member_gone model=policy role=source")));
+}
+
 TEST_F(Coordinator, BeginWriteWaitsForAReaderOfAnotherProcess) {
   auto control = connect();
   const MemberId target = join_as(*control, MemberRole::kTarget, "engine0").value();

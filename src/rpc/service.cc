@@ -16,6 +16,7 @@
 #include <variant>
 #include <vector>
 
+#include "base/log.h"
 #include "base/mutex.h"
 #include "control/lease_table.h"
 #include "rpc/convert.h"
@@ -34,6 +35,41 @@ namespace {
 constexpr Duration kTimerPeriod = std::chrono::milliseconds(250);
 // Beyond this the process itself was stopped (SIGSTOP, a frozen container), not its members.
 constexpr Duration kStoodStill = std::chrono::milliseconds(1000);
+
+void log_version(const VersionInfo& version) {
+  const bool aborted = version.state == VersionState::kAborted;
+  log_event(aborted ? LogLevel::kWarn : LogLevel::kDebug, "version_changed",
+            {{"model", version.model},
+             {"version", std::to_string(version.version)},
+             {"state", std::string(version_state_name(version.state))},
+             {"published", fmt::format("{}/{}", version.published, version.source_count)},
+             {"reason", version.reason}});
+}
+
+// What is worth a line: who comes and goes, versions that end badly, engines that may not serve.
+void log_effect(const Effect& effect) {
+  if (const auto* version = std::get_if<VersionChanged>(&effect)) {
+    log_version(version->version);
+  } else if (const auto* member = std::get_if<MemberChanged>(&effect)) {
+    const bool well = member->joined || member->why == kLeftWord;
+    log_event(well ? LogLevel::kInfo : LogLevel::kWarn,
+              member->joined ? "member_joined" : "member_gone",
+              {{"model", member->model},
+               {"role", member->role == MemberRole::kSource ? "source" : "target"},
+               {"name", member->name},
+               {"id", fmt::format("{:x}", member->member)},
+               {"why", member->why}});
+  } else if (const auto* changed = std::get_if<GroupChanged>(&effect)) {
+    const GroupInfo& group = changed->group;
+    const bool broken = group.state == GroupState::kBroken;
+    log_event(broken ? LogLevel::kWarn : LogLevel::kInfo, "group_changed",
+              {{"model", group.model},
+               {"group", group.name},
+               {"state", std::string(group_state_name(group.state))},
+               {"version", std::to_string(group.version)},
+               {"reason", group.reason}});
+  }
+}
 
 // Takes the same time wherever the first difference is.
 bool equal_secret(std::string_view a, std::string_view b) {
@@ -170,6 +206,7 @@ void CoordinatorService::answer_waiting(const Effect& effect, Outbox& outbox) {
 CoordinatorService::Outbox CoordinatorService::collect() {
   Outbox outbox;
   for (const Effect& effect : table_.take_effects()) {
+    log_effect(effect);
     if (const auto* changed = std::get_if<VersionChanged>(&effect)) {
       wire::Version version;
       to_wire(changed->version, &version);

@@ -4,19 +4,22 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <span>
+#include <string>
 #include <utility>
 #include <variant>
 #include <vector>
 
 #include "control/lease_table.h"
 #include "sim/events.h"
+#include "sim/facts.h"
 #include "sim/process.h"
 #include "sim/world.h"
-#include "transfuse/control.h"
-#include "transfuse/layout.h"
+#include "transfuse/deadline.h"
 #include "transfuse/result.h"
+#include "transfuse/versions.h"
 
 namespace transfuse::sim {
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
 #include <map>
 #include <optional>
@@ -15,9 +16,9 @@
 
 #include "control/lease_table.h"
 #include "sim/facts.h"
-#include "transfuse/control.h"
 #include "transfuse/deadline.h"
 #include "transfuse/result.h"
+#include "transfuse/versions.h"
 
 namespace transfuse::sim {
 

@@ -8,9 +8,9 @@
 #include "sim/events.h"
 #include "sim/facts.h"
 #include "sim/judge.h"
-#include "transfuse/control.h"
 #include "transfuse/deadline.h"
 #include "transfuse/result.h"
+#include "transfuse/versions.h"
 
 namespace transfuse::sim {
 

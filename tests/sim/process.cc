@@ -13,9 +13,11 @@
 #include "control/lease_table.h"
 #include "sim/coordinator.h"
 #include "sim/events.h"
+#include "sim/facts.h"
 #include "sim/world.h"
-#include "transfuse/control.h"
 #include "transfuse/deadline.h"
+#include "transfuse/result.h"
+#include "transfuse/versions.h"
 
 namespace transfuse::sim {
 

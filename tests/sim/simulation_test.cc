@@ -33,7 +33,7 @@ std::string retold(uint64_t seed, const World::Options& options) {
 
 TEST(Simulation, EverySeedKeepsI3I4I8I9I11AndRecovers) {
   const uint64_t first = from_environment("TRANSFUSE_SIM_SEED", 1);
-  const uint64_t count = from_environment("TRANSFUSE_SIM_SEEDS", 1000);
+  const uint64_t count = from_environment("TRANSFUSE_SIM_SEEDS", 2000);
   Counts all;
   for (uint64_t seed = first; seed < first + count; ++seed) {
     World world(seed, {});

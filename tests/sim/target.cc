@@ -3,24 +3,28 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <utility>
 #include <variant>
+#include <vector>
 
+#include "control/lease_table.h"
 #include "sim/coordinator.h"
 #include "sim/events.h"
 #include "sim/facts.h"
 #include "sim/process.h"
 #include "sim/source.h"
 #include "sim/world.h"
-#include "transfuse/control.h"
+#include "transfuse/deadline.h"
 #include "transfuse/result.h"
+#include "transfuse/versions.h"
 
 namespace transfuse::sim {
 
 namespace {
 
-constexpr int kTries = 8;
+constexpr int kTries = 4;
 constexpr int64_t kRoundMs = 700;
 
 }  // namespace
@@ -45,7 +49,8 @@ Resume Target::resume() const {
           .voted_round = voted_round_,
           .voted_version = voted_version_,
           .told_commit = told_commit_,
-          .applied = applied_};
+          .applied = applied_,
+          .last_round = last_round_};
 }
 
 void Target::forget() {
@@ -53,7 +58,7 @@ void Target::forget() {
   weights_.clear();
   in_commit_ = serves_ = false;
   lease_.reset();
-  voted_round_ = voted_version_ = 0;
+  voted_round_ = voted_version_ = last_round_ = 0;
   told_commit_ = applied_ = false;
 }
 
@@ -96,6 +101,8 @@ void Target::leased(const Lease& lease) {
   leases_.insert(lease.id);
   read_.clear();
   torn_ = false;
+  last_round_ = lease.round;
+  gave_up_ = false;
   if (voted_round_ != lease.round) {
     voted_round_ = 0;
     told_commit_ = applied_ = false;
@@ -214,6 +221,8 @@ void Target::vote(bool ready, int tries) {
     voted_version_ = lease_->version;
     voted_epoch_ = world().coordinator().epoch();
     told_commit_ = applied_ = false;
+  } else {
+    gave_up_ = true;
   }
   call(
       150,
@@ -247,6 +256,8 @@ void Target::decide(int tries) {
           return decided((*decision)->commit);
         }
         if (tries > 0) return after_ms(20, [=, this] { decide(tries - 1); });
+        // Its last word; then what was decided after all counts.
+        if (!gave_up_) return vote(false, kTries);
         ++world().counts().unknown;
         pause_and_step();  // it keeps that it has voted, and serves nothing unless all hold it
       });

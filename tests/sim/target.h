@@ -75,6 +75,8 @@ class Target final : public Process {
   uint64_t voted_epoch_ = 0;
   bool told_commit_ = false;
   bool applied_ = false;
+  uint64_t last_round_ = 0;
+  bool gave_up_ = false;
 };
 
 }  // namespace transfuse::sim

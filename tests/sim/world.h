@@ -74,7 +74,8 @@ class World {
   void after_event();
   void check_engines();
   void check_weights();
-  void check_recovered(const std::map<std::string, uint64_t>& before);
+  // Everybody has gone on since.
+  bool recovered(const std::map<std::string, uint64_t>& before) const;
   std::map<std::string, uint64_t> progress() const;
   void leave_all();
   void note(const std::string& what);
