@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
+import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -13,10 +15,13 @@ from demo_process import COMMAND, interrupt, processes_of
 from transfuse.demo import __main__ as command
 from transfuse.demo.channel import ChildFailedError
 from transfuse.demo.results import Results, ResultsError, check_room
+from transfuse.demo.rl.command import perform
 from transfuse.demo.rl.judge import LAST, judge
 from transfuse.demo.rl.rollout import Batch, Rollout
-from transfuse.demo.rl.settings import Settings, with_steps
+from transfuse.demo.rl.run import Run
+from transfuse.demo.rl.settings import Settings, tiny, with_steps
 from transfuse.demo.rl.task import ASK, advantages, make_prompts, rewards
+from transfuse.demo.screen import PlainScreen
 
 
 def shared_memory():
@@ -122,6 +127,20 @@ def test_pictures_and_the_plan_are_written(tiny_run):
 
 def test_nothing_is_left_of_a_run(tiny_run):
     assert tiny_run[3] == {"processes": [], "files": [], "shared memory": []}
+
+
+def test_a_rollout_that_is_older_than_the_bound_is_answered_again():
+    with tempfile.TemporaryDirectory() as folder:
+        settings = dataclasses.replace(
+            tiny(Settings(job=f"test-lag-{os.getpid()}", folder=f"{folder}/run")),
+            steps=4,
+            kill_at=0,
+            stop_at=0,
+            max_lag=1,
+        )
+        report, _ = perform(Run(settings, PlainScreen()))
+    assert [row["lag"] for row in report["steps"]] == [0, 1, 0, 1]
+    assert [row["rollout_version"] for row in report["steps"]] == [1, 1, 3, 3]
 
 
 def test_an_interrupted_run_leaves_no_process(tmp_path):

@@ -41,9 +41,7 @@ class SafePoint:
         self._stage: transfuse.Stage | None = None
         self._commit = False
         self._next = 0
-        self.committed: dict[str, Any] | None = (
-            None  # how long the engine stood still, and for what
-        )
+        self.committed: dict[str, Any] | None = None  # how long the engine stood still for it
 
     def plan(self, *, commit: bool, stage: int) -> None:
         """For the next generation; `stage` 0: nothing."""
@@ -146,9 +144,7 @@ class Rank:
             for index, prompt in enumerate(command["prompts"])
             for sample in range(command["samples"])
         ]
-        start = time.perf_counter()
         completions = self._engine.generate(requests, commit_between_steps=False)
-        seconds = time.perf_counter() - start
         refit = self._safe_point.committed
         if refit is not None:
             refit |= self._numbers()
@@ -158,7 +154,6 @@ class Rank:
             "generated",
             version=self._receiver.version,
             token_versions=versions,
-            seconds=seconds,
             refit=refit,
             **content,
         )
@@ -191,6 +186,7 @@ class Rank:
             "version": report.version,
             "verified": report.verified_bytes == report.size_bytes > 0,
             "size_bytes": report.size_bytes,
+            "verified_bytes": report.verified_bytes,
             "planned": report.planned,
             "phases_us": {p: getattr(report.phases, f"{p}_us") for p in (*PHASES, "total")},
             "gbps": report.gigabytes_per_second,

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transfuse.demo.screen import Mood
-
 LEGEND = (
     "reward: share of digits in place; from, in: the version that answered, the one that learns\n"
     "from it; lag: versions between; clip: tokens whose importance ratio was clipped. engine: its\n"
     "version after the refit beside this step, in ms: lease, transfer and verify while it serves,\n"
     "pause (with decide and commit) while it does not; memcpy: share of what memcpy reaches now;\n"
-    "check: fingerprints of every byte that arrived against those of the trainers"
+    "equal: kB whose fingerprints are those of the trainers, all that a rank holds"
 )
 HEADER = (
     "step reward from   in lag   clip | engine  lease transfer verify decide commit  pause memcpy  "
-    "check"
+    "equal"
 )
 
 
@@ -32,13 +30,8 @@ def format_row(row: Mapping[str, Any]) -> str:
         return begin
     ms = {name: us / 1e3 for name, us in refit["phases_us"].items()}
     share = refit["gbps"] / refit["memcpy_gbps"]
-    check = "equal" if refit["verified"] else "NONE"
     return (
         f"{begin}{ms['lease']:7.1f}{ms['transfer']:9.2f}{ms['verify']:7.2f}{ms['decide']:7.2f}"
-        f"{ms['commit']:7.2f}{refit['pause_ms']:7.2f}{share:7.0%}  {check}"
+        f"{ms['commit']:7.2f}{refit['pause_ms']:7.2f}{share:7.0%}"
+        f"{refit['verified_bytes'] / 1e3:7.0f}"
     )
-
-
-def mood_of(row: Mapping[str, Any]) -> Mood:
-    """Bytes without proof are bad."""
-    return Mood.BAD if row["refit"] is not None and not row["refit"]["verified"] else Mood.GOOD

@@ -14,7 +14,7 @@ from transfuse.demo.channel import START_S, ChildFailedError
 from transfuse.demo.crew import Crew
 from transfuse.demo.rl.engine import RankedEngine
 from transfuse.demo.rl.rollout import Batch, Rollout, held_out_batch, training_batch
-from transfuse.demo.rl.rows import HEADER, LEGEND, format_row, mood_of
+from transfuse.demo.rl.rows import HEADER, LEGEND, format_row
 from transfuse.demo.rl.settings import (
     GROUP,
     MODEL,
@@ -116,6 +116,13 @@ class Run:
             self._lose_a_rank(step)
             self._engine.ask(batch)
         following, refit = self._engine.take(batch)
+        if refit is not None and refit["version"] != following.version:
+            self._event("given up", step, group=GROUP, version=refit["version"])
+            said = (
+                f"      group {GROUP} gave up version {refit['version']} and keeps the one before"
+            )
+            self.screen.say(said, Mood.NOTE)
+            refit = None
         if stops:
             self._serve_without_a_trainer(step)
         stepped = [t.expect("stepped", timeout_s=self.settings.deadline_s) for t in self._trainers]
@@ -125,7 +132,7 @@ class Run:
         row |= {"published": self._version, "publish_ms": slowest}
         row |= {"engine_version": self._engine.version, "refit": refit}
         self.rows.append(row)
-        self.screen.row(format_row(row), mood_of(row))
+        self.screen.row(format_row(row))
         return following
 
     def _wanted(self) -> int:
