@@ -185,6 +185,24 @@ TEST_F(Group, ARankThatCameBackSaysOfWhichRoundItsVersionIs) {
   EXPECT_EQ(group().state, GroupState::kWhole);
 }
 
+// A publisher that is faster than the ranks are apart would otherwise abort every round.
+TEST_F(Group, AVersionThatARankHasStillToGetIsTheLastToBeReplaced) {
+  write_slot(a_, replacing(1, {}), 1);
+  const Lease first = lease(r0_);
+  ASSERT_TRUE(release(r0_, first, LeaseEnd::kUnchanged));
+  write_slot(a_, replacing(2, {}), 2);
+  write_slot(a_, replacing(3, {1, 2}), 2);
+  EXPECT_EQ(version(1).state, VersionState::kReady);
+  EXPECT_EQ(version(2).state, VersionState::kRetired);
+  const Lease second = lease(r1_);
+  EXPECT_EQ(second.version, 1u);
+  ASSERT_TRUE(release(r1_, second, LeaseEnd::kUnchanged));
+  ASSERT_TRUE(vote(r0_, first.round));
+  ASSERT_TRUE(vote(r1_, first.round));
+  write_slot(a_, replacing(4, {1, 3}), 1);
+  EXPECT_EQ(version(1).state, VersionState::kRetired) << "once it is decided, it is as any other";
+}
+
 TEST_F(Group, OneVoteAgainstAbortsTheRoundForAllAndForGood) {
   write(a_, 1);
   refit({r0_, r1_});

@@ -94,9 +94,14 @@ void LeaseTable::begin_write(WaiterId waiter, uint64_t source, const WriteReques
 }
 
 // Which of the versions that a source may overwrite makes room: one that has ended, else the oldest
-// that nobody reads, else the oldest.
+// that nobody reads (if there is a choice, one that no group has still to bring to all of its
+// ranks), else the oldest.
 uint64_t LeaseTable::choose_replaced(const Member& source, const WriteRequest& request) const {
   const Model& model = models_.find(source.registration.model)->second;
+  std::set<uint64_t> awaited;
+  for (const auto& [name, group] : model.groups) {
+    if (group.round && !group.round->committed) awaited.insert(group.round->version);
+  }
   std::optional<uint64_t> unread;
   std::optional<uint64_t> oldest;
   for (const uint64_t number : request.replaces) {
@@ -106,7 +111,10 @@ uint64_t LeaseTable::choose_replaced(const Member& source, const WriteRequest& r
       return number;
     }
     const bool read = !version->second.leases.empty();
-    if (!read && (!unread || number < *unread)) unread = number;
+    const auto later = [&](uint64_t a, uint64_t b) {
+      return std::pair{awaited.contains(a), a} > std::pair{awaited.contains(b), b};
+    };
+    if (!read && (!unread || later(*unread, number))) unread = number;
     if (!oldest || number < *oldest) oldest = number;
   }
   return unread ? *unread : oldest.value_or(0);

@@ -152,7 +152,8 @@ bool Judge::read(uint64_t version) const {
                      [&](const auto& lease) { return lease.second.version == version; });
 }
 
-// All that have ended; else the oldest that nobody reads; else the oldest.
+// All that have ended; else the oldest that nobody reads, or another one if a group may wait for
+// that; else the oldest.
 std::set<uint64_t> Judge::choose_replaced(const Member& source, const WriteRequest& request) const {
   std::set<uint64_t> ended;
   std::set<uint64_t> unread;
@@ -168,6 +169,10 @@ std::set<uint64_t> Judge::choose_replaced(const Member& source, const WriteReque
     }
   }
   if (!ended.empty()) return ended;
+  const bool awaited = std::any_of(rounds_.begin(), rounds_.end(), [&](const auto& round) {
+    return !round.second.recorded && unread.contains(round.second.version);
+  });
+  if (awaited) return unread;
   if (!unread.empty()) return {*unread.begin()};
   if (request.replaces.empty()) return {0};
   return {*std::min_element(request.replaces.begin(), request.replaces.end())};

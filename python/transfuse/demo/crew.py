@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import transfuse
 from transfuse.demo.channel import Child
+
+
+@contextlib.contextmanager
+def _interrupted_afterwards() -> Iterator[None]:
+    """Ctrl-C within the body is raised at its end: what it starts is known by then."""
+    pending: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pending.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pending:
+        raise KeyboardInterrupt
 
 
 class Crew:
@@ -30,8 +45,9 @@ class Crew:
 
     def start(self, name: str, module: str, *args: str) -> Child:
         """A new process, in the place of one of this name that has ended."""
-        child = Child(name, module, *args, folder=self._folder)
-        self._children[name] = child
+        with _interrupted_afterwards():
+            child = Child(name, module, *args, folder=self._folder)
+            self._children[name] = child
         return child
 
     def kill(self, child: Child) -> None:
