@@ -223,7 +223,9 @@ Result<void> run(const ServeOptions& options, const std::optional<RuntimePaths>&
     }
     // Under the lock nobody can start another one, whose socket this shutdown would remove.
     auto lock = FolderLock::take(*embedded, Deadline::after_ms(kLockMs));
-    if (!lock && why == "idle") continue;
+    // Somebody else has it: a new member may be on its way. Else the folder is gone, or nobody's
+    // any more, and no member will ever come.
+    if (!lock && why == "idle" && lock.error().code == ErrorCode::kDeadlineExceeded) continue;
     log_event(LogLevel::kInfo, "ending", {{"why", why}});
     stop(*listening);
     if (lock) lock->remove_files(*embedded);

@@ -4,6 +4,7 @@ have left nothing is there."""
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 
 REFITS = 300
@@ -109,3 +110,13 @@ def test_an_idle_coordinator_ends_and_leaves_no_file(job):
     coordinator.wait()
     assert job.files() == []
     assert not job.folder.exists()
+
+
+def test_an_idle_coordinator_whose_folder_cannot_be_made_again_ends(job):
+    outer, job.folder = job.folder, job.folder / "inner"
+    trainer = job.trainer(idle_exit_ms=200)
+    trainer.update(1)
+    coordinator = job.coordinator(trainer)
+    shutil.rmtree(outer)
+    assert trainer.close() == 0
+    coordinator.wait()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import tempfile
+import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -164,20 +166,48 @@ def test_a_disk_that_is_full_at_the_end_is_one_line_and_leaves_nothing(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
+@contextlib.contextmanager
+def mounted(folder, size):
+    """A file system of its own."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(command, check=False, capture_output=True).returncode != 0:
+        pytest.skip("a small file system cannot be mounted: not root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 64 KiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)],
-        check=False,
-        capture_output=True,
-    )
-    if mounted.returncode != 0:
-        pytest.skip("a small file system cannot be mounted: not root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted(tmp_path / "small", "64k") as folder:
+        yield folder
+
+
+def test_a_disk_that_fills_up_while_processes_start_is_said(tmp_path):
+    with mounted(tmp_path / "disk", "9m") as disk:
+        with subprocess.Popen(
+            [*COMMAND, "--out", str(tmp_path / "out")],
+            env={**os.environ, "TMPDIR": str(disk)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as demo:
+            deadline = time.monotonic() + 60
+            while not list(disk.glob("*/live/*.log")) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            with contextlib.suppress(OSError), (disk / "fill").open("wb", buffering=0) as fill:
+                while fill.write(bytes(4096)):
+                    pass
+            _, errors = demo.communicate(timeout=280)
+        (disk / "fill").unlink()
+        assert demo.returncode == command.EXIT_FAILED
+        assert errors.startswith(f"the demo failed: {disk}")
+        assert "KiB free" in errors
+        assert errors.count("\n") == 1
+        assert processes_of(f"demo-{demo.pid}") == []
+        assert list(disk.iterdir()) == []
 
 
 @pytest.mark.parametrize("which", ["results", "temporary"])

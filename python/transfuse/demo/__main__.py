@@ -57,21 +57,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def demo(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Runs the demo that was asked for in a folder of its own, which is gone afterwards."""
     check_room(options.out)
     with tempfile.TemporaryDirectory(prefix="transfuse-demo-") as folder:
         check_room(Path(folder))
         os.environ["XDG_RUNTIME_DIR"] = folder  # sockets of the run lie with its other files
-        job = f"demo-{os.getpid()}"
         if options.pretrain:
-            from transfuse.demo.pretrain import command as pretrain
-
-            good = pretrain.demo(options, job, folder)
+            from transfuse.demo.pretrain.command import demo
         else:
-            from transfuse.demo.rl import command as rl
-
-            good = rl.demo(options, job, folder)
+            from transfuse.demo.rl.command import demo
+        try:
+            good = demo(options, f"demo-{os.getpid()}", folder)
+        except ChildFailedError:
+            check_room(Path(folder))  # a process that could not write could not say so either
+            raise
     return 0 if good else EXIT_FAILED
 
 
@@ -86,7 +86,7 @@ def main() -> int:
         )
         return EXIT_MISSING
     try:
-        return demo(options)
+        return run(options)
     except (ChildFailedError, ResultsError, TransfuseError, OSError) as error:
         sys.stderr.write(f"the demo failed: {error}\n")
         return EXIT_FAILED
