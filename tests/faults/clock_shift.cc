@@ -17,8 +17,8 @@ int64_t shift_s() {
   static const std::atomic<int64_t>* const shared = [] {
     const char* path = std::getenv("TRANSFUSE_TEST_CLOCK");
     const int file = path == nullptr ? -1 : ::open(path, O_RDONLY | O_CLOEXEC);
-    void* mapped = file < 0 ? MAP_FAILED
-                            : ::mmap(nullptr, sizeof(int64_t), PROT_READ, MAP_SHARED, file, 0);
+    void* mapped =
+        file < 0 ? MAP_FAILED : ::mmap(nullptr, sizeof(int64_t), PROT_READ, MAP_SHARED, file, 0);
     if (file >= 0) ::close(file);
     return mapped == MAP_FAILED ? nullptr : static_cast<const std::atomic<int64_t>*>(mapped);
   }();
