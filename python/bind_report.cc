@@ -113,6 +113,13 @@ void bind_groups(nb::module_& m) {
       .value("WHOLE", GroupState::kWhole)
       .value("SWITCHING", GroupState::kSwitching)
       .value("BROKEN", GroupState::kBroken);
+  nb::class_<VersionEvent>(m, "VersionEvent", "One entry in the story of a version.")
+      .def_ro("at_us", &VersionEvent::at_us, "Since the version was opened.")
+      .def_ro("who", &VersionEvent::who, "A member, a group, or nobody.")
+      .def_ro("what", &VersionEvent::what)
+      .def("__repr__", [](const VersionEvent& e) {
+        return "VersionEvent(" + std::to_string(e.at_us) + " us: " + e.who + " " + e.what + ")";
+      });
   nb::class_<GroupRank>(m, "GroupRank", "A rank of a group, and the version that it holds.")
       .def_ro("name", &GroupRank::name)
       .def_ro("version", &GroupRank::version);

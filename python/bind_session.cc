@@ -360,6 +360,10 @@ class PythonControl {
     const nb::gil_scoped_release unlocked;
     return take(control_->groups(model));
   }
+  std::vector<VersionEvent> history(const std::string& model, uint64_t version) {
+    const nb::gil_scoped_release unlocked;
+    return take(control_->history(model, version));
+  }
   std::unique_ptr<PythonWatch> watch(const std::string& model) {
     const nb::gil_scoped_release unlocked;
     return std::make_unique<PythonWatch>(session_, take(control_->watch(model)));
@@ -386,6 +390,7 @@ void bind_control(nb::module_& m) {
       .def("versions", &PythonControl::versions, "model"_a)
       .def("members", &PythonControl::members, "model"_a)
       .def("groups", &PythonControl::groups, "model"_a)
+      .def("history", &PythonControl::history, "model"_a, "version"_a)
       .def("watch", &PythonControl::watch, "model"_a)
       .def("verify", &PythonControl::verify, "model"_a, "timeout_ms"_a);
 }

@@ -807,6 +807,22 @@ class GroupState(enum.Enum):
 
     BROKEN = 3
 
+class VersionEvent:
+    """One entry in the story of a version."""
+
+    @property
+    def at_us(self) -> int:
+        """Since the version was opened."""
+
+    @property
+    def who(self) -> str:
+        """A member, a group, or nobody."""
+
+    @property
+    def what(self) -> str: ...
+
+    def __repr__(self) -> str: ...
+
 class GroupRank:
     """A rank of a group, and the version that it holds."""
 
@@ -1004,6 +1020,8 @@ class NativeControl:
     def members(self, model: str) -> list[MemberInfo]: ...
 
     def groups(self, model: str) -> list[GroupInfo]: ...
+
+    def history(self, model: str, version: int) -> list[VersionEvent]: ...
 
     def watch(self, model: str) -> NativeWatch: ...
 

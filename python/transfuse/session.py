@@ -22,6 +22,7 @@ from transfuse._transfuse import (
     StageProgress,
     Verify,
     VerifyReport,
+    VersionEvent,
     VersionInfo,
     WhenLeased,
     WriteTiming,
@@ -366,6 +367,10 @@ class Control:
     def members(self, model: str = "") -> list[MemberInfo]:
         """The live members of a model, or of all models."""
         return self._native.members(model)
+
+    def history(self, model: str, version: int) -> list[VersionEvent]:
+        """What happened to a version, oldest first; NotFoundError if it is not known any more."""
+        return self._native.history(model, version)
 
     def groups(self, model: str = "") -> list[GroupInfo]:
         """The groups of targets of a model, or of all models."""

@@ -128,6 +128,8 @@ def test_status_versions_and_why_tell_what_a_job_does(job: str) -> None:
         gaps = [later - before for before, later in zip(times, times[1:], strict=False)]
         assert story["longest_wait"]["us"] == max(gaps)
         assert "longest wait" in ask(job, "why", "2").stdout
+        history = transfuse.Control(job=job).history("model", 2)
+        assert [(event.who, event.what) for event in history] == told
         unknown = ask(job, "why", "77")
         assert unknown.returncode == 1
         assert "version 77" in unknown.stderr
