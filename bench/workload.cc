@@ -14,6 +14,11 @@
 #include "transfuse/result.h"
 
 namespace transfuse::bench {
+namespace {
+
+constexpr std::string_view kEqualTensors = "equal tensors";  // of no family
+
+}  // namespace
 
 ModelConfig qwen3_4b(int64_t layers) {
   ModelConfig config;
@@ -70,6 +75,30 @@ ModelConfig narrow_qwen3_30b_a3b(uint64_t total_bytes) {
   const int64_t per_layer = words / config.num_hidden_layers / config.hidden_size - heads;
   config.moe_intermediate_size = std::max<int64_t>(per_layer / 3 / config.num_experts, 8);
   return config;
+}
+
+ModelConfig equal_tensors(int64_t count, uint64_t tensor_bytes) {
+  ModelConfig config;
+  config.architecture = kEqualTensors;
+  config.num_hidden_layers = count;
+  config.hidden_size = 1024;
+  config.intermediate_size = static_cast<int64_t>(tensor_bytes / 2) / config.hidden_size;
+  return config;
+}
+
+Result<Layout> layout_of(const ModelConfig& config, std::string_view spec, int64_t rank) {
+  TRANSFUSE_ASSIGN_OR_RETURN(const ParallelSpec parsed, parse_parallel_spec(spec));
+  if (config.architecture != kEqualTensors) return make_layout(config, parsed, rank);
+  LayoutBuilder builder;
+  const Dims shape{config.intermediate_size, config.hidden_size};
+  for (int64_t i = 0; i < config.num_hidden_layers; ++i) {
+    const std::string name = fmt::format("tensor{}", i);
+    const Box whole = Box::whole(shape);
+    const uint32_t tensor = builder.tensor({name, Dtype::kBF16, shape});
+    const uint32_t parameter = builder.parameter({name, Dtype::kBF16, whole.element_count()});
+    builder.tile(tensor, whole, parameter, 0);
+  }
+  return builder.build();
 }
 
 Result<std::vector<Layout>> layouts_of(const ModelConfig& config, std::string_view spec) {
