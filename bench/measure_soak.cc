@@ -30,9 +30,9 @@ struct Mode {
 // A thousand where that is the target's word; what the modes add shows in fewer.
 constexpr Mode kModes[] = {
     {"in place", 0, ReceiveInto::kInPlace, 1, 1000},
-    {"snapshot, in place", 2, ReceiveInto::kInPlace, 1, 300},
-    {"snapshot, shadow", 2, ReceiveInto::kShadow, 1, 300},
-    {"snapshot, shadow, group of 2", 2, ReceiveInto::kShadow, 2, 300},
+    {"snapshot, in place", 2, ReceiveInto::kInPlace, 1, 1000},
+    {"snapshot, shadow", 2, ReceiveInto::kShadow, 1, 1000},
+    {"snapshot, shadow, group of 2", 2, ReceiveInto::kShadow, 2, 1000},
 };
 
 // What may grow, at one moment: counts over all processes, and the memory of one of each kind.

@@ -18,6 +18,12 @@ namespace {
 
 constexpr std::string_view kEqualTensors = "equal tensors";  // of no family
 
+// The attention alone of a wider model is more than a small total.
+int64_t narrow_hidden_size(uint64_t total_bytes) {
+  constexpr uint64_t kSmallBytes = uint64_t{128} << 20;
+  return total_bytes < kSmallBytes ? 64 : 512;
+}
+
 }  // namespace
 
 ModelConfig qwen3_4b(int64_t layers) {
@@ -51,7 +57,7 @@ ModelConfig qwen3_30b_a3b() {
 
 ModelConfig narrow_qwen3_4b(uint64_t total_bytes) {
   ModelConfig config = qwen3_4b();
-  config.hidden_size = 512;
+  config.hidden_size = narrow_hidden_size(total_bytes);
   config.head_dim = 32;
   config.vocab_size = 8192;
   // Bytes of a layer are 2 x hidden x (heads + 3 x intermediate); solved for the intermediate size.
@@ -65,7 +71,7 @@ ModelConfig narrow_qwen3_4b(uint64_t total_bytes) {
 
 ModelConfig narrow_qwen3_30b_a3b(uint64_t total_bytes) {
   ModelConfig config = qwen3_30b_a3b();
-  config.hidden_size = 512;
+  config.hidden_size = narrow_hidden_size(total_bytes);
   config.head_dim = 32;
   config.vocab_size = 8192;
   const auto heads =
