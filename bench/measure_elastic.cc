@@ -35,6 +35,7 @@ constexpr double kMiB = 1 << 20;
 struct Scale {
   int steps = 30;
   int receivers = 8;
+  uint32_t threads = 1;    // of one receiver
   int steps_per_join = 2;  // all are there for the second half
   std::chrono::milliseconds period{1000};
 };
@@ -49,7 +50,7 @@ struct Step {
   std::vector<TargetRefit> refits;
   double publish_ms = 0;  // all of the source's begin_write, step and publish
   double refits_ms = 0;   // of all receivers, from the first order to the last answer
-  double memcpy_ms = 0;   // of one receiver's bytes, with the threads of one
+  double memcpy_ms = 0;   // of one receiver's bytes, with the threads of all
   bool joining = false;   // a receiver's first refit is among them
   uint64_t coordinator_bytes = 0;
   uint64_t coordinator_files = 0;
@@ -93,7 +94,8 @@ class Growth {
     const Stopwatch refit_watch;
     TRANSFUSE_ASSIGN_OR_RETURN(step.refits, fleet_.refit());
     step.refits_ms = refit_watch.seconds() * 1e3;
-    step.memcpy_ms = ceiling_.copy_seconds(scratch_.bytes()) * 1e3;
+    const auto threads = static_cast<uint32_t>(step.refits.size()) * scale_.threads;
+    step.memcpy_ms = ceiling_.copy_seconds(scratch_.bytes(), threads) * 1e3;
     TRANSFUSE_ASSIGN_OR_RETURN(step.source.usage, fleet_.sources().front()->usage());
     for (const auto& target : fleet_.targets()) {
       TRANSFUSE_ASSIGN_OR_RETURN(const ProcessUsage usage, target->usage());
@@ -288,18 +290,18 @@ void emit_growth(const std::string& workload, const std::vector<Step>& steps, co
 }
 
 Result<void> measure_one(const std::string& name, const ModelConfig& config, const Scale& scale,
-                         const Options& options, const Sink& sink) {
+                         const Sink& sink) {
   TRANSFUSE_ASSIGN_OR_RETURN(const auto fleet, Fleet::open({.name = "elastic",
                                                             .config = config,
                                                             .source = "hf",
                                                             .target = "hf",
-                                                            .threads = options.threads,
+                                                            .threads = scale.threads,
                                                             .snapshot_slots = 2,
                                                             .count_wire = true}));
   TRANSFUSE_ASSIGN_OR_RETURN(const Layout layout, layout_of(config, "hf", 0));
   TRANSFUSE_ASSIGN_OR_RETURN(Weights scratch, Weights::allocate(layout, nullptr));
-  const uint32_t threads = options.threads == 0 ? usable_core_count() : options.threads;
-  TRANSFUSE_ASSIGN_OR_RETURN(const Ceiling ceiling, Ceiling::open(scratch.size_bytes(), threads));
+  TRANSFUSE_ASSIGN_OR_RETURN(const Ceiling ceiling,
+                             Ceiling::open(scratch.size_bytes(), scale.threads));
   Growth growth(*fleet, scale, ceiling, scratch);
   TRANSFUSE_RETURN_IF_ERROR(growth.run());
   const std::string workload =
@@ -322,12 +324,13 @@ Result<void> measure_elastic(const Options& options, const Sink& sink) {
         .steps = 6, .receivers = 2, .steps_per_join = 1, .period = std::chrono::milliseconds(50)};
     total_bytes = uint64_t{16} << 20;
   }
+  scale.threads = options.threads == 0 ? usable_core_count() : options.threads;
   constexpr int64_t kTensors = 32;
   TRANSFUSE_RETURN_IF_ERROR(measure_one(fmt::format("32 x {} KiB", total_bytes / kTensors >> 10),
                                         equal_tensors(kTensors, total_bytes / kTensors), scale,
-                                        options, sink));
+                                        sink));
   return measure_one(fmt::format("4b, narrow, {} MiB", total_bytes >> 20),
-                     narrow_qwen3_4b(total_bytes), scale, options, sink);
+                     narrow_qwen3_4b(total_bytes), scale, sink);
 }
 
 }  // namespace transfuse::bench

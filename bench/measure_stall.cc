@@ -128,7 +128,7 @@ Result<StallWorld::Stall> StallWorld::step(Retention retention) {
 }  // namespace
 
 Result<void> measure_stall(const Options& options, const Sink& sink) {
-  const uint64_t total_bytes = options.tiny ? uint64_t{16} << 20 : uint64_t{1} << 30;
+  const uint64_t total_bytes = options.tiny ? uint64_t{16} << 20 : uint64_t{512} << 20;
   TRANSFUSE_ASSIGN_OR_RETURN(const auto layouts, layouts_of(narrow_qwen3_4b(total_bytes), "hf"));
   TRANSFUSE_ASSIGN_OR_RETURN(const auto world, StallWorld::open(layouts[0]));
   const uint32_t threads = usable_core_count();  // those that copy
