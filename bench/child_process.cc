@@ -4,6 +4,8 @@
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <signal.h>
+#include <sys/resource.h>
+#include <sys/time.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -33,17 +35,24 @@ namespace {
 
 constexpr auto kGracefulEnd = std::chrono::seconds(10);
 
+uint64_t own_cpu_us() {
+  rusage used{};
+  getrusage(RUSAGE_SELF, &used);
+  const auto us = [](const timeval& t) { return t.tv_sec * 1000000 + t.tv_usec; };
+  return static_cast<uint64_t>(us(used.ru_utime) + us(used.ru_stime));
+}
+
 }  // namespace
 
 std::string encode(const ProcessUsage& usage) {
-  return fmt::format("{} {} {} {}", usage.anonymous_bytes, usage.open_files, usage.regions,
-                     usage.handles);
+  return fmt::format("{} {} {} {} {}", usage.anonymous_bytes, usage.open_files, usage.regions,
+                     usage.handles, usage.cpu_us);
 }
 
 Result<ProcessUsage> decode_process_usage(std::string_view text) {
   ProcessUsage usage;
-  if (std::sscanf(std::string(text).c_str(), "%lu %lu %lu %lu", &usage.anonymous_bytes,
-                  &usage.open_files, &usage.regions, &usage.handles) != 4)
+  if (std::sscanf(std::string(text).c_str(), "%lu %lu %lu %lu %lu", &usage.anonymous_bytes,
+                  &usage.open_files, &usage.regions, &usage.handles, &usage.cpu_us) != 5)
     return Error{ErrorCode::kCorrupt, fmt::format("the usage of a process: '{}'", text)};
   return usage;
 }
@@ -54,7 +63,8 @@ ProcessUsage own_usage(const Transport& transport, uint64_t anonymous_bytes_befo
   return {.anonymous_bytes = now - std::min(now, anonymous_bytes_before),
           .open_files = open_file_count(),
           .regions = stats.regions,
-          .handles = stats.peers + stats.remote_regions + stats.tickets};
+          .handles = stats.peers + stats.remote_regions + stats.tickets,
+          .cpu_us = own_cpu_us()};
 }
 
 ChildProcess::ChildProcess(pid_t pid, UniqueFd to, FILE* from, std::string name)

@@ -26,6 +26,7 @@ struct ProcessUsage {
   uint64_t open_files = 0;
   uint64_t regions = 0;  // live registrations
   uint64_t handles = 0;  // peers, remote regions, tickets
+  uint64_t cpu_us = 0;   // since it was started, of all threads
 };
 std::string encode(const ProcessUsage& usage);
 Result<ProcessUsage> decode_process_usage(std::string_view text);
