@@ -5,16 +5,14 @@
 #include <cstdint>
 #include <memory>
 #include <string>
-#include <string_view>
 #include <vector>
 
-#include "bench/source_process.h"
-#include "fleet.h"
 #include "measure.h"
 #include "refit_world.h"
 #include "transfuse/deadline.h"
 #include "transfuse/receiver.h"
 #include "transfuse/result.h"
+#include "transfuse/versions.h"
 #include "workload.h"
 
 namespace transfuse::bench {

@@ -7,7 +7,6 @@
 #include <future>
 #include <memory>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -23,6 +22,7 @@
 #include "transfuse/receiver.h"
 #include "transfuse/result.h"
 #include "transfuse/transport.h"
+#include "transfuse/versions.h"
 #include "weights.h"
 #include "workload.h"
 

@@ -17,6 +17,7 @@
 #include "transfuse/receiver.h"
 #include "transfuse/result.h"
 #include "transfuse/transport.h"
+#include "transfuse/versions.h"
 #include "weights.h"
 #include "workload.h"
 
