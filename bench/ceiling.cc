@@ -27,9 +27,9 @@ Result<Ceiling> Ceiling::open(uint64_t size_bytes, uint32_t threads) {
   return Ceiling(std::move(source), std::max(threads, 1u));
 }
 
-double Ceiling::copy_seconds(std::span<std::byte> target) const {
+double Ceiling::copy_seconds(std::span<std::byte> target, uint32_t threads) const {
   const uint64_t size = std::min<uint64_t>(target.size(), source_.size_bytes());
-  const uint64_t share = (size + threads_ - 1) / threads_;
+  const uint64_t share = (size + threads - 1) / threads;
   const Stopwatch watch;
   std::vector<std::thread> workers;
   const auto copy = [&](uint64_t begin) {
@@ -37,7 +37,7 @@ double Ceiling::copy_seconds(std::span<std::byte> target) const {
     if (begin < end)
       std::memcpy(target.data() + begin, source_.bytes().data() + begin, end - begin);
   };
-  for (uint32_t i = 1; i < threads_; ++i) workers.emplace_back(copy, i * share);
+  for (uint32_t i = 1; i < threads; ++i) workers.emplace_back(copy, i * share);
   copy(0);
   for (std::thread& worker : workers) worker.join();
   return watch.seconds();

@@ -15,7 +15,8 @@ class Ceiling {
  public:
   static Result<Ceiling> open(uint64_t size_bytes, uint32_t threads);
   // Copies the buffer over `target`, each thread one contiguous share; returns seconds.
-  double copy_seconds(std::span<std::byte> target) const;
+  double copy_seconds(std::span<std::byte> target) const { return copy_seconds(target, threads_); }
+  double copy_seconds(std::span<std::byte> target, uint32_t threads) const;
 
  private:
   Ceiling(Weights source, uint32_t threads) : source_(std::move(source)), threads_(threads) {}

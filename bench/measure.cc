@@ -20,17 +20,33 @@ Spread spread_of(std::vector<double> samples) {
   return {samples.front(), median, samples.back()};
 }
 
+double slope_of(const std::vector<double>& y) {
+  if (y.size() < 2) return 0;
+  const auto n = static_cast<double>(y.size());
+  double sum_y = 0, sum_xy = 0;
+  for (size_t i = 0; i < y.size(); ++i) {
+    sum_y += y[i];
+    sum_xy += static_cast<double>(i) * y[i];
+  }
+  const double sum_x = n * (n - 1) / 2;
+  const double sum_xx = (n - 1) * n * (2 * n - 1) / 6;
+  return (n * sum_xy - sum_x * sum_y) / (n * sum_xx - sum_x * sum_x);
+}
+
 const std::vector<Measurement>& measurements() {
   static const std::vector<Measurement> list = {
       {"plan", "T1: compiling a plan for one target rank, on one core", measure_plan},
       {"fingerprint", "T8: fingerprints on the CPU, alone and in the copy", measure_fingerprint},
       {"refit", "T2, T3, T10: refits through shared memory beside memcpy", measure_refit},
       {"tensors", "T4: 18,867 tensors against 398 of the same bytes", measure_tensor_count},
+      {"modes", "T2 from snapshots and through a shadow", measure_modes},
       {"commit", "T14: the commit of a shadow beside memcpy; how long an engine stands still",
        measure_commit},
       {"stall", "how long a trainer stands still for readers, in place and with snapshots",
        measure_stall},
-      {"soak", "T11: a thousand refits leave nothing behind", measure_soak},
+      {"soak", "T11: a thousand refits leave nothing behind, in every mode", measure_soak},
+      {"elastic", "receivers join one by one while versions come: what each costs",
+       measure_elastic},
   };
   return list;
 }

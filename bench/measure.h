@@ -27,6 +27,8 @@ struct Spread {
   double max = 0;
 };
 Spread spread_of(std::vector<double> samples);
+// Least squares: y per step of x = 0, 1, 2, ...; 0 of fewer than two.
+double slope_of(const std::vector<double>& y);
 
 // One row of the table. `value` is in `unit`; `ceiling` is what the same run measured beside it.
 struct Figure {
@@ -60,8 +62,10 @@ Result<void> measure_plan(const Options& options, const Sink& sink);          //
 Result<void> measure_fingerprint(const Options& options, const Sink& sink);   // T8
 Result<void> measure_refit(const Options& options, const Sink& sink);         // T2, T3, T10
 Result<void> measure_tensor_count(const Options& options, const Sink& sink);  // T4
+Result<void> measure_modes(const Options& options, const Sink& sink);         // T2
 Result<void> measure_commit(const Options& options, const Sink& sink);        // T14
 Result<void> measure_stall(const Options& options, const Sink& sink);         // in_place, snapshot
 Result<void> measure_soak(const Options& options, const Sink& sink);          // T11
+Result<void> measure_elastic(const Options& options, const Sink& sink);       // receivers join
 
 }  // namespace transfuse::bench

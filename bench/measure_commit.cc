@@ -2,6 +2,7 @@
 // how long an engine stands still for a refit, in place and with a shadow.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -9,7 +10,9 @@
 
 #include "base/affinity.h"
 #include "bench/source_process.h"
+#include "bench/target_process.h"
 #include "ceiling.h"
+#include "fleet.h"
 #include "measure.h"
 #include "refit_world.h"
 #include "stopwatch.h"
@@ -36,7 +39,7 @@ Result<void> commit_one(RefitWorld& world, Receiver& receiver, const Ceiling& ce
   TRANSFUSE_RETURN_IF_ERROR(world.publish());
   const Deadline deadline = Deadline::after_ms(kDeadlineMs);
   const Stopwatch stage_watch;
-  TRANSFUSE_RETURN_IF_ERROR(receiver.stage({}, deadline, {}));
+  TRANSFUSE_RETURN_IF_ERROR(receiver.stage({}, deadline));
   TRANSFUSE_RETURN_IF_ERROR(receiver.wait_staged(deadline));
   samples.stage_ms.push_back(stage_watch.seconds() * 1e3);
   double copied = memcpy_first ? ceiling.copy_seconds(world.target().bytes()) : 0;
@@ -53,7 +56,8 @@ Result<void> commit_one(RefitWorld& world, Receiver& receiver, const Ceiling& ce
 
 Result<void> measure_shadow(RefitWorld& world, const Ceiling& ceiling, const std::string& workload,
                             bool keep_previous, int repetitions, const Sink& sink) {
-  TRANSFUSE_ASSIGN_OR_RETURN(const auto receiver, world.open_shadow(keep_previous));
+  TRANSFUSE_ASSIGN_OR_RETURN(const auto receiver,
+                             world.open_shadow({.keep_previous = keep_previous}));
   constexpr int kWarmUp = 2;
   Samples warm_up, samples;
   for (int i = 0; i < kWarmUp + repetitions; ++i) {
@@ -88,6 +92,44 @@ Result<void> measure_in_place(RefitWorld& world, const std::string& workload, in
   return {};
 }
 
+// Two ranks of one engine, which are one pause: both vote, and neither goes on before both hold the
+// version. The slower of the two counts.
+Result<void> measure_group(const Options& options, const Sink& sink) {
+  const uint64_t total_bytes = uint64_t{options.tiny ? 16u : 512u} << 20;
+  TRANSFUSE_ASSIGN_OR_RETURN(const auto fleet, Fleet::open({.name = "group",
+                                                            .config = narrow_qwen3_4b(total_bytes),
+                                                            .source = "fsdp:dp=2",
+                                                            .target = "vllm:tp=2"}));
+  for (int64_t rank = 0; rank < 2; ++rank) {
+    TRANSFUSE_RETURN_IF_ERROR(fleet->add_target({.name = fmt::format("engine{}", rank),
+                                                 .rank = rank,
+                                                 .into = ReceiveInto::kShadow,
+                                                 .group = "engine"}));
+  }
+  constexpr int kWarmUp = 2;
+  std::vector<double> pause_ms, decide_ms, copy_ms;
+  for (int i = 0; i < kWarmUp + options.repetitions; ++i) {
+    TRANSFUSE_RETURN_IF_ERROR(fleet->publish());
+    TRANSFUSE_ASSIGN_OR_RETURN(const auto refits, fleet->refit());
+    if (i < kWarmUp) continue;
+    const auto slower = [&](auto phase) {
+      return static_cast<double>(std::max(phase(refits[0]), phase(refits[1]))) / 1e3;
+    };
+    pause_ms.push_back(slower([](const TargetRefit& r) { return r.pause_us; }));
+    copy_ms.push_back(slower([](const TargetRefit& r) { return r.phases.commit_us; }));
+    // Who has its bytes first waits for the other: what the decision itself takes is the last's.
+    decide_ms.push_back(
+        static_cast<double>(std::min(refits[0].phases.decide_us, refits[1].phases.decide_us)) /
+        1e3);
+  }
+  const std::string workload =
+      fmt::format("{} MiB fsdp:dp=2 -> vllm:tp=2, group of 2", total_bytes >> 20);
+  sink({"T14", workload, "decide, the last rank to vote", "ms", spread_of(decide_ms)});
+  sink({"T14", workload, "copy, both ranks at once", "ms", spread_of(copy_ms)});
+  sink({"T14", workload, "pause, with waiting for the other", "ms", spread_of(pause_ms)});
+  return {};
+}
+
 }  // namespace
 
 Result<void> measure_commit(const Options& options, const Sink& sink) {
@@ -106,7 +148,7 @@ Result<void> measure_commit(const Options& options, const Sink& sink) {
     TRANSFUSE_RETURN_IF_ERROR(
         measure_shadow(*world, ceiling, workload, keep_previous, options.repetitions, sink));
   }
-  return {};
+  return measure_group(options, sink);
 }
 
 }  // namespace transfuse::bench

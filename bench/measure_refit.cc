@@ -57,7 +57,7 @@ Result<void> warm_up(RefitWorld& world, Measured& measured) {
   }
   measured.extra_target_mib = static_cast<double>(world.extra_target_bytes()) / kMiB;
   for (auto& source : world.sources()) {
-    TRANSFUSE_ASSIGN_OR_RETURN(const SourceUsage usage, source->usage());
+    TRANSFUSE_ASSIGN_OR_RETURN(const ProcessUsage usage, source->usage());
     measured.extra_source_mib.push_back(static_cast<double>(usage.anonymous_bytes) / kMiB);
   }
   return {};

@@ -7,14 +7,13 @@
 #include <future>
 #include <memory>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
 #include "base/affinity.h"
 #include "ceiling.h"
+#include "fleet.h"
 #include "measure.h"
-#include "refit_world.h"
 #include "stopwatch.h"
 #include "transfuse/control.h"
 #include "transfuse/deadline.h"
@@ -23,6 +22,7 @@
 #include "transfuse/receiver.h"
 #include "transfuse/result.h"
 #include "transfuse/transport.h"
+#include "transfuse/versions.h"
 #include "weights.h"
 #include "workload.h"
 
@@ -50,15 +50,14 @@ class StallWorld {
   double undisturbed_copy_seconds() const { return undisturbed_copy_seconds_; }
 
  private:
-  StallWorld(TemporaryFolder folder, Weights weights)
-      : folder_(std::move(folder)), weights_(std::move(weights)) {}
+  explicit StallWorld(TemporaryFolder folder) : folder_(std::move(folder)) {}
   Result<void> wait_for_reader(const std::future<Result<RefitReport>>& reading) const;
 
   TemporaryFolder folder_;
   std::unique_ptr<Control> control_ = open_local_control();
   std::unique_ptr<Transport> transport_;
   Weights weights_;
-  std::unique_ptr<Weights> target_;
+  Weights target_;
   std::unique_ptr<Publisher> publisher_;
   std::unique_ptr<Receiver> receiver_;
   uint64_t version_ = 0;
@@ -67,14 +66,14 @@ class StallWorld {
 
 Result<std::unique_ptr<StallWorld>> StallWorld::open(const Layout& layout) {
   TRANSFUSE_ASSIGN_OR_RETURN(TemporaryFolder folder, TemporaryFolder::make());
-  TRANSFUSE_ASSIGN_OR_RETURN(Weights weights, Weights::allocate(layout, nullptr));
-  std::unique_ptr<StallWorld> world(new StallWorld(std::move(folder), std::move(weights)));
+  std::unique_ptr<StallWorld> world(new StallWorld(std::move(folder)));
   TRANSFUSE_ASSIGN_OR_RETURN(world->transport_, open_shm_transport(world->folder_.path()));
-  TRANSFUSE_ASSIGN_OR_RETURN(Weights target, Weights::allocate(layout, nullptr));
-  world->target_ = std::make_unique<Weights>(std::move(target));
+  TRANSFUSE_ASSIGN_OR_RETURN(world->weights_, Weights::allocate(layout, world->transport_.get()));
+  TRANSFUSE_ASSIGN_OR_RETURN(world->target_, Weights::allocate(layout, nullptr));
   PublisherOptions options;
   options.name = "trainer";
   options.drain_ms = kDeadlineMs;
+  options.arenas = {world->weights_.arena()};
   options.snapshot_slots = kSlots;
   options.when_leased = WhenLeased::kWait;
   TRANSFUSE_ASSIGN_OR_RETURN(world->publisher_,
@@ -84,7 +83,7 @@ Result<std::unique_ptr<StallWorld>> StallWorld::open(const Layout& layout) {
   receiving.name = "engine";
   TRANSFUSE_ASSIGN_OR_RETURN(world->receiver_,
                              Receiver::open(*world->transport_, *world->control_, layout,
-                                            world->target_->memory(), receiving));
+                                            world->target_.memory(), receiving));
   return world;
 }
 
@@ -129,7 +128,7 @@ Result<StallWorld::Stall> StallWorld::step(Retention retention) {
 }  // namespace
 
 Result<void> measure_stall(const Options& options, const Sink& sink) {
-  const uint64_t total_bytes = options.tiny ? uint64_t{16} << 20 : uint64_t{1} << 30;
+  const uint64_t total_bytes = options.tiny ? uint64_t{16} << 20 : uint64_t{512} << 20;
   TRANSFUSE_ASSIGN_OR_RETURN(const auto layouts, layouts_of(narrow_qwen3_4b(total_bytes), "hf"));
   TRANSFUSE_ASSIGN_OR_RETURN(const auto world, StallWorld::open(layouts[0]));
   const uint32_t threads = usable_core_count();  // those that copy

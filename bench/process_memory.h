@@ -1,4 +1,4 @@
-// What this process uses, as the kernel counts it.
+// What a process uses, as the kernel counts it.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,8 @@ inline uint64_t process_memory_bytes(const std::string& field, const std::string
   return 0;
 }
 
-inline uint64_t open_file_count() {
-  const std::filesystem::directory_iterator files("/proc/self/fd");
+inline uint64_t open_file_count(const std::string& pid = "self") {
+  const std::filesystem::directory_iterator files("/proc/" + pid + "/fd");
   return static_cast<uint64_t>(std::distance(begin(files), end(files)));
 }
 

@@ -1,17 +1,14 @@
-// A trainer rank in a process of its own: this program again, as `transfuse bench-source`, told
-// what to do over a pipe.
+// A trainer rank in a process of its own: `transfuse bench-source`.
 #pragma once
 
-#include <sys/types.h>
-
 #include <cstdint>
-#include <cstdio>
 #include <memory>
 #include <string>
 #include <string_view>
+#include <utility>
 
-#include "base/unique_fd.h"
-#include "transfuse/model.h"
+#include "child_process.h"
+#include "member_spec.h"
 #include "transfuse/result.h"
 
 namespace transfuse::bench {
@@ -23,43 +20,23 @@ enum class SourceMemory : uint8_t {
 };
 
 struct SourceSpec {
-  ModelConfig config;
-  std::string layout;  // a parallelism spec: "fsdp:dp=2"
-  int64_t rank = 0;
+  MemberSpec member;
   SourceMemory memory = SourceMemory::kMemfd;
-  std::string stream;  // the model name under which versions are published
-  std::string runtime_folder;
+  uint32_t snapshot_slots = 0;  // 0: versions are read in place
 };
 std::string encode(const SourceSpec& spec);
 Result<SourceSpec> decode_source_spec(std::string_view text);
 
-// What a source says of itself, for what it holds beyond its weights.
-struct SourceUsage {
-  uint64_t anonymous_bytes = 0;  // resident private memory since before the publisher was opened
-  uint64_t open_files = 0;
-  uint64_t regions = 0;  // live registrations
-};
-
-// The reading end's handle. The destructor ends the process. Used from one thread.
+// The commanding end. The destructor ends the process. Used from one thread.
 class SourceProcess {
  public:
   static Result<std::unique_ptr<SourceProcess>> start(const SourceSpec& spec);
-  ~SourceProcess();
-  SourceProcess(const SourceProcess&) = delete;
-  SourceProcess& operator=(const SourceProcess&) = delete;
-
   Result<void> publish(uint64_t version);
-  Result<SourceUsage> usage();
+  Result<ProcessUsage> usage() { return child_->usage(); }
 
  private:
-  SourceProcess(pid_t pid, UniqueFd to, FILE* from, std::string name);
-  Result<std::string> answer(std::string_view order);
-  Error gone() const;
-
-  const pid_t pid_;
-  UniqueFd to_;
-  FILE* const from_;
-  const std::string name_;
+  explicit SourceProcess(std::unique_ptr<ChildProcess> child) : child_(std::move(child)) {}
+  std::unique_ptr<ChildProcess> child_;
 };
 
 // The other end: serves orders from stdin until it closes. An error is answered, not returned.

@@ -14,6 +14,17 @@
 #include "transfuse/result.h"
 
 namespace transfuse::bench {
+namespace {
+
+constexpr std::string_view kEqualTensors = "equal tensors";  // of no family
+
+// The attention alone of a wider model is more than a small total.
+int64_t narrow_hidden_size(uint64_t total_bytes) {
+  constexpr uint64_t kSmallBytes = uint64_t{128} << 20;
+  return total_bytes < kSmallBytes ? 64 : 512;
+}
+
+}  // namespace
 
 ModelConfig qwen3_4b(int64_t layers) {
   ModelConfig config;
@@ -46,7 +57,7 @@ ModelConfig qwen3_30b_a3b() {
 
 ModelConfig narrow_qwen3_4b(uint64_t total_bytes) {
   ModelConfig config = qwen3_4b();
-  config.hidden_size = 512;
+  config.hidden_size = narrow_hidden_size(total_bytes);
   config.head_dim = 32;
   config.vocab_size = 8192;
   // Bytes of a layer are 2 x hidden x (heads + 3 x intermediate); solved for the intermediate size.
@@ -60,7 +71,7 @@ ModelConfig narrow_qwen3_4b(uint64_t total_bytes) {
 
 ModelConfig narrow_qwen3_30b_a3b(uint64_t total_bytes) {
   ModelConfig config = qwen3_30b_a3b();
-  config.hidden_size = 512;
+  config.hidden_size = narrow_hidden_size(total_bytes);
   config.head_dim = 32;
   config.vocab_size = 8192;
   const auto heads =
@@ -70,6 +81,30 @@ ModelConfig narrow_qwen3_30b_a3b(uint64_t total_bytes) {
   const int64_t per_layer = words / config.num_hidden_layers / config.hidden_size - heads;
   config.moe_intermediate_size = std::max<int64_t>(per_layer / 3 / config.num_experts, 8);
   return config;
+}
+
+ModelConfig equal_tensors(int64_t count, uint64_t tensor_bytes) {
+  ModelConfig config;
+  config.architecture = kEqualTensors;
+  config.num_hidden_layers = count;
+  config.hidden_size = 1024;
+  config.intermediate_size = static_cast<int64_t>(tensor_bytes / 2) / config.hidden_size;
+  return config;
+}
+
+Result<Layout> layout_of(const ModelConfig& config, std::string_view spec, int64_t rank) {
+  TRANSFUSE_ASSIGN_OR_RETURN(const ParallelSpec parsed, parse_parallel_spec(spec));
+  if (config.architecture != kEqualTensors) return make_layout(config, parsed, rank);
+  LayoutBuilder builder;
+  const Dims shape{config.intermediate_size, config.hidden_size};
+  for (int64_t i = 0; i < config.num_hidden_layers; ++i) {
+    const std::string name = fmt::format("tensor{}", i);
+    const Box whole = Box::whole(shape);
+    const uint32_t tensor = builder.tensor({name, Dtype::kBF16, shape});
+    const uint32_t parameter = builder.parameter({name, Dtype::kBF16, whole.element_count()});
+    builder.tile(tensor, whole, parameter, 0);
+  }
+  return builder.build();
 }
 
 Result<std::vector<Layout>> layouts_of(const ModelConfig& config, std::string_view spec) {

@@ -19,6 +19,11 @@ ModelConfig qwen3_30b_a3b();
 ModelConfig narrow_qwen3_4b(uint64_t total_bytes);
 ModelConfig narrow_qwen3_30b_a3b(uint64_t total_bytes);
 
+// `count` tensors of `tensor_bytes` each, which every process holds whole ("hf").
+ModelConfig equal_tensors(int64_t count, uint64_t tensor_bytes);
+
+// Of one rank, also of equal_tensors().
+Result<Layout> layout_of(const ModelConfig& config, std::string_view spec, int64_t rank);
 Result<std::vector<Layout>> layouts_of(const ModelConfig& config, std::string_view spec);
 
 // 61 layers, 384 experts, 70,824 tensors, about 1.0 T parameters. Sources: 8 pipeline stages x 32

@@ -11,6 +11,7 @@
 
 #include "bench/measure.h"
 #include "bench/source_process.h"
+#include "bench/target_process.h"
 #include "command.h"
 #include "transfuse/result.h"
 
@@ -61,16 +62,19 @@ struct Arguments {
   bool json = false;
 };
 
-void add_bench_source_command(CLI::App& app, CommandContext& context) {
+// A process that `bench` starts: not shown.
+template <typename Decode, typename Run>
+void add_process_command(CLI::App& app, CommandContext& context, const std::string& name,
+                         const std::string& what, Decode decode, Run run) {
   auto text = std::make_shared<std::string>();
-  CLI::App* command = app.add_subcommand("bench-source", "A trainer rank of `bench`");
-  command->group("");  // not shown: `bench` starts it
+  CLI::App* command = app.add_subcommand(name, what);
+  command->group("");
   command->add_option("specification", *text)->required();
-  command->callback([&context, text] {
-    context.run = [text] {
-      const auto spec = bench::decode_source_spec(*text);
+  command->callback([&context, text, decode, run] {
+    context.run = [text, decode, run] {
+      const auto spec = decode(*text);
       if (!spec) return report_failure(spec.error(), false);
-      const auto outcome = bench::run_source(*spec);
+      const auto outcome = run(*spec);
       return outcome ? static_cast<int>(kExitOk) : report_failure(outcome.error(), false);
     };
   });
@@ -109,7 +113,10 @@ Examples:
   transfuse bench
   transfuse bench --only plan,fingerprint
   transfuse bench --layers 2 --json > figures.json)");
-  add_bench_source_command(app, context);
+  add_process_command(app, context, "bench-source", "A trainer rank of `bench`",
+                      bench::decode_source_spec, bench::run_source);
+  add_process_command(app, context, "bench-target", "An engine rank of `bench`",
+                      bench::decode_target_spec, bench::run_target);
   command->callback([&context, arguments] {
     context.run = [arguments] {
       if (arguments->options.tiny) arguments->options.repetitions = 2;
