@@ -70,6 +70,9 @@ Result<void> measure_plan(const Options& options, const Sink& sink) {
       {"qwen3-4b", "fsdp:dp=8", "vllm:tp=4", 2},
       {"qwen3-30b-a3b", "hf", "hf", 20},
       {"qwen3-30b-a3b", "fsdp:dp=8", "hf", 20},
+      {"qwen3-30b-a3b", "fsdp:dp=8", "vllm:tp=4,ep", 20},
+      {"qwen3-30b-a3b", "megatron:tp=2,pp=2,ep=4", "vllm:tp=4,ep", 20},
+      {"qwen3-30b-a3b", "megatron:tp=2,pp=2,ep=4", "vllm:tp=4", 20},
   };
   for (const Case& c : kCases) {
     const ModelConfig config =

@@ -14,7 +14,7 @@ namespace transfuse {
 // What a family's catalog and layouts need to know of a config.json. All counts; see shared symbols
 // in docs/layouts.md.
 struct ModelConfig {
-  std::string architecture;  // "qwen3", "qwen3_moe"
+  std::string architecture;  // "llama", "qwen2", "qwen3", "qwen3_moe"
   int64_t hidden_size = 0;
   int64_t intermediate_size = 0;
   int64_t moe_intermediate_size = 0;  // 0: dense
@@ -35,24 +35,56 @@ Result<ModelConfig> parse_model_config(std::string_view json);
 // The tensors of the published checkpoint, by HF name.
 Result<Catalog> make_catalog(const ModelConfig& config);
 
-// Parallelism of one side as the CLI spells it: "hf", "fsdp:dp=4", "fsdp:dp=2,tp=2", "vllm:tp=2".
-// Values are sizes, not ranks.
+// Parallelism of one side as the CLI spells it: "hf", "fsdp:dp=2,tp=2", "vllm:tp=4,ep",
+// "megatron:tp=2,pp=2,ep=4". Values are sizes, not ranks. docs/layouts.md, "Specs", says which
+// option means what to which family.
 struct ParallelSpec {
-  std::string family;  // "hf", "fsdp", "vllm"
+  std::string family;  // "hf", "fsdp", "vllm", "megatron"
   int64_t tp = 1;
-  int64_t dp = 1;              // shards (FSDP) of one replica
-  int64_t replicas = 1;        // HSDP
+  int64_t dp = 1;              // shards (FSDP) of one replica; Megatron: replicas of a stage
+  int64_t replicas = 1;        // of everything (HSDP)
   Dtype dtype = Dtype::kBF16;  // of the parameters; "dtype=f32"
-  int64_t rank_count() const { return tp * dp * replicas; }
+  int64_t pp = 1;
+  int64_t vpp = 1;                   // chunks of layers a pipeline stage
+  int64_t cp = 1;                    // context parallelism: repeats dense weights
+  int64_t ep = 1;                    // Megatron: ranks that share the experts
+  int64_t etp = 0;                   // tensor parallelism of one expert; 0: as tp
+  int64_t first = 0;                 // layers of the first pipeline stage; 0: as the others
+  int64_t last = 0;                  // layers of the last pipeline stage; 0: as the others
+  std::vector<int64_t> layers = {};  // of every chunk of every stage in the order of execution
+  int64_t vocab_divisor = 128;       // Megatron pads to a multiple of this times tp
+  bool expert_parallel = false;      // vLLM "ep": whole experts over all its tp x dp ranks
+  bool round_robin = false;          // vLLM "placement=round_robin"
+  bool up_before_gate = false;       // vLLM "w13=up_gate": the halves swapped
+  bool separate_norms = false;       // Megatron "norms=separate": not inside the linear after them
+  bool sequential_experts = false;   // Megatron "experts=sequential": one module per expert
+  // Of a checked spec (parse_parallel_spec); 0 where the family is unknown.
+  int64_t rank_count() const;
 };
 Result<ParallelSpec> parse_parallel_spec(std::string_view text);
+
+// A rank's place in every group of its framework. All 0 where there is only one.
+struct ParallelRanks {
+  int64_t tp = 0;
+  int64_t pp = 0;
+  int64_t dp = 0;
+  int64_t cp = 0;
+  int64_t etp = 0;  // of experts
+  int64_t ep = 0;
+  int64_t edp = 0;  // replica of the experts
+  bool operator==(const ParallelRanks&) const = default;
+};
+// The framework's own order of ranks. `rank` counts within the spec; replicas come last.
+Result<ParallelRanks> parallel_ranks(const ParallelSpec& spec, int64_t rank);
 
 // One layout per rank, in the family's own rank order. Fails with kInvalidArgument where a size
 // does not divide.
 Result<std::vector<Layout>> make_layouts(const ModelConfig& config, const ParallelSpec& spec);
-// One rank only. `rank` counts within the spec, as the caller's own groups say (never the world
-// rank).
+// One rank only. `rank` counts within the spec (never the world rank).
 Result<Layout> make_layout(const ModelConfig& config, const ParallelSpec& spec, int64_t rank);
+// The same for a process that knows its ranks from its own groups.
+Result<Layout> make_layout(const ModelConfig& config, const ParallelSpec& spec,
+                           const ParallelRanks& ranks);
 
 // FSDP2/DTensor placement of one tensor. `mesh_shape[i]` devices on mesh axis i; coordinate[i] is
 // this rank's place on it.

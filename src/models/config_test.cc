@@ -148,7 +148,7 @@ TEST(ModelConfig, WhatWouldChangeTheTensorsIsRefused) {
       {"mlp_only_layers", {0}},
       {"architectures", {"Qwen3MoeForSequenceClassification"}},
       {"architectures", json::array()},
-      {"model_type", "llama"},
+      {"model_type", "gpt2"},
   };
   for (const auto& [field, value] : changes) {
     json object = moe();
@@ -158,8 +158,14 @@ TEST(ModelConfig, WhatWouldChangeTheTensorsIsRefused) {
     EXPECT_THAT(error.message, HasSubstr(field));
   }
   json object = moe();
+  object["model_type"] = "gpt2";
+  EXPECT_THAT(config_error(object).message, HasSubstr("llama, qwen2, qwen3, qwen3_moe"));
+  EXPECT_THAT(config_error(object).message, HasSubstr("live modules"));
   object["model_type"] = "llama";
-  EXPECT_THAT(config_error(object).message, HasSubstr("qwen3, qwen3_moe"));
+  EXPECT_THAT(config_error(object).message, HasSubstr("LlamaForCausalLM"));
+  object["architectures"] = {"LlamaForCausalLM"};
+  object["mlp_bias"] = true;
+  EXPECT_THAT(config_error(object).message, HasSubstr("mlp_bias"));
 }
 
 TEST(ModelConfig, TextThatIsNoJsonObjectIsRefused) {
@@ -194,7 +200,7 @@ TEST(ParallelSpec, ReadsFamilyAndSizes) {
 TEST(ParallelSpec, EveryMistakeIsNamed) {
   const std::map<std::string, std::string> mistakes = {
       {"", "family \"\""},
-      {"megatron:tp=2", "hf, fsdp, vllm"},
+      {"deepspeed:tp=2", "hf, fsdp, vllm, megatron"},
       {"fsdp:", "key=value"},
       {"fsdp:dp", "\"dp\""},
       {"fsdp:dp=2,", "key=value"},
@@ -207,10 +213,23 @@ TEST(ParallelSpec, EveryMistakeIsNamed) {
       {"fsdp:dp= 2", "dp= 2"},
       {"fsdp:dp=", "dp="},
       {"fsdp:dp=99999999999999999999", "dp=9999"},
-      {"fsdp:dp=65536,tp=2", "131072 ranks"},
+      {"fsdp:dp=65536,tp=2", "more than 65536 ranks"},
       {"fsdp:dtype=float32", "float32"},
       {"hf:tp=2", "hf has no tp"},
-      {"vllm:dp=2", "vllm has no dp"},
+      {"vllm:etp=2", "vllm has no etp"},
+      {"vllm:ep=2", "takes no value"},
+      {"vllm:w13=down", "gate_up or up_gate"},
+      {"vllm:pp=2,layers=1/2/3", "expected pp x vpp = 2"},
+      {"vllm:pp=2,layers=1/x", "layers=x"},
+      {"hf:layers=1", "hf has no layers"},
+      {"megatron:ep", "key=value"},
+      {"megatron:vpp=2", "vpp=2: expected pp"},
+      {"megatron:first=2", "first=2,last=0: expected pp"},
+      {"megatron:pp=2,first=2,layers=1/2", "no layers="},
+      {"megatron:tp=2,ep=4,etp=1,dp=3", "6 ranks a stage, expected a multiple of ep x etp = 4"},
+      {"megatron:vocab_divisor=0", "vocab_divisor=0"},
+      {"megatron:norms=rms", "te or separate"},
+      {"megatron:tp=65536,ep=65535", "more than 65536 ranks"},
   };
   for (const auto& [text, word] : mistakes) {
     const auto spec = parse_parallel_spec(text);

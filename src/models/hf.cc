@@ -9,7 +9,7 @@
 namespace transfuse {
 namespace {
 
-Result<Layout> make(const Model& model, const ParallelSpec& spec, int64_t /*rank*/) {
+Result<Layout> make(const Model& model, const ParallelSpec& spec, const ParallelRanks& /*ranks*/) {
   LayoutBuilder builder;
   for (const ModelTensor& tensor : model.tensors) {
     const auto t = builder.tensor({tensor.name, model.config.dtype, tensor.shape});
@@ -21,6 +21,11 @@ Result<Layout> make(const Model& model, const ParallelSpec& spec, int64_t /*rank
 
 }  // namespace
 
-constinit const Framework kHf = {.name = "hf", .make_layout = make};
+constinit const Framework kHf = {
+    .name = "hf",
+    .options = {},
+    .rank_count = [](const ParallelSpec&) { return int64_t{1}; },
+    .ranks = [](const ParallelSpec&, int64_t) { return ParallelRanks{}; },
+    .make_layout = make};
 
 }  // namespace transfuse

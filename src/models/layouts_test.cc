@@ -284,9 +284,11 @@ TEST(VllmLayout, DegreesThatDoNotDivideTheHeadsAreNamed) {
   config.num_key_value_heads = 6;
   config.intermediate_size = 12;
   // 4 divides 12 query heads and 64 rows, not 6 KV heads.
-  EXPECT_THAT(make_layouts(config, spec("vllm:tp=4")).error().message, HasSubstr("6 heads"));
+  EXPECT_THAT(make_layouts(config, spec("vllm:tp=4")).error().message,
+              HasSubstr("num_key_value_heads = 6"));
   config.num_key_value_heads = 3;
-  EXPECT_THAT(make_layouts(config, spec("vllm:tp=4")).error().message, HasSubstr("k_proj"));
+  EXPECT_THAT(make_layouts(config, spec("vllm:tp=4")).error().message,
+              HasSubstr("num_key_value_heads = 3"));
   config.num_key_value_heads = 4;
   config.intermediate_size = 10;
   EXPECT_THAT(make_layouts(config, spec("vllm:tp=4")).error().message, HasSubstr("gate_proj"));
@@ -322,11 +324,19 @@ TEST(VllmLayout, ARankBeyondTheVocabularyIsAllFill) {
   }
 }
 
-TEST(VllmLayout, ExpertsAreRefusedByName) {
+TEST(VllmLayout, ExpertMatricesThatTpDoesNotDivideAreNamed) {
   const auto layouts = make_layouts(small_moe(), spec("vllm:tp=2"));
   ASSERT_FALSE(layouts);
-  EXPECT_EQ(layouts.error().code, ErrorCode::kUnsupported);
-  EXPECT_THAT(layouts.error().message, HasSubstr("qwen3_moe"));
+  EXPECT_EQ(layouts.error().code, ErrorCode::kInvalidArgument);
+  EXPECT_THAT(layouts.error().message,
+              HasSubstr("5 rows of model.layers.0.mlp.experts.0.gate_proj.weight"));
+}
+
+TEST(VllmLayout, ExpertParallelismNeedsExperts) {
+  const auto layouts = make_layouts(small(), spec("vllm:tp=2,ep"));
+  ASSERT_FALSE(layouts);
+  EXPECT_EQ(layouts.error().code, ErrorCode::kInvalidArgument);
+  EXPECT_THAT(layouts.error().message, HasSubstr("qwen3 without"));
 }
 
 // torch.chunk of [begin, end) by walking: the piece of every row.
@@ -458,7 +468,7 @@ TEST(Layouts, ASpecMadeByHandIsCheckedToo) {
   for (const ParallelSpec& bad : {ParallelSpec{.family = "sglang"},
                                   {.family = "hf", .tp = 2},
                                   {.family = "fsdp", .dp = 0},
-                                  {.family = "vllm", .dp = 2}}) {
+                                  {.family = "vllm", .cp = 2}}) {
     const auto layouts = make_layouts(small(), bad);
     ASSERT_FALSE(layouts) << bad.family;
     EXPECT_EQ(layouts.error().code, ErrorCode::kInvalidArgument);

@@ -12,19 +12,37 @@
 #include "transfuse/result.h"
 
 namespace transfuse {
-namespace {
 
-Result<Layout> layout_of(const Model& model, const ParallelSpec& spec, int64_t rank) {
-  TRANSFUSE_ASSIGN_OR_RETURN(const Framework* framework, find_framework(spec.family));
-  return framework->make_layout(model, spec, rank);
+Split split_of(Role role) {
+  switch (role) {
+    case Role::kEmbedding:
+    case Role::kOutput:
+      return Split::kVocabulary;
+    case Role::kQuery:
+    case Role::kKey:
+    case Role::kValue:
+      return Split::kHeads;
+    case Role::kGate:
+    case Role::kUp:
+      return Split::kColumn;
+    case Role::kAttentionOutput:
+    case Role::kDown:
+      return Split::kRow;
+    case Role::kFinalNorm:
+    case Role::kAttentionNorm:
+    case Role::kQueryNorm:
+    case Role::kKeyNorm:
+    case Role::kMlpNorm:
+    case Role::kRouter:
+      return Split::kReplicated;
+  }
+  check_failed(__FILE__, __LINE__, "a Role outside the enum");
 }
-
-}  // namespace
 
 Result<Model> make_model(const ModelConfig& config) {
   TRANSFUSE_RETURN_IF_ERROR(check_model_config(config));
   TRANSFUSE_ASSIGN_OR_RETURN(const ModelFamily* family, find_model_family(config.architecture));
-  Model model{.config = config, .tensors = family->tensors(config)};
+  Model model{.config = config, .family = family, .tensors = family->tensors(config)};
   TRANSFUSE_CHECK(static_cast<int64_t>(model.tensors.size()) == family->tensor_count(config));
   return model;
 }
@@ -39,28 +57,35 @@ Result<Catalog> make_catalog(const ModelConfig& config) {
   return catalog;
 }
 
-Result<Layout> make_layout(const ModelConfig& config, const ParallelSpec& spec, int64_t rank) {
+Result<Layout> make_layout(const ModelConfig& config, const ParallelSpec& spec,
+                           const ParallelRanks& ranks) {
   TRANSFUSE_RETURN_IF_ERROR(check_parallel_spec(spec));
-  if (rank < 0 || rank >= spec.rank_count()) {
-    return Error{ErrorCode::kInvalidArgument,
-                 fmt::format("rank {} of a {} spec: expected 0 to {}", rank, spec.family,
-                             spec.rank_count() - 1)};
-  }
+  TRANSFUSE_RETURN_IF_ERROR(check_ranks(spec, ranks));
+  TRANSFUSE_ASSIGN_OR_RETURN(const Framework* framework, find_framework(spec.family));
   TRANSFUSE_ASSIGN_OR_RETURN(const Model model, make_model(config));
-  return layout_of(model, spec, rank % (spec.tp * spec.dp));
+  return framework->make_layout(model, spec, ranks);
+}
+
+Result<Layout> make_layout(const ModelConfig& config, const ParallelSpec& spec, int64_t rank) {
+  TRANSFUSE_ASSIGN_OR_RETURN(const ParallelRanks ranks, parallel_ranks(spec, rank));
+  TRANSFUSE_ASSIGN_OR_RETURN(const Framework* framework, find_framework(spec.family));
+  TRANSFUSE_ASSIGN_OR_RETURN(const Model model, make_model(config));
+  return framework->make_layout(model, spec, ranks);
 }
 
 Result<std::vector<Layout>> make_layouts(const ModelConfig& config, const ParallelSpec& spec) {
   TRANSFUSE_RETURN_IF_ERROR(check_parallel_spec(spec));
+  TRANSFUSE_ASSIGN_OR_RETURN(const Framework* framework, find_framework(spec.family));
   TRANSFUSE_ASSIGN_OR_RETURN(const Model model, make_model(config));
-  const int64_t replica_ranks = spec.tp * spec.dp;
+  const int64_t replica_ranks = framework->rank_count(spec);
   std::vector<Layout> layouts;
   for (int64_t rank = 0; rank < spec.rank_count(); ++rank) {
     if (rank >= replica_ranks) {
       layouts.push_back(layouts[static_cast<size_t>(rank - replica_ranks)]);
       continue;
     }
-    TRANSFUSE_ASSIGN_OR_RETURN(Layout layout, layout_of(model, spec, rank));
+    TRANSFUSE_ASSIGN_OR_RETURN(Layout layout,
+                               framework->make_layout(model, spec, framework->ranks(spec, rank)));
     layouts.push_back(std::move(layout));
   }
   return layouts;

@@ -10,8 +10,8 @@
 namespace transfuse {
 namespace {
 
-constexpr std::array<const ModelFamily*, 2> kFamilies = {&kQwen3, &kQwen3Moe};
-constexpr std::array<const Framework*, 3> kFrameworks = {&kHf, &kFsdp, &kVllm};
+constexpr std::array<const ModelFamily*, 4> kFamilies = {&kLlama, &kQwen2, &kQwen3, &kQwen3Moe};
+constexpr std::array<const Framework*, 4> kFrameworks = {&kHf, &kFsdp, &kVllm, &kMegatron};
 
 template <typename Row>
 std::string join(std::span<const Row* const> rows, std::string_view Row::* name) {
@@ -35,7 +35,8 @@ Result<const ModelFamily*> find_model_family(std::string_view architecture) {
                "model_type \"" + std::string(architecture) +
                    "\" is not described here; there are " +
                    join(model_families(), &ModelFamily::architecture) +
-                   ". A layout taken from a live module works for any model"};
+                   ". For any other model, layouts taken from live modules and tiles that the "
+                   "caller gives work all the same"};
 }
 
 std::span<const Framework* const> frameworks() { return kFrameworks; }

@@ -1,0 +1,202 @@
+// Megatron-Core ranks as its initialisation and a checkpoint bridge make them: groups from mixed
+// radix digits, layer offsets from the pipeline sizes, weights reshaped by query group.
+#include <cstddef>
+#include <cstdint>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "layouts/frameworks.h"
+#include "layouts/tensor.h"
+#include "transfuse/model.h"
+#include "transfuse/result.h"
+
+namespace transfuse::frameworks {
+namespace {
+
+// Digits of `rank` in the given radices, fastest first (RankGenerator with order tp-cp-ep-dp-pp).
+std::vector<int64_t> digits(int64_t rank, const std::vector<int64_t>& radices) {
+  std::vector<int64_t> out;
+  for (const int64_t radix : radices) {
+    out.push_back(rank % radix);
+    rank /= radix;
+  }
+  return out;
+}
+
+class MegatronProcess {
+ public:
+  MegatronProcess(const ModelConfig& config, const StateDict& hf, const ParallelSpec& spec,
+                  int64_t rank)
+      : c_(config), hf_(hf), spec_(spec) {
+    etp_size_ = spec.etp > 0 ? spec.etp : spec.tp;
+    int64_t stage = std::lcm(spec.tp * spec.cp, spec.ep * etp_size_);
+    if (spec.tp * spec.cp * spec.dp > stage) stage = spec.tp * spec.cp * spec.dp;
+    const auto dense = digits(rank, {spec.tp, spec.cp, stage / (spec.tp * spec.cp), spec.pp});
+    const auto expert = digits(rank, {etp_size_, spec.ep, stage / (etp_size_ * spec.ep), spec.pp});
+    tp_rank_ = dense[0];
+    pp_rank_ = dense[3];
+    etp_rank_ = expert[0];
+    ep_rank_ = expert[1];
+    TRANSFUSE_CHECK(expert[3] == pp_rank_);
+  }
+
+  StateDict load() {
+    for (int64_t chunk = 0; chunk < spec_.vpp; ++chunk) {
+      chunk_ = spec_.vpp > 1 ? std::to_string(chunk) + ":" : "";
+      const bool first = pp_rank_ == 0 && chunk == 0;
+      const bool last = pp_rank_ == spec_.pp - 1 && chunk == spec_.vpp - 1;
+      const Tensor& embedding = hf_.at("model.embed_tokens.weight");
+      if (first) set("embedding.word_embeddings.weight", vocabulary(embedding));
+      if (last) {
+        set("decoder.final_layernorm.weight", hf_.at("model.norm.weight"));
+        if (!c_.tie_word_embeddings) {
+          set("output_layer.weight", vocabulary(hf_.at("lm_head.weight")));
+        } else if (!first) {
+          // The first and the last stage each hold the shared weight.
+          set("output_layer.weight", vocabulary(embedding));
+        }
+      }
+      for (int64_t local = 0; local < layers_to_build(chunk); ++local) {
+        load_layer("decoder.layers." + std::to_string(local) + ".", layer_offset(chunk) + local);
+      }
+    }
+    return out_;
+  }
+
+ private:
+  void set(const std::string& name, const Tensor& value) {
+    TRANSFUSE_CHECK(out_.emplace(chunk_ + name, value).second);
+  }
+
+  // get_num_layers_to_build
+  int64_t layers_to_build(int64_t chunk) const {
+    if (!spec_.layers.empty()) {
+      return spec_.layers[static_cast<size_t>(chunk * spec_.pp + pp_rank_)];
+    }
+    int64_t layers = c_.num_hidden_layers;
+    int64_t stages = spec_.pp;
+    if (spec_.first > 0) {
+      layers -= spec_.first;
+      --stages;
+    }
+    if (spec_.last > 0) {
+      layers -= spec_.last;
+      --stages;
+    }
+    int64_t mine = stages > 0 ? layers / stages : 0;
+    if (pp_rank_ == 0 && spec_.first > 0) mine = spec_.first;
+    if (pp_rank_ == spec_.pp - 1 && spec_.last > 0) mine = spec_.last;
+    return mine / spec_.vpp;
+  }
+
+  // get_transformer_layer_offset
+  int64_t layer_offset(int64_t chunk) const {
+    if (!spec_.layers.empty()) {
+      const auto end = spec_.layers.begin() + chunk * spec_.pp + pp_rank_;
+      return std::accumulate(spec_.layers.begin(), end, int64_t{0});
+    }
+    const int64_t first = spec_.first / spec_.vpp;
+    const int64_t last = spec_.last / spec_.vpp;
+    const int64_t middle = (c_.num_hidden_layers - spec_.first - spec_.last) / spec_.vpp;
+    const int64_t before = spec_.first > 0 ? 1 : 0;
+    const int64_t stages = spec_.pp - before - (spec_.last > 0 ? 1 : 0);
+    const int64_t start = chunk * (first + middle + last);
+    if (pp_rank_ == 0) return start;
+    return start + first + (stages > 0 ? (pp_rank_ - before) * (middle / stages) : 0);
+  }
+
+  Tensor vocabulary(const Tensor& weight) const {
+    if (spec_.tp == 1) return weight;
+    const int64_t multiple = spec_.vocab_divisor * spec_.tp;
+    int64_t rows = weight.shape[0];
+    while (rows % multiple != 0) ++rows;
+    return weight.padded(rows).chunk(spec_.tp, tp_rank_, 0);
+  }
+
+  // merge_qkv_weights / merge_qkv_biases of the bridge, then one column-parallel scatter.
+  Tensor qkv(const std::string& attention, const std::string& kind) const {
+    const int64_t groups = c_.num_key_value_heads;
+    const int64_t per_group = c_.num_attention_heads / groups;
+    const int64_t width = kind == "bias" ? 1 : c_.hidden_size;
+    const auto heads = [&](const char* name, int64_t count) {
+      return hf_.at(attention + name + "_proj." + kind).view({groups, count, c_.head_dim, width});
+    };
+    const Tensor merged = cat({heads("q", per_group), heads("k", 1), heads("v", 1)}, 1);
+    const int64_t rows = groups * (per_group + 2) * c_.head_dim;
+    TRANSFUSE_CHECK(rows % spec_.tp == 0);
+    const Tensor flat = kind == "bias" ? merged.view({rows}) : merged.view({rows, width});
+    return flat.chunk(spec_.tp, tp_rank_, 0);
+  }
+
+  // Each rank's part of gate and of up, one after the other.
+  Tensor gated(const std::string& mlp, int64_t size, int64_t rank) const {
+    return cat({hf_.at(mlp + "gate_proj.weight").chunk(size, rank, 0),
+                hf_.at(mlp + "up_proj.weight").chunk(size, rank, 0)},
+               0);
+  }
+
+  void load_layer(const std::string& to, int64_t global) {
+    const std::string from = "model.layers." + std::to_string(global) + ".";
+    const std::string attention = from + "self_attn.";
+    const bool moe = c_.architecture == "qwen3_moe";
+    const bool fused_norms = !spec_.separate_norms;
+    set(to + (fused_norms ? "self_attention.linear_qkv.layer_norm_weight"
+                          : "input_layernorm.weight"),
+        hf_.at(from + "input_layernorm.weight"));
+    set(to + "self_attention.linear_qkv.weight", qkv(attention, "weight"));
+    if (c_.architecture == "qwen2") {
+      set(to + "self_attention.linear_qkv.bias", qkv(attention, "bias"));
+    }
+    if (c_.architecture.starts_with("qwen3")) {
+      set(to + "self_attention.q_layernorm.weight", hf_.at(attention + "q_norm.weight"));
+      set(to + "self_attention.k_layernorm.weight", hf_.at(attention + "k_norm.weight"));
+    }
+    set(to + "self_attention.linear_proj.weight",
+        hf_.at(attention + "o_proj.weight").chunk(spec_.tp, tp_rank_, 1));
+    // In a layer of experts the norm cannot be fused: it comes before the router too.
+    set(to +
+            (fused_norms && !moe ? "mlp.linear_fc1.layer_norm_weight" : "pre_mlp_layernorm.weight"),
+        hf_.at(from + "post_attention_layernorm.weight"));
+    if (moe) return load_experts(to + "mlp.", from + "mlp.");
+    set(to + "mlp.linear_fc1.weight", gated(from + "mlp.", spec_.tp, tp_rank_));
+    set(to + "mlp.linear_fc2.weight",
+        hf_.at(from + "mlp.down_proj.weight").chunk(spec_.tp, tp_rank_, 1));
+  }
+
+  void load_experts(const std::string& to, const std::string& from) {
+    set(to + "router.weight", hf_.at(from + "gate.weight"));
+    const int64_t held = c_.num_experts / spec_.ep;
+    for (int64_t local = 0; local < held; ++local) {
+      const std::string expert = from + "experts." + std::to_string(ep_rank_ * held + local) + ".";
+      const std::string index = std::to_string(local);
+      const std::string one = to + "experts.local_experts." + index + ".";
+      set(spec_.sequential_experts ? one + "linear_fc1.weight"
+                                   : to + "experts.linear_fc1.weight" + index,
+          gated(expert, etp_size_, etp_rank_));
+      set(spec_.sequential_experts ? one + "linear_fc2.weight"
+                                   : to + "experts.linear_fc2.weight" + index,
+          hf_.at(expert + "down_proj.weight").chunk(etp_size_, etp_rank_, 1));
+    }
+  }
+
+  const ModelConfig& c_;
+  const StateDict& hf_;
+  const ParallelSpec& spec_;
+  int64_t etp_size_ = 1;
+  int64_t tp_rank_ = 0;
+  int64_t pp_rank_ = 0;
+  int64_t etp_rank_ = 0;
+  int64_t ep_rank_ = 0;
+  std::string chunk_;
+  StateDict out_;
+};
+
+}  // namespace
+
+StateDict megatron_state(const ModelConfig& config, const StateDict& hf, const ParallelSpec& spec,
+                         int64_t rank) {
+  return MegatronProcess(config, hf, spec, rank).load();
+}
+
+}  // namespace transfuse::frameworks

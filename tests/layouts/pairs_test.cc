@@ -1,0 +1,206 @@
+// Every family from every trainer layout to every engine layout, with the ratios that break things:
+// layouts against what the frameworks hold, refits on real bytes, plans against the oracle.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "layouts/frameworks.h"
+#include "layouts/tensor.h"
+#include "layouts/world.h"
+#include "plan/oracle.h"
+#include "transfuse/layout.h"
+#include "transfuse/model.h"
+#include "transfuse/plan.h"
+
+namespace transfuse::frameworks {
+namespace {
+
+std::string joined(const std::vector<std::string>& lines) {
+  std::string text;
+  for (size_t i = 0; i < std::min<size_t>(lines.size(), 5); ++i) text += lines[i] + "\n";
+  return text + std::to_string(lines.size()) + " failures";
+}
+
+// Odd vocabulary, A * D != h, grouped KV heads.
+ModelConfig small(const std::string& architecture, int64_t layers, int64_t groups, bool tied) {
+  return {.architecture = architecture,
+          .hidden_size = 6,
+          .intermediate_size = 16,
+          .num_hidden_layers = layers,
+          .num_attention_heads = 8,
+          .num_key_value_heads = groups,
+          .head_dim = 2,
+          .vocab_size = 67,
+          .tie_word_embeddings = tied};
+}
+
+// `experts` is no multiple of 4: engines hold them unevenly.
+ModelConfig small_moe(int64_t layers, int64_t experts, bool tied) {
+  ModelConfig config = small("qwen3_moe", layers, 2, tied);
+  config.moe_intermediate_size = 8;
+  config.num_experts = experts;
+  return config;
+}
+
+struct Case {
+  std::string name;
+  ModelConfig config;
+  std::vector<std::string> sources;
+  std::vector<std::string> targets;
+};
+
+std::ostream& operator<<(std::ostream& out, const Case& c) { return out << c.name; }
+
+const std::vector<std::string> kDenseSources = {
+    "hf",
+    "fsdp:dp=3",
+    "fsdp:dp=2,tp=2",
+    "megatron:tp=2",
+    "megatron:tp=8,vocab_divisor=3",  // ranks with a piece of a head group
+    "megatron:tp=2,pp=2,vocab_divisor=5",
+    "megatron:tp=4,pp=2,vpp=2,cp=2,dp=2,vocab_divisor=1",
+    "megatron:pp=4,norms=separate",
+};
+const std::vector<std::string> kDenseTargets = {
+    "hf",
+    "fsdp:dp=5",
+    "vllm",
+    "vllm:tp=2",
+    "vllm:tp=8",
+    "vllm:tp=2,pp=3",
+    "vllm:pp=2,layers=1/3,dp=2",
+    "megatron:tp=4,vocab_divisor=2",
+    "megatron:tp=2,pp=2,vpp=2,vocab_divisor=7",
+};
+const std::vector<std::string> kMoeSources = {
+    "hf",
+    "fsdp:dp=3",
+    "fsdp:dp=2,tp=2",
+    "megatron:tp=2,ep=3",
+    "megatron:tp=2,ep=2,etp=1,vocab_divisor=3",
+    "megatron:ep=2,etp=4,pp=2",
+    "megatron:tp=2,pp=2,vpp=2,ep=2,etp=1,dp=4,vocab_divisor=5",
+    "megatron:tp=4,pp=2,ep=6,etp=2,experts=sequential,norms=separate,vocab_divisor=1",
+};
+const std::vector<std::string> kMoeTargets = {
+    "hf",
+    "vllm",
+    "vllm:tp=2",
+    "vllm:tp=4,ep",
+    "vllm:tp=8",
+    "vllm:tp=4,ep,placement=round_robin,w13=up_gate",
+    "vllm:tp=2,dp=2,pp=3",
+    "vllm:tp=2,dp=4,ep,pp=2",
+    "megatron:tp=2,pp=4,ep=3,etp=1,vocab_divisor=2",
+    "megatron:tp=4,ep=2,etp=2,vocab_divisor=3",
+};
+const std::vector<std::string> kUnevenSources = {
+    "megatron:pp=3,tp=2,first=2,last=1,vocab_divisor=9",
+    "megatron:pp=3,first=1",
+    "megatron:pp=4,last=1",
+    "megatron:pp=2,first=3,last=4",
+    "megatron:pp=3,layers=0/6/1",
+    "megatron:pp=2,vpp=2,layers=1/3/2/1",
+    "megatron:pp=3,vpp=2,layers=1/0/1/2/2/1,tp=2,vocab_divisor=1",
+};
+const std::vector<std::string> kUnevenTargets = {"hf", "vllm:tp=4,pp=3", "megatron:pp=7,tp=2",
+                                                 "megatron:pp=3,last=3"};
+const std::vector<std::string> kUnevenChunks = {
+    "megatron:pp=2,vpp=2,first=2",
+    "megatron:pp=3,vpp=2,first=2,last=4,tp=2,vocab_divisor=1",
+    "megatron:pp=3,vpp=2,last=2",
+    "megatron:pp=5,vpp=2",
+};
+
+std::vector<Case> cases() {
+  return {
+      {"Qwen3", small("qwen3", 4, 2, false), kDenseSources, kDenseTargets},
+      {"Qwen3Tied", small("qwen3", 4, 4, true), kDenseSources, kDenseTargets},
+      {"Qwen3OneKvHead",
+       small("qwen3", 4, 1, true),
+       {"hf", "megatron:tp=2", "megatron:tp=4,vocab_divisor=1"},
+       {"hf", "vllm:tp=8", "megatron:tp=4,pp=2"}},
+      {"Qwen2", small("qwen2", 4, 2, false), kDenseSources, kDenseTargets},
+      {"Qwen2Tied", small("qwen2", 4, 8, true), kDenseSources, kDenseTargets},
+      {"Llama", small("llama", 4, 2, false), kDenseSources, kDenseTargets},
+      {"LlamaTied", small("llama", 4, 4, true), kDenseSources, kDenseTargets},
+      {"Qwen3Moe", small_moe(4, 6, false), kMoeSources, kMoeTargets},
+      {"Qwen3MoeTied", small_moe(4, 6, true), kMoeSources, kMoeTargets},
+      {"UnevenLayers", small("llama", 7, 2, false), kUnevenSources, kUnevenTargets},
+      {"UnevenLayersTied", small("qwen2", 7, 2, true), kUnevenSources, kUnevenTargets},
+      {"UnevenLayersMoe", small_moe(7, 2, false), kUnevenSources, kUnevenTargets},
+      {"UnevenChunks", small("qwen3", 10, 2, true), kUnevenChunks, {"hf", "vllm:tp=2,pp=4"}},
+  };
+}
+
+class Pairs : public testing::TestWithParam<Case> {};
+
+TEST_P(Pairs, EveryLayoutHoldsWhatTheFrameworkHolds) {
+  const Case& c = GetParam();
+  const StateDict hf = hf_state(c.config);
+  for (const auto* specs : {&c.sources, &c.targets}) {
+    for (const std::string& spec : *specs) {
+      const World world = make_world(c.config, hf, spec);
+      ASSERT_EQ(world.layouts.size(), world.states.size());
+      for (size_t rank = 0; rank < world.layouts.size(); ++rank) {
+        const auto wrong = compare(world.layouts[rank], world.states[rank], hf);
+        ASSERT_TRUE(wrong.empty()) << spec << " rank " << rank << ": " << joined(wrong);
+      }
+    }
+  }
+}
+
+TEST_P(Pairs, EveryRefitIsByteExactAndItsPlanIsThatOfTheOracle) {
+  const Case& c = GetParam();
+  const StateDict hf = hf_state(c.config);
+  std::vector<World> targets;
+  for (const std::string& spec : c.targets) targets.push_back(make_world(c.config, hf, spec));
+  for (const std::string& spec : c.sources) {
+    const World source = make_world(c.config, hf, spec);
+    for (const World& target : targets) {
+      for (size_t rank = 0; rank < target.layouts.size(); ++rank) {
+        SCOPED_TRACE(source.name + " -> " + target.name + " rank " + std::to_string(rank));
+        const auto plan = compile(target.layouts[rank], source.layouts);
+        ASSERT_TRUE(plan) << plan.error().message;
+        const StateDict got = refit(*plan, source, target.states[rank]);
+        for (const auto& [name, tensor] : target.states[rank]) {
+          ASSERT_EQ(got.at(name).data, tensor.data) << name;
+        }
+        const Oracle oracle(target.layouts[rank], source.layouts);
+        ASSERT_TRUE(oracle.consistent());
+        const auto failures = judge(*plan, oracle);
+        ASSERT_TRUE(failures.empty()) << joined(failures);
+      }
+    }
+  }
+}
+
+// HF -> trainer -> HF: nothing is lost on the way, whatever the trainer's ranks are.
+TEST_P(Pairs, ARoundTripThroughEveryTrainerGivesTheCheckpointBack) {
+  const Case& c = GetParam();
+  const StateDict hf = hf_state(c.config);
+  const World checkpoint = make_world(c.config, hf, "hf");
+  for (const std::string& spec : c.sources) {
+    World trainer = make_world(c.config, hf, spec);
+    for (size_t rank = 0; rank < trainer.layouts.size(); ++rank) {
+      const auto plan = compile(trainer.layouts[rank], checkpoint.layouts);
+      ASSERT_TRUE(plan) << plan.error().message;
+      trainer.states[rank] = refit(*plan, checkpoint, trainer.states[rank]);
+    }
+    const auto back = compile(checkpoint.layouts[0], trainer.layouts);
+    ASSERT_TRUE(back) << spec << ": " << back.error().message;
+    for (const auto& [name, tensor] : refit(*back, trainer, hf)) {
+      ASSERT_EQ(tensor.data, hf.at(name).data) << spec << ": " << name;
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Families, Pairs, testing::ValuesIn(cases()),
+                         [](const auto& test) { return test.param.name; });
+
+}  // namespace
+}  // namespace transfuse::frameworks
