@@ -12,7 +12,7 @@
 #include "transfuse/deadline.h"
 #include "transfuse/layout.h"
 #include "transfuse/result.h"
-#include "transfuse/versions.h"
+#include "transfuse/versions.h"  // IWYU pragma: export
 
 namespace transfuse {
 

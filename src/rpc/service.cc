@@ -25,7 +25,6 @@
 #include "rpc/waiting_call.h"
 #include "transfuse/control.h"
 #include "transfuse/deadline.h"
-#include "transfuse/layout.h"
 #include "transfuse/result.h"
 
 namespace transfuse {

@@ -7,13 +7,12 @@
 #include <cstdint>
 #include <span>
 #include <string>
-#include <vector>
 
 #include "control/lease_table.h"
 #include "rpc/convert.h"
 #include "rpc/protocol.h"
 #include "rpc/service.h"
-#include "rpc/waiting_call.h"
+#include "rpc/waiting_call.h"  // IWYU pragma: keep: bodies of templates
 #include "transfuse/control.h"
 #include "transfuse/deadline.h"
 #include "transfuse/layout.h"
