@@ -5,6 +5,7 @@
 #include <csignal>
 #include <cstdint>
 #include <cstdio>
+#include <ctime>
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -14,6 +15,7 @@
 
 #include "command.h"
 #include "job.h"
+#include "rpc/rpc.h"
 #include "text_table.h"
 #include "transfuse/control.h"
 #include "transfuse/result.h"

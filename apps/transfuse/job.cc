@@ -7,7 +7,6 @@
 #include <fstream>
 #include <set>
 #include <string>
-#include <utility>
 
 #include "rpc/rpc.h"
 #include "transfuse/control.h"

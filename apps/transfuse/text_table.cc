@@ -2,6 +2,7 @@
 #include "text_table.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <string>
 #include <vector>
 
