@@ -11,7 +11,7 @@
 namespace transfuse {
 namespace {
 
-constexpr const char* kLlama31_8B = R"({
+constexpr const char* kLlama318B = R"({
   "architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
   "bos_token_id": 128000, "eos_token_id": 128001, "hidden_act": "silu", "hidden_size": 4096,
   "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 131072,
@@ -22,13 +22,13 @@ constexpr const char* kLlama31_8B = R"({
   "rope_theta": 500000.0, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
   "use_cache": true, "vocab_size": 128256})";
 
-constexpr const char* kLlama32_1B = R"({
+constexpr const char* kLlama321B = R"({
   "architectures": ["LlamaForCausalLM"], "attention_bias": false, "head_dim": 64,
   "hidden_size": 2048, "intermediate_size": 8192, "mlp_bias": false, "model_type": "llama",
   "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8,
   "tie_word_embeddings": true, "torch_dtype": "bfloat16", "vocab_size": 128256})";
 
-constexpr const char* kQwen25_7B = R"({
+constexpr const char* kQwen257B = R"({
   "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
   "eos_token_id": 151645, "hidden_act": "silu", "hidden_size": 3584, "initializer_range": 0.02,
   "intermediate_size": 18944, "max_position_embeddings": 32768, "max_window_layers": 28,
@@ -37,7 +37,7 @@ constexpr const char* kQwen25_7B = R"({
   "sliding_window": 131072, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
   "use_cache": true, "use_sliding_window": false, "vocab_size": 152064})";
 
-constexpr const char* kQwen25_05B = R"({
+constexpr const char* kQwen2505B = R"({
   "architectures": ["Qwen2ForCausalLM"], "hidden_size": 896, "intermediate_size": 4864,
   "model_type": "qwen2", "num_attention_heads": 14, "num_hidden_layers": 24,
   "num_key_value_heads": 2, "tie_word_embeddings": true, "torch_dtype": "bfloat16",
@@ -59,7 +59,7 @@ int64_t elements(const std::map<std::string, Dims>& shapes) {
 }
 
 TEST(Catalog, Llama31_8BHas291TensorsAnd8_03BillionParameters) {
-  const auto shape = shapes(kLlama31_8B);
+  const auto shape = shapes(kLlama318B);
   EXPECT_EQ(shape.size(), 291U);
   EXPECT_EQ(elements(shape), 8030261248);
   const std::string layer = "model.layers.31.";
@@ -86,7 +86,7 @@ TEST(Catalog, Llama31_8BHas291TensorsAnd8_03BillionParameters) {
 }
 
 TEST(Catalog, Llama32_1BIsTiedAndHasNoOutputTensor) {
-  const auto shape = shapes(kLlama32_1B);
+  const auto shape = shapes(kLlama321B);
   EXPECT_EQ(shape.size(), 9U * 16U + 2U);
   EXPECT_EQ(elements(shape), 1235814400);
   EXPECT_FALSE(shape.contains("lm_head.weight"));
@@ -94,7 +94,7 @@ TEST(Catalog, Llama32_1BIsTiedAndHasNoOutputTensor) {
 }
 
 TEST(Catalog, Qwen25_7BHas339TensorsOf7_62BillionParameters) {
-  const auto shape = shapes(kQwen25_7B);
+  const auto shape = shapes(kQwen257B);
   EXPECT_EQ(shape.size(), 339U);
   EXPECT_EQ(elements(shape), 7615616512);
   const std::string attention = "model.layers.27.self_attn.";
@@ -108,19 +108,19 @@ TEST(Catalog, Qwen25_7BHas339TensorsOf7_62BillionParameters) {
 }
 
 TEST(Catalog, Qwen25_05BIsTied) {
-  const auto shape = shapes(kQwen25_05B);
+  const auto shape = shapes(kQwen2505B);
   EXPECT_EQ(shape.size(), 12U * 24U + 2U);
   EXPECT_EQ(elements(shape), 494032768);
   EXPECT_FALSE(shape.contains("lm_head.weight"));
 }
 
 TEST(Catalog, TheConfigSaysWhatAFamilyLeavesOpen) {
-  const auto llama = parse_model_config(kLlama31_8B).value();
+  const auto llama = parse_model_config(kLlama318B).value();
   EXPECT_EQ(llama.architecture, "llama");
   EXPECT_EQ(llama.head_dim, 128);
-  EXPECT_EQ(parse_model_config(kLlama32_1B)->head_dim, 64);
-  EXPECT_EQ(parse_model_config(kQwen25_7B)->head_dim, 128);
-  EXPECT_EQ(parse_model_config(kQwen25_05B)->head_dim, 64);
+  EXPECT_EQ(parse_model_config(kLlama321B)->head_dim, 64);
+  EXPECT_EQ(parse_model_config(kQwen257B)->head_dim, 128);
+  EXPECT_EQ(parse_model_config(kQwen2505B)->head_dim, 64);
 }
 
 }  // namespace

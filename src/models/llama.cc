@@ -1,7 +1,5 @@
 // Llama 3.x: the plain decoder.
 #include <array>
-#include <cstdint>
-#include <vector>
 
 #include "models/decoder.h"
 #include "models/family.h"

@@ -1,7 +1,5 @@
 // Qwen2 and Qwen2.5: biases on q, k and v.
 #include <array>
-#include <cstdint>
-#include <vector>
 
 #include "models/decoder.h"
 #include "models/family.h"

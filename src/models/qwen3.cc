@@ -1,7 +1,5 @@
 // Qwen3 and Qwen3-MoE: norms on q and k, no biases.
 #include <array>
-#include <cstdint>
-#include <vector>
 
 #include "models/decoder.h"
 #include "models/family.h"

@@ -1,6 +1,8 @@
 // The published checkpoint, FSDP2 and vLLM, each in the framework's own way.
 #include "layouts/frameworks.h"
 
+#include <fmt/format.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -43,9 +45,10 @@ StateDict hf_state(const ModelConfig& c) {
     add(p + "input_layernorm.weight", {h});
     add(p + "post_attention_layernorm.weight", {h});
     for (const auto& [name, rows] :
-         std::vector<std::pair<std::string, int64_t>>{{"q", q}, {"k", kv}, {"v", kv}}) {
-      add(p + "self_attn." + name + "_proj.weight", {rows, h});
-      if (c.architecture == "qwen2") add(p + "self_attn." + name + "_proj.bias", {rows});
+         std::vector<std::pair<const char*, int64_t>>{{"q", q}, {"k", kv}, {"v", kv}}) {
+      const std::string linear = fmt::format("{}self_attn.{}_proj", p, name);
+      add(linear + ".weight", {rows, h});
+      if (c.architecture == "qwen2") add(linear + ".bias", {rows});
     }
     add(p + "self_attn.o_proj.weight", {h, q});
     if (c.architecture.starts_with("qwen3")) {

@@ -2,7 +2,6 @@
 #include <gtest/gtest.h>
 
 #include <cstddef>
-#include <cstdint>
 #include <set>
 #include <string>
 #include <utility>
@@ -54,7 +53,7 @@ void expect_all_tensors(const ModelConfig& config, const std::string& from,
     const World target = make_world(config, hf, spec);
     std::set<std::string> arrived;
     for (size_t rank = 0; rank < target.layouts.size(); ++rank) {
-      SCOPED_TRACE(from + " -> " + spec + " rank " + std::to_string(rank));
+      SCOPED_TRACE(testing::Message() << from << " -> " << spec << " rank " << rank);
       const auto plan = compile(target.layouts[rank], source.layouts);
       ASSERT_TRUE(plan) << plan.error().message;
       const StateDict got = refit(*plan, source, target.states[rank]);

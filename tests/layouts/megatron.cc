@@ -1,5 +1,7 @@
 // Megatron-Core ranks as its initialisation and a checkpoint bridge make them: groups from mixed
 // radix digits, layer offsets from the pipeline sizes, weights reshaped by query group.
+#include <fmt/format.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <numeric>
@@ -168,15 +170,14 @@ class MegatronProcess {
     set(to + "router.weight", hf_.at(from + "gate.weight"));
     const int64_t held = c_.num_experts / spec_.ep;
     for (int64_t local = 0; local < held; ++local) {
-      const std::string expert = from + "experts." + std::to_string(ep_rank_ * held + local) + ".";
-      const std::string index = std::to_string(local);
-      const std::string one = to + "experts.local_experts." + index + ".";
-      set(spec_.sequential_experts ? one + "linear_fc1.weight"
-                                   : to + "experts.linear_fc1.weight" + index,
-          gated(expert, etp_size_, etp_rank_));
-      set(spec_.sequential_experts ? one + "linear_fc2.weight"
-                                   : to + "experts.linear_fc2.weight" + index,
-          hf_.at(expert + "down_proj.weight").chunk(etp_size_, etp_rank_, 1));
+      const std::string expert = fmt::format("{}experts.{}.", from, ep_rank_ * held + local);
+      const auto name = [&](const char* linear) {
+        return spec_.sequential_experts
+                   ? fmt::format("{}experts.local_experts.{}.{}.weight", to, local, linear)
+                   : fmt::format("{}experts.{}.weight{}", to, linear, local);
+      };
+      set(name("linear_fc1"), gated(expert, etp_size_, etp_rank_));
+      set(name("linear_fc2"), hf_.at(expert + "down_proj.weight").chunk(etp_size_, etp_rank_, 1));
     }
   }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <ostream>
 #include <string>
 #include <vector>
 
@@ -12,7 +13,6 @@
 #include "layouts/tensor.h"
 #include "layouts/world.h"
 #include "plan/oracle.h"
-#include "transfuse/layout.h"
 #include "transfuse/model.h"
 #include "transfuse/plan.h"
 
@@ -163,7 +163,8 @@ TEST_P(Pairs, EveryRefitIsByteExactAndItsPlanIsThatOfTheOracle) {
     const World source = make_world(c.config, hf, spec);
     for (const World& target : targets) {
       for (size_t rank = 0; rank < target.layouts.size(); ++rank) {
-        SCOPED_TRACE(source.name + " -> " + target.name + " rank " + std::to_string(rank));
+        SCOPED_TRACE(testing::Message()
+                     << source.name << " -> " << target.name << " rank " << rank);
         const auto plan = compile(target.layouts[rank], source.layouts);
         ASSERT_TRUE(plan) << plan.error().message;
         const StateDict got = refit(*plan, source, target.states[rank]);

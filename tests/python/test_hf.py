@@ -38,6 +38,35 @@ def test_the_names_and_shapes_of_qwen3_are_those_of_the_published_checkpoint(tie
     assert ("lm_head.weight" in parameters) is not tied
 
 
+FAMILIES = {
+    "LlamaForCausalLM": transformers.LlamaConfig,
+    "Qwen2ForCausalLM": transformers.Qwen2Config,
+    "Qwen3ForCausalLM": transformers.Qwen3Config,
+    "Qwen3MoeForCausalLM": transformers.Qwen3MoeConfig,
+}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("model_class", FAMILIES)
+def test_the_catalog_of_every_family_is_that_of_its_model_class(model_class, tied):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 100}
+    experts = {"num_experts": 3, "moe_intermediate_size": 20}
+    config = FAMILIES[model_class](
+        **sizes,
+        **heads,
+        **(experts if "Moe" in model_class else {}),
+        tie_word_embeddings=tied,
+        architectures=[model_class],
+    )
+    with torch.device("meta"):
+        model = getattr(transformers, model_class)(config)
+    catalog = transfuse.make_catalog(transfuse.parse_model_config(config.to_json_string()))
+    assert {t.name: t.shape for t in catalog} == {
+        name: tuple(parameter.shape) for name, parameter in model.named_parameters()
+    }
+
+
 def test_one_model_lands_in_another_and_its_logits_are_equal(execute):
     _, source = tiny_qwen3()
     _, target = tiny_qwen3()

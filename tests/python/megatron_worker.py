@@ -1,0 +1,170 @@
+"""Builds Megatron-Core's own GPTModel on every rank of a world, one after another in this process
+(a process group without communication), and writes what each rank holds as JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+# Megatron asks for its device by these names; here that is the CPU.
+torch.Tensor.cuda = lambda self, *_, **__: self
+torch.cuda.current_device = lambda: "cpu"
+moe_utils.te_general_gemm = None  # 0.16 forgets to say that it is missing
+CudaRNGStatesTracker.fork = lambda *_, **__: contextlib.nullcontext()
+
+
+def transformer_config(model, world):
+    moe = model.get("num_experts", 0) > 0
+    experts = (
+        {
+            "num_moe_experts": model["num_experts"],
+            "moe_ffn_hidden_size": model["moe_intermediate_size"],
+            "moe_router_topk": 2,
+            "moe_grouped_gemm": False,
+            "moe_router_pre_softmax": False,
+            "moe_router_load_balancing_type": "none",
+            "moe_token_dispatcher_type": "allgather",
+        }
+        if moe
+        else {}
+    )
+    vpp = world.get("vpp", 1)
+    return TransformerConfig(
+        num_layers=model["num_hidden_layers"],
+        hidden_size=model["hidden_size"],
+        ffn_hidden_size=model["intermediate_size"],
+        num_attention_heads=model["num_attention_heads"],
+        num_query_groups=model["num_key_value_heads"],
+        kv_channels=model["head_dim"],
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=model["model_type"] == "qwen2",
+        qk_layernorm=model["model_type"].startswith("qwen3"),
+        tensor_model_parallel_size=world.get("tp", 1),
+        pipeline_model_parallel_size=world.get("pp", 1),
+        virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
+        # Attention without TransformerEngine refuses context parallelism; the groups still have it.
+        context_parallel_size=1,
+        expert_model_parallel_size=world.get("ep", 1),
+        expert_tensor_parallel_size=world.get("etp"),
+        num_layers_in_first_pipeline_stage=world.get("first"),
+        num_layers_in_last_pipeline_stage=world.get("last"),
+        sequence_parallel=False,
+        pipeline_dtype=torch.float32,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        bf16=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        layernorm_epsilon=1e-5,
+        **experts,
+    )
+
+
+def chunks_of(model, world):
+    config = transformer_config(model, world)
+    vpp = world.get("vpp", 1)
+    pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+    last = world.get("pp", 1) - 1
+    multiple = 128 * world.get("tp", 1) if world.get("tp", 1) > 1 else 1
+    vocabulary = -(-model["vocab_size"] // multiple) * multiple
+    for chunk in range(vpp):
+        spec = get_gpt_decoder_block_spec(
+            config,
+            use_transformer_engine=False,
+            normalization="RMSNorm",
+            qk_l2_norm=False,
+            vp_stage=chunk if vpp > 1 else None,
+        )
+        yield GPTModel(
+            config,
+            spec,
+            vocab_size=vocabulary,
+            max_sequence_length=32,
+            pre_process=pp_rank == 0 and chunk == 0,
+            post_process=pp_rank == last and chunk == vpp - 1,
+            share_embeddings_and_output_weights=model["tie_word_embeddings"],
+            position_embedding_type="rope",
+            vp_stage=chunk if vpp > 1 else None,
+        )
+
+
+def rank_facts(model, world, rank, size):
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    vpp = world.get("vpp", 1)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=world.get("tp", 1),
+        pipeline_model_parallel_size=world.get("pp", 1),
+        virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
+        context_parallel_size=world.get("cp", 1),
+        expert_model_parallel_size=world.get("ep", 1),
+        expert_tensor_parallel_size=world.get("etp"),
+        create_gloo_process_groups=False,
+    )
+    shapes, layers = {}, {}
+    for index, chunk in enumerate(chunks_of(model, world)):
+        prefix = f"{index}:" if vpp > 1 else ""
+        for name, parameter in chunk.named_parameters():
+            shapes[prefix + name] = list(parameter.shape)
+        for local, layer in enumerate(chunk.decoder.layers):
+            layers[f"{prefix}decoder.layers.{local}."] = layer.layer_number - 1
+    ranks = {
+        "tp": parallel_state.get_tensor_model_parallel_rank(),
+        "pp": parallel_state.get_pipeline_model_parallel_rank(),
+        "ep": parallel_state.get_expert_model_parallel_rank(),
+        "etp": parallel_state.get_expert_tensor_parallel_rank(),
+    }
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+    return {"shapes": shapes, "layers": layers, "ranks": ranks}
+
+
+def run_model(model, folder):
+    """Logits of one whole model with the weights of a file."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+    given = torch.load(folder / "in.pt")
+    [chunk] = chunks_of(model, {})
+    with torch.no_grad():
+        for name, parameter in chunk.named_parameters():
+            parameter.copy_(given["weights"].pop(name).view(parameter.shape))
+        assert not given["weights"]
+        tokens = given["tokens"]
+        count = tokens.shape[1]
+        hidden = torch.ones(1, 1, count, count, dtype=torch.bool).triu(1)
+        logits = chunk(tokens, torch.arange(count)[None], hidden)
+    torch.save(logits, folder / "out.pt")
+
+
+def main():
+    request = json.loads(sys.argv[1])
+    if "run" in request:
+        run_model(request["model"], Path(request["run"]))
+        sys.stdout.write("FACTS {}\n")
+        return
+    facts = [
+        rank_facts(request["model"], request["world"], rank, request["size"])
+        for rank in range(request["size"])
+    ]
+    sys.stdout.write("FACTS " + json.dumps(facts) + "\n")
+
+
+if __name__ == "__main__":
+    main()
