@@ -34,8 +34,10 @@ nlohmann::json version_to_json(const VersionInfo& version);
 
 // Each adds one subcommand to `app` whose callback sets context.run; defined in command_<name>.cc.
 void add_bench_command(CLI::App& app, CommandContext& context);
+void add_convert_command(CLI::App& app, CommandContext& context);
 void add_demo_command(CLI::App& app, CommandContext& context);
 void add_doctor_command(CLI::App& app, CommandContext& context);
+void add_inspect_command(CLI::App& app, CommandContext& context);
 void add_plan_command(CLI::App& app, CommandContext& context);
 void add_serve_command(CLI::App& app, CommandContext& context);
 void add_status_command(CLI::App& app, CommandContext& context);

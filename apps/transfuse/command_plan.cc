@@ -10,7 +10,6 @@
 #include <cstdio>
 #include <fstream>
 #include <ios>
-#include <iterator>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <ratio>
@@ -19,6 +18,7 @@
 #include <vector>
 
 #include "command.h"
+#include "read_file.h"
 #include "transfuse/layout.h"
 #include "transfuse/model.h"
 #include "transfuse/plan.h"
@@ -51,13 +51,6 @@ struct TimedPlan {
   Plan plan;
   double compile_ms = 0;
 };
-
-Result<std::string> read_file(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-  if (!file) return Error{ErrorCode::kNotFound, "cannot read " + path};
-  return text;
-}
 
 Result<void> write_file(const std::string& path, const std::string& text) {
   std::ofstream file(path, std::ios::binary);

@@ -39,8 +39,10 @@ int run_command_line(int argc, char** argv) {
 
   CommandContext context;
   add_bench_command(app, context);
+  add_convert_command(app, context);
   add_demo_command(app, context);
   add_doctor_command(app, context);
+  add_inspect_command(app, context);
   add_plan_command(app, context);
   add_serve_command(app, context);
   add_status_command(app, context);

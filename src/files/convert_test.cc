@@ -1,0 +1,402 @@
+// Conversions between layouts on disk, and all the ways in which they may not happen.
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <sched.h>
+#include <sys/file.h>
+#include <sys/mount.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "files/file_fixture.h"
+#include "files/folder_writer.h"
+#include "files/mover.h"
+#include "files/reading.h"
+#include "files/safetensors.h"
+#include "files/side.h"
+#include "files/stored_file.h"
+#include "transfuse/checkpoint.h"
+#include "transfuse/layout.h"
+#include "transfuse/model.h"
+#include "transfuse/result.h"
+
+namespace transfuse::testing {
+namespace {
+
+using Convert = FilesTest;
+
+void expect_same_tensors(const std::string& folder, const std::vector<HandMade>& tensors) {
+  for (const HandMade& tensor : tensors) {
+    EXPECT_EQ(tensor_bytes(std::filesystem::path(folder) / "model.safetensors", tensor.name),
+              tensor.bytes)
+        << tensor.name;
+  }
+}
+
+TEST_F(Convert, AnyChainOfLayoutsEndsWithTheBytesItBeganWith) {
+  const auto tensors = model(config_json());
+  write_hf("start", tensors);
+  const std::vector<std::string> chain = {
+      "hf",        "fsdp:dp=3",  "vllm:tp=2", "fsdp:dp=2,tp=2,replicas=2",
+      "vllm:tp=4", "fsdp:dp=64", "vllm:tp=1", "hf"};
+  std::string source = "start";
+  for (size_t i = 1; i < chain.size(); ++i) {
+    const std::string target = "step" + std::to_string(i);
+    const auto report = convert_checkpoint(request(chain[i - 1], source, chain[i], target));
+    ASSERT_TRUE(report) << chain[i] << ": " << report.error().to_string();
+    EXPECT_EQ(report->tensor_count, tensors.size());
+    EXPECT_EQ(report->fingerprints.size(), tensors.size());
+    source = target;
+  }
+  expect_same_tensors((folder_ / source).string(), tensors);
+  EXPECT_EQ(read_file(folder_ / source / "config.json"), config_json());
+  // No temporary folder is left.
+  for (const std::string& name : names()) EXPECT_FALSE(name.starts_with(".")) << name;
+}
+
+TEST_F(Convert, RankFilesHoldWhatTheFrameworkWouldAndPaddingIsZero) {
+  const auto tensors = model(config_json());
+  write_hf("start", tensors);
+  ASSERT_TRUE(convert_checkpoint(request("hf", "start", "vllm:tp=2", "ranks")));
+  const auto listing = list_checkpoint((folder_ / "ranks").string());
+  ASSERT_TRUE(listing);
+  ASSERT_EQ(listing->files.size(), 2u);
+  const auto find = [&](const std::string& name) -> const std::string& {
+    return std::find_if(tensors.begin(), tensors.end(),
+                        [&](const HandMade& t) { return t.name == name; })
+        ->bytes;
+  };
+  // 70 rows padded to 128: rank 1 holds rows 64 to 69 and 58 of zeros.
+  const size_t row = 24 * 2;
+  EXPECT_EQ(tensor_bytes(folder_ / "ranks" / "rank1.safetensors", "model.embed_tokens.weight"),
+            find("model.embed_tokens.weight").substr(64 * row) + std::string(58 * row, '\0'));
+  // q, k and v of the second half of the heads.
+  const std::string layer = "model.layers.1.self_attn.";
+  EXPECT_EQ(tensor_bytes(folder_ / "ranks" / "rank1.safetensors", layer + "qkv_proj.weight"),
+            find(layer + "q_proj.weight").substr(16 * row) +
+                find(layer + "k_proj.weight").substr(8 * row) +
+                find(layer + "v_proj.weight").substr(8 * row));
+  for (const StoredTensor& tensor : listing->tensors) {
+    if (tensor.name == layer + "qkv_proj.weight") {
+      EXPECT_EQ(tensor.shape, (Dims{32, 24}));
+    }
+  }
+}
+
+TEST_F(Convert, RanksWithoutRowsHaveZeroRowTensors) {
+  write_hf("start", model(config_json()));
+  ASSERT_TRUE(convert_checkpoint(request("hf", "start", "fsdp:dp=9", "ranks")));
+  const auto listing = list_checkpoint((folder_ / "ranks").string());
+  ASSERT_TRUE(listing);
+  // 8 elements in 9 chunks: the last rank has none.
+  const auto last =
+      std::find_if(listing->tensors.begin(), listing->tensors.end(), [&](const StoredTensor& t) {
+        return t.file == 8 && t.name == "model.layers.0.self_attn.q_norm.weight";
+      });
+  ASSERT_NE(last, listing->tensors.end());
+  EXPECT_EQ(last->shape, Dims{0});
+  EXPECT_EQ(listing->files.size(), 9u);
+}
+
+TEST_F(Convert, ShardsAreIndexedAndReadBack) {
+  const auto tensors = model(config_json());
+  write_hf("start", tensors);
+  auto to_shards = request("hf", "start", "hf", "shards");
+  to_shards.shard_bytes = 4000;
+  const auto report = convert_checkpoint(to_shards);
+  ASSERT_TRUE(report) << report.error().to_string();
+  EXPECT_GT(report->target_file_count, 3u);
+  const auto listing = list_checkpoint((folder_ / "shards").string());
+  ASSERT_TRUE(listing) << listing.error().message;
+  EXPECT_EQ(listing->files.size(), report->target_file_count);
+  ASSERT_TRUE(convert_checkpoint(request("hf", "shards", "hf", "one")));
+  expect_same_tensors((folder_ / "one").string(), tensors);
+}
+
+TEST_F(Convert, FloatsAreRoundedWhereTheTargetIsNarrower) {
+  const auto tensors = model(config_json("float32"), 4);
+  write_hf("start", tensors);
+  auto narrow = request("hf", "start", "vllm:tp=2,dtype=bf16", "ranks");
+  narrow.config_json = config_json("float32");
+  ASSERT_TRUE(convert_checkpoint(narrow));
+  auto back = request("vllm:tp=2,dtype=bf16", "ranks", "hf:dtype=bf16", "end");
+  back.config_json = config_json("float32");
+  ASSERT_TRUE(convert_checkpoint(back));
+  for (const HandMade& tensor : tensors) {
+    const std::string found = tensor_bytes(folder_ / "end" / "model.safetensors", tensor.name);
+    ASSERT_EQ(found.size() * 2, tensor.bytes.size());
+    for (size_t i = 0; i < found.size() / 2; ++i) {
+      uint32_t bits = 0;
+      uint16_t rounded = 0;
+      std::memcpy(&bits, tensor.bytes.data() + 4 * i, 4);
+      std::memcpy(&rounded, found.data() + 2 * i, 2);
+      const bool nan = (bits & 0x7F800000) == 0x7F800000 && (bits & 0x7FFFFF) != 0;
+      const uint32_t low = bits & 0xFFFF;
+      const uint32_t up = low > 0x8000 || (low == 0x8000 && (bits >> 16 & 1) != 0) ? 1 : 0;
+      ASSERT_EQ(rounded, nan ? 0x7FC0 : (bits >> 16) + up) << tensor.name << " " << i;
+    }
+  }
+  // Nothing widens.
+  back.from = "vllm:tp=2,dtype=bf16";
+  back.to = "hf:dtype=f32";
+  back.target = (folder_ / "wide").string();
+  EXPECT_EQ(convert_checkpoint(back).error().code, ErrorCode::kLayoutMismatch);
+}
+
+TEST_F(Convert, StackedExpertsAreReadAsSingleOnes) {
+  const auto tensors = model(moe_config_json());
+  std::vector<HandMade> stacked;
+  for (int layer = 0; layer < 2; ++layer) {
+    const std::string stem = "model.layers." + std::to_string(layer) + ".mlp.experts.";
+    HandMade gate_up{stem + "gate_up_proj", "BF16", {3, 16, 16}, {}};
+    HandMade down{stem + "down_proj", "BF16", {3, 16, 8}, {}};
+    for (int expert = 0; expert < 3; ++expert) {
+      const auto add = [&](HandMade& to, const std::string& matrix) {
+        const std::string name = stem + std::to_string(expert) + "." + matrix + ".weight";
+        to.bytes += std::find_if(tensors.begin(), tensors.end(), [&](const HandMade& t) {
+                      return t.name == name;
+                    })->bytes;
+      };
+      add(gate_up, "gate_proj");
+      add(gate_up, "up_proj");
+      add(down, "down_proj");
+    }
+    stacked.push_back(gate_up);
+    stacked.push_back(down);
+  }
+  for (const HandMade& tensor : tensors) {
+    if (tensor.name.find(".experts.") == std::string::npos) stacked.push_back(tensor);
+  }
+  write_hf("stacked", stacked);
+  auto unstack = request("hf", "stacked", "hf", "single");
+  unstack.config_json = moe_config_json();
+  const auto report = convert_checkpoint(unstack);
+  ASSERT_TRUE(report) << report.error().to_string();
+  expect_same_tensors((folder_ / "single").string(), tensors);
+}
+
+class BadCheckpoint : public FilesTest {
+ protected:
+  // What a conversion says of `tensors`; it leaves nothing.
+  std::string refusal(std::vector<HandMade> tensors, const std::string& from = "hf") {
+    const std::string source = write_hf("bad", tensors);
+    const auto report = convert_checkpoint(request(from, "bad", "vllm:tp=2", "out"));
+    EXPECT_EQ(names(), std::vector<std::string>{"bad"});
+    if (report) return "accepted";
+    EXPECT_EQ(report.error().code, ErrorCode::kLayoutMismatch) << report.error().message;
+    return report.error().message;
+  }
+};
+
+TEST_F(BadCheckpoint, WhatDoesNotFitTheConfigIsNamedAndNothingIsWritten) {
+  const auto good = model(config_json());
+  const std::string name = "model.layers.1.mlp.down_proj.weight";
+  const auto at = static_cast<size_t>(
+      std::find_if(good.begin(), good.end(), [&](const HandMade& t) { return t.name == name; }) -
+      good.begin());
+  const auto expect_words = [&](const std::string& message, const std::vector<std::string>& words) {
+    for (const std::string& word : words) {
+      EXPECT_NE(message.find(word), std::string::npos) << word << " in: " << message;
+    }
+  };
+  auto lacking = good;
+  lacking.erase(lacking.begin() + static_cast<ptrdiff_t>(at));
+  expect_words(refusal(lacking), {name, "missing", "[24, 40]"});
+  auto more = good;
+  more.push_back({"model.extra", "BF16", {1}, "12"});
+  expect_words(refusal(more), {"model.extra", "not expected", "expected 25 tensors, found 26"});
+  auto other_dtype = good;
+  other_dtype[at].dtype = "F16";
+  expect_words(refusal(other_dtype), {name, "expected dtype bf16", "found F16", "dtype=f16"});
+  auto other_shape = good;
+  std::swap(other_shape[at].shape[0], other_shape[at].shape[1]);
+  expect_words(refusal(other_shape), {name, "expected shape [24, 40]", "found [40, 24]"});
+}
+
+TEST_F(Convert, FilesOfRanksMustBeAsManyAsTheSpecSays) {
+  write_hf("start", model(config_json()));
+  ASSERT_TRUE(convert_checkpoint(request("hf", "start", "fsdp:dp=3", "ranks")));
+  const auto fewer = convert_checkpoint(request("fsdp:dp=2", "ranks", "hf", "end"));
+  EXPECT_EQ(fewer.error().code, ErrorCode::kLayoutMismatch) << fewer.error().message;
+  EXPECT_NE(fewer.error().message.find("2 ranks"), std::string::npos);
+  // The right number, but of another layout.
+  const auto other = convert_checkpoint(request("vllm:tp=3", "ranks", "hf", "end"));
+  EXPECT_FALSE(other);
+  std::filesystem::remove(folder_ / "ranks" / "rank1.safetensors");
+  const auto hole = convert_checkpoint(request("fsdp:dp=3", "ranks", "hf", "end"));
+  EXPECT_EQ(hole.error().code, ErrorCode::kNotFound);
+  EXPECT_NE(hole.error().message.find("rank1.safetensors"), std::string::npos);
+  EXPECT_FALSE(std::filesystem::exists(folder_ / "end"));
+}
+
+TEST_F(Convert, AnExistingTargetIsReplacedOnlyWhereAskedAndOnlyIfItIsACheckpoint) {
+  const auto tensors = model(config_json());
+  write_hf("start", tensors);
+  auto again = request("hf", "start", "hf", "end");
+  ASSERT_TRUE(convert_checkpoint(again));
+  const auto refused = convert_checkpoint(again);
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().code, ErrorCode::kAlreadyExists);
+  again.replace_target = true;
+  again.to = "fsdp:dp=2";
+  ASSERT_TRUE(convert_checkpoint(again));
+  EXPECT_TRUE(std::filesystem::exists(folder_ / "end" / "rank1.safetensors"));
+  EXPECT_FALSE(std::filesystem::exists(folder_ / "end" / "model.safetensors"));
+  // In place: the source itself may be what is replaced.
+  auto in_place = request("fsdp:dp=2", "end", "hf", "end");
+  in_place.replace_target = true;
+  ASSERT_TRUE(convert_checkpoint(in_place));
+  expect_same_tensors((folder_ / "end").string(), tensors);
+  write_file(folder_ / "end" / "thesis.tex", "years of work");
+  const auto foreign = convert_checkpoint(again);
+  ASSERT_FALSE(foreign);
+  EXPECT_EQ(foreign.error().code, ErrorCode::kInvalidArgument);
+  EXPECT_TRUE(std::filesystem::exists(folder_ / "end" / "thesis.tex"));
+  EXPECT_EQ(names(), (std::vector<std::string>{"end", "start"}));
+}
+
+TEST_F(Convert, LeftoversOfTheDeadAreRemovedThoseOfTheLivingAreNot) {
+  write_hf("start", model(config_json()));
+  std::filesystem::create_directory(folder_ / ".end.partial-1");
+  std::filesystem::create_directory(folder_ / ".end.partial-2");
+  const UniqueFd living(::open((folder_ / ".end.partial-2").c_str(), O_RDONLY | O_DIRECTORY));
+  ASSERT_EQ(::flock(living.get(), LOCK_EX), 0);
+  ASSERT_TRUE(convert_checkpoint(request("hf", "start", "fsdp:dp=2", "end")));
+  EXPECT_EQ(names(), (std::vector<std::string>{".end.partial-2", "end", "start"}));
+}
+
+// What this process mounts from now on is seen by nobody else and goes with it.
+bool enter_own_mounts() {
+  if (unshare(CLONE_NEWNS) != 0) {
+    const std::string user = "0 " + std::to_string(getuid()) + " 1";
+    const std::string group = "0 " + std::to_string(getgid()) + " 1";
+    if (unshare(CLONE_NEWUSER | CLONE_NEWNS) != 0) return false;
+    write_file("/proc/self/setgroups", "deny");
+    write_file("/proc/self/uid_map", user);
+    write_file("/proc/self/gid_map", group);
+  }
+  return mount("none", "/", nullptr, MS_REC | MS_PRIVATE, nullptr) == 0;
+}
+
+TEST_F(Convert, AFullDiskIsATypedErrorAndLeavesNothing) {
+  write_hf("start", model(config_json()));
+  std::filesystem::create_directory(folder_ / "disk");
+  const auto full = request("hf", "start", "fsdp:dp=3", "disk/end");
+  const pid_t child = fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {  // 0: as it should be, 1: not, 2: no such file system here
+    if (!enter_own_mounts()) _exit(2);
+    const std::string disk = (folder_ / "disk").string();
+    if (mount("tmpfs", disk.c_str(), "tmpfs", 0, "size=20k") != 0) _exit(2);
+    const auto report = convert_checkpoint(full);
+    const bool typed = !report && report.error().code == ErrorCode::kResourceExhausted;
+    if (!typed)
+      std::fprintf(stderr, "%s\n", report ? "accepted" : report.error().to_string().c_str());
+    _exit(typed && std::filesystem::is_empty(disk) ? 0 : 1);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  ASSERT_TRUE(WIFEXITED(status));
+  if (WEXITSTATUS(status) == 2) GTEST_SKIP() << "this host lets no test mount a small disk";
+  EXPECT_EQ(WEXITSTATUS(status), 0);
+}
+
+TEST_F(Convert, AFileThatChangesWhileItIsReadIsATornRead) {
+  const std::string folder = write_hf("start", model(config_json()));
+  auto file = OpenFile::open(folder + "/model.safetensors");
+  ASSERT_TRUE(file);
+  EXPECT_TRUE(file->check_unchanged());
+  std::filesystem::resize_file(folder + "/model.safetensors", 100);
+  const auto changed = file->check_unchanged();
+  ASSERT_FALSE(changed);
+  EXPECT_EQ(changed.error().code, ErrorCode::kTornRead);
+}
+
+TEST_F(Convert, OneWrongByteInAReplicaIsFoundByItsRank) {
+  write_hf("start", model(config_json()));
+  const std::string spec = "fsdp:dp=2,replicas=2";
+  ASSERT_TRUE(convert_checkpoint(request("hf", "start", spec, "ranks")));
+  const auto config = parse_model_config(config_json()).value();
+  const auto source = open_side(config, "hf", (folder_ / "start").string()).value();
+  const auto compare = [&] {
+    const auto target = open_side(config, spec, (folder_ / "ranks").string()).value();
+    const auto reading = plan_reading(target.ranks[3].layout, source.ranks, 1 << 20).value();
+    return compare_fingerprints(reading, target.ranks[3], 2);
+  };
+  EXPECT_TRUE(compare());
+  std::string bytes = read_file(folder_ / "ranks" / "rank3.safetensors");
+  bytes[bytes.size() - 5] = static_cast<char>(bytes[bytes.size() - 5] ^ 0x10);
+  write_file(folder_ / "ranks" / "rank3.safetensors", bytes);
+  const auto outcome = compare();
+  ASSERT_FALSE(outcome);
+  EXPECT_EQ(outcome.error().code, ErrorCode::kFingerprintMismatch);
+}
+
+// A target whose parameter takes a tensor apart, in pieces of `width` elements with as many zeros
+// between them.
+class Scattered : public FilesTest, public ::testing::WithParamInterface<int64_t> {};
+
+TEST_P(Scattered, PiecesOfAnyWidthLandInTheirPlaces) {
+  const int64_t width = GetParam();
+  const int64_t rows = 3000;
+  HandMade tensor{"t", "BF16", {rows, width}, {}};
+  for (int64_t i = 0; i < rows * width * 2; ++i) {
+    tensor.bytes.push_back(static_cast<char>(1 + (i * 7 + i / 251) % 255));
+  }
+  const std::string folder = write_hf("start", {tensor});
+  const auto layout_of = [&](int64_t stride) {
+    LayoutBuilder builder;
+    const Dims shape = {rows, width};
+    const auto p =
+        builder.parameter({.name = "t", .dtype = Dtype::kBF16, .element_count = rows * stride});
+    builder.tile(builder.tensor({"t", Dtype::kBF16, shape}), Box::whole(shape), p, 0, {stride, 1});
+    if (stride > width) builder.fill(p, width, {rows, stride - width}, {stride, 1});
+    return builder.build().value();
+  };
+  ReadableSide source;
+  source.files.push_back(OpenFile::open(folder + "/model.safetensors").value());
+  source.ranks.push_back(match_rank(layout_of(width), source.files).value());
+  const Layout target = layout_of(2 * width);
+  auto writer = FolderWriter::open((folder_ / "end").string(), false).value();
+  std::vector<FileEntry> entries = {
+      {.name = "t", .dtype = Dtype::kBF16, .shape = {rows, 2 * width}}};
+  const std::string head = lay_out(entries).value();
+  const auto file =
+      writer.add_tensors("model.safetensors", head, head.size() + entries[0].size_bytes()).value();
+  const std::vector<WritablePlace> places = {{&file, entries[0].offset_bytes}};
+  const Reading reading = plan_reading(target, source.ranks, 1 << 16).value();
+  Mover mover(source, 2);
+  ASSERT_TRUE(mover.move(reading, places, {}));
+  ASSERT_TRUE(writer.finish());
+  ASSERT_TRUE(writer.commit());
+  std::string expected;
+  const auto row_bytes = static_cast<size_t>(width) * 2;
+  for (size_t row = 0; row < static_cast<size_t>(rows); ++row) {
+    expected += tensor.bytes.substr(row * row_bytes, row_bytes) + std::string(row_bytes, '\0');
+  }
+  EXPECT_EQ(tensor_bytes(folder_ / "end" / "model.safetensors", "t"), expected);
+}
+
+INSTANTIATE_TEST_SUITE_P(Widths, Scattered, ::testing::Values(1, 3, 64, 2048, 2100));
+
+TEST_F(Convert, AnUnfinishedFolderHoldsNoReadableFile) {
+  auto writer = FolderWriter::open((folder_ / "end").string(), false).value();
+  std::vector<FileEntry> entries = {{.name = "t", .dtype = Dtype::kBF16, .shape = {4}}};
+  const std::string head = lay_out(entries).value();
+  ASSERT_TRUE(writer.add_tensors("model.safetensors", head, head.size() + 8));
+  EXPECT_FALSE(list_checkpoint(writer.temporary()));
+  EXPECT_FALSE(std::filesystem::exists(folder_ / "end"));
+  ASSERT_TRUE(writer.finish());
+  EXPECT_TRUE(list_checkpoint(writer.temporary()));
+}
+
+}  // namespace
+}  // namespace transfuse::testing

@@ -1,0 +1,172 @@
+// Plans over files, and their sums on several threads.
+#include "files/reading.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "base/mutex.h"
+#include "base/thread.h"
+#include "copy/copy.h"
+#include "files/side.h"
+#include "session/copies.h"
+#include "transfuse/copy.h"
+#include "transfuse/layout.h"
+#include "transfuse/plan.h"
+#include "transfuse/result.h"
+
+namespace transfuse {
+namespace {
+
+// The first error of several threads. Safe to use from any thread.
+class FirstError {
+ public:
+  void set(Error error) EXCLUDES(mutex_) {
+    const MutexLock lock(mutex_);
+    if (outcome_) outcome_ = std::move(error);
+    failed_.store(true, std::memory_order_relaxed);
+  }
+  bool failed() const { return failed_.load(std::memory_order_relaxed); }
+  Result<void> take() EXCLUDES(mutex_) {
+    const MutexLock lock(mutex_);
+    return outcome_;
+  }
+
+ private:
+  std::atomic<bool> failed_{false};
+  Mutex mutex_;
+  Result<void> outcome_ GUARDED_BY(mutex_);
+};
+
+ElementOp plain_copy(uint32_t element_bytes) {
+  switch (element_bytes) {
+    case 1:
+      return ElementOp::kCopy1;
+    case 2:
+      return ElementOp::kCopy2;
+    case 4:
+      return ElementOp::kCopy4;
+    default:
+      return ElementOp::kCopy8;
+  }
+}
+
+}  // namespace
+
+Result<void> for_each_parallel(uint32_t threads, size_t count,
+                               const std::function<Result<void>(uint32_t, size_t)>& body,
+                               const std::function<void()>& tick) {
+  FirstError first;
+  std::atomic<size_t> next{0};
+  const auto work = [&](uint32_t worker) {
+    while (!first.failed()) {
+      const size_t item = next.fetch_add(1, std::memory_order_relaxed);
+      if (item >= count) return;
+      if (auto done = body(worker, item); !done) first.set(std::move(done).error());
+      if (worker == 0 && tick) tick();
+    }
+  };
+  std::vector<std::thread> others;
+  for (uint32_t worker = 1; worker < threads && worker < count; ++worker) {
+    auto thread = start_thread("conversion", [&work, worker] { work(worker); });
+    if (!thread) {
+      first.set(std::move(thread).error());
+      break;
+    }
+    others.push_back(std::move(thread).value());
+  }
+  work(0);
+  for (std::thread& thread : others) thread.join();
+  return first.take();
+}
+
+StridedCopy Reading::copy(uint32_t run) const {
+  return copies_.copy(plan().runs()[run], plan().holders()[holder_[run]], 0, nullptr, false);
+}
+
+const StoredPlace& Reading::source(uint32_t run) const {
+  return ranks_[rank_[run]].places[plan().holders()[holder_[run]].parameter];
+}
+
+uint64_t Reading::fingerprint(uint32_t run) const {
+  const StridedCopy one = copy(run);
+  return sum_copy(one, source(run).data + one.source_offset_bytes);
+}
+
+Result<Reading> plan_reading(const Layout& target, std::span<const ReadableRank> ranks,
+                             uint64_t chunk_bytes) {
+  std::vector<Layout> layouts;
+  for (const ReadableRank& rank : ranks) layouts.push_back(rank.layout);
+  TRANSFUSE_ASSIGN_OR_RETURN(Plan plan, compile(target, layouts, {.chunk_bytes = chunk_bytes}));
+  // Ranks by layout, in the plan's order of layouts.
+  std::vector<uint32_t> counts;
+  std::vector<uint32_t> members;
+  for (const Layout& layout : plan.source_layouts()) {
+    const size_t before = members.size();
+    for (uint32_t rank = 0; rank < ranks.size(); ++rank) {
+      if (layouts[rank].digest() == layout.digest()) members.push_back(rank);
+    }
+    counts.push_back(static_cast<uint32_t>(members.size() - before));
+  }
+  Assignment assignment;
+  TRANSFUSE_RETURN_IF_ERROR(assign(plan, counts, 0, assignment));
+  for (uint32_t& choice : assignment.choice) choice = members[choice];
+  return Reading(CopyTable(std::move(plan)), ranks, std::move(assignment.holder),
+                 std::move(assignment.choice));
+}
+
+Result<std::vector<uint64_t>> whole_fingerprints(const Layout& probe,
+                                                 std::span<const ReadableRank> ranks,
+                                                 uint32_t threads) {
+  TRANSFUSE_ASSIGN_OR_RETURN(const Reading reading,
+                             plan_reading(probe, ranks, PlanOptions{}.chunk_bytes));
+  const Plan& plan = reading.plan();
+  std::vector<std::atomic<uint64_t>> sums(probe.parameters().size());
+  TRANSFUSE_RETURN_IF_ERROR(
+      for_each_parallel(threads, plan.chunks().size(), [&](uint32_t, size_t item) -> Result<void> {
+        const Chunk& chunk = plan.chunks()[item];
+        for (uint32_t run = chunk.first_run; run < chunk.first_run + chunk.run_count; ++run) {
+          sums[plan.runs()[run].parameter].fetch_add(reading.fingerprint(run),
+                                                     std::memory_order_relaxed);
+        }
+        return {};
+      }));
+  return std::vector<uint64_t>(sums.begin(), sums.end());
+}
+
+Result<void> compare_fingerprints(const Reading& reading, const ReadableRank& target,
+                                  uint32_t threads) {
+  const Plan& plan = reading.plan();
+  const auto compare = [&](uint32_t, size_t item) -> Result<void> {
+    const Chunk& chunk = plan.chunks()[item];
+    for (uint32_t number = chunk.first_run; number < chunk.first_run + chunk.run_count; ++number) {
+      const Run& run = plan.runs()[number];
+      StridedCopy held = reading.copy(number);
+      const uint32_t element_bytes = target_element_bytes(held.op);
+      held.op = plain_copy(element_bytes);
+      std::ranges::copy(held.target_stride, held.source_stride);
+      const uint64_t found =
+          sum_copy(held, target.places[run.parameter].data + run.target_offset * element_bytes);
+      const uint64_t expected = reading.fingerprint(number);
+      if (found == expected) continue;
+      return Error{
+          ErrorCode::kFingerprintMismatch,
+          fmt::format("elements {} of tensor {} in {}: expected fingerprint {:016x}, "
+                      "found {:016x}",
+                      plan.box_of(run).to_string(), plan.target().tensors()[run.tensor].name,
+                      plan.target().parameters()[run.parameter].name, expected, found)};
+    }
+    return {};
+  };
+  return for_each_parallel(threads, plan.chunks().size(), compare);
+}
+
+}  // namespace transfuse

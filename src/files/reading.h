@@ -1,0 +1,63 @@
+// A plan whose sources are files: who serves every run, and sums of what files hold.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "files/side.h"
+#include "session/copies.h"
+#include "transfuse/copy.h"
+#include "transfuse/layout.h"
+#include "transfuse/result.h"
+
+namespace transfuse {
+
+// Immutable after plan_reading(). Safe to use from any thread; the ranks outlive it.
+class Reading {
+ public:
+  Reading(CopyTable copies, std::span<const ReadableRank> ranks, std::vector<uint32_t> holder,
+          std::vector<uint32_t> rank)
+      : copies_(std::move(copies)),
+        ranks_(ranks),
+        holder_(std::move(holder)),
+        rank_(std::move(rank)) {}
+
+  const Plan& plan() const { return copies_.plan(); }
+  // The copy of a run, with source_offset_bytes from the start of its parameter and no target.
+  StridedCopy copy(uint32_t run) const;
+  const StoredPlace& source(uint32_t run) const;
+  // Of run `run` as the target will hold it.
+  uint64_t fingerprint(uint32_t run) const;
+
+ private:
+  CopyTable copies_;
+  std::span<const ReadableRank> ranks_;
+  std::vector<uint32_t> holder_;  // per run
+  std::vector<uint32_t> rank_;    // per run
+};
+
+// kLayoutMismatch where `ranks` do not hold all of `target`.
+Result<Reading> plan_reading(const Layout& target, std::span<const ReadableRank> ranks,
+                             uint64_t chunk_bytes);
+
+// Whole tensors of `ranks`, in the dtypes of `probe`'s parameters, one per parameter: the
+// fingerprint of each, the same however they are sharded.
+Result<std::vector<uint64_t>> whole_fingerprints(const Layout& probe,
+                                                 std::span<const ReadableRank> ranks,
+                                                 uint32_t threads);
+
+// kFingerprintMismatch unless `target` holds what `reading` reads, run by run.
+Result<void> compare_fingerprints(const Reading& reading, const ReadableRank& target,
+                                  uint32_t threads);
+
+// Calls body(worker, item) for every item, on the calling thread (worker 0) and threads - 1 others.
+// The first error ends it and is returned. `tick` (may be empty) is called on the calling thread
+// from time to time.
+Result<void> for_each_parallel(uint32_t threads, size_t count,
+                               const std::function<Result<void>(uint32_t, size_t)>& body,
+                               const std::function<void()>& tick = {});
+
+}  // namespace transfuse
