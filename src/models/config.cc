@@ -59,6 +59,18 @@ Result<int64_t> required_size(const json& object, const char* field) {
   return *value;
 }
 
+// transformers 4 writes Qwen3-MoE's as "num_experts", 5 as "num_local_experts".
+Result<int64_t> expert_count(const json& object) {
+  TRANSFUSE_ASSIGN_OR_RETURN(const auto local, optional_size(object, "num_local_experts"));
+  if (!local) return required_size(object, "num_experts");
+  TRANSFUSE_ASSIGN_OR_RETURN(const auto count, optional_size(object, "num_experts"));
+  if (count.value_or(*local) != *local) {
+    return invalid(fmt::format("field \"num_experts\" is {}, field \"num_local_experts\" is {}",
+                               *count, *local));
+  }
+  return *local;
+}
+
 Result<bool> optional_bool(const json& object, const char* field, bool fallback) {
   const json* value = find(object, field);
   if (value == nullptr) return fallback;
@@ -187,7 +199,7 @@ Result<ModelConfig> parse_model_config(std::string_view text) {
   if (family->mixture_of_experts) {
     TRANSFUSE_ASSIGN_OR_RETURN(c.moe_intermediate_size,
                                required_size(object, "moe_intermediate_size"));
-    TRANSFUSE_ASSIGN_OR_RETURN(c.num_experts, required_size(object, "num_experts"));
+    TRANSFUSE_ASSIGN_OR_RETURN(c.num_experts, expert_count(object));
     TRANSFUSE_ASSIGN_OR_RETURN(const auto dense, optional_size(object, "intermediate_size"));
     c.intermediate_size = dense.value_or(0);
   } else {

@@ -64,6 +64,16 @@ TEST(ModelConfig, ReadsAMixtureOfExperts) {
   EXPECT_FALSE(c.tie_word_embeddings);
 }
 
+TEST(ModelConfig, TheNumberOfExpertsHasTwoNamesThatMustAgree) {
+  json object = moe();
+  object["num_local_experts"] = 128;
+  EXPECT_EQ(parse_model_config(object.dump())->num_experts, 128);
+  object.erase("num_experts");
+  EXPECT_EQ(parse_model_config(object.dump())->num_experts, 128);
+  object["num_experts"] = 64;
+  EXPECT_THAT(config_error(object).message, HasSubstr("\"num_local_experts\" is 128"));
+}
+
 TEST(ModelConfig, AMissingHeadDimIsThatOfTheModelClass) {
   json object = dense();
   object.erase("head_dim");

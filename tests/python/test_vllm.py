@@ -1,0 +1,85 @@
+"""Layouts of vLLM specs against vLLM's own load_weights on every rank. Skipped where vLLM is not
+installed; its Python sources and what they import are enough, no device and no compiled part."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+import torch
+import transfuse
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vllm is not installed", allow_module_level=True)
+transformers = pytest.importorskip("transformers")
+
+FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}
+
+
+def write_model(folder, family, *, layers=3, tied=False):
+    """A folder as vLLM reads it, and its weights: every element has a value of its own."""
+    experts = {"num_experts": 6, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+    config = getattr(transformers, FAMILIES[family] + "Config")(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=100,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        architectures=[FAMILIES[family] + "ForCausalLM"],
+        **({"head_dim": 8} if family.startswith("qwen3") else {}),
+        **(experts if family == "qwen3_moe" else {}),
+    )
+    config.save_pretrained(folder)
+    model = transfuse.parse_model_config((folder / "config.json").read_text())
+    weights, first = {}, 1
+    for tensor in transfuse.make_catalog(model):
+        count = torch.Size(tensor.shape).numel()
+        weights[tensor.name] = torch.arange(first, first + count).float().view(tensor.shape)
+        first += count
+    assert first < 2**24  # exact in f32
+    torch.save(weights, folder / "weights.pt")
+    return model, weights
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "world"),
+    [
+        ("llama", False, {"tp": 2}),
+        ("llama", True, {"tp": 2, "pp": 2}),
+        ("qwen2", False, {"tp": 4}),
+        ("qwen2", True, {"pp": 3}),
+        ("qwen3", True, {"tp": 8}),
+        ("qwen3", False, {"tp": 2, "pp": 2}),
+        ("qwen3_moe", False, {"tp": 2}),
+        ("qwen3_moe", False, {"tp": 4, "ep": True}),
+        ("qwen3_moe", True, {"tp": 2, "pp": 2, "ep": True}),
+        ("qwen3_moe", False, {"tp": 2, "dp": 2}),
+        ("qwen3_moe", False, {"tp": 2, "dp": 2, "ep": True}),
+    ],
+    ids=str,
+)
+def test_a_plan_puts_everything_where_load_weights_puts_it(
+    children, execute, tmp_path, family, tied, world
+):
+    config, weights = write_model(tmp_path, family, tied=tied)
+    options = ["dtype=f32"]
+    options += [key if value is True else f"{key}={value}" for key, value in world.items()]
+    spec = transfuse.parse_parallel_spec("vllm:" + ",".join(options))
+    targets = transfuse.make_layouts(config, spec)
+    request = {"folder": str(tmp_path), "world": world, "size": len(targets)}
+    children.start("vllm_worker.py", json.dumps(request))
+    children.join()
+
+    whole = transfuse.make_layout(config, transfuse.parse_parallel_spec("hf:dtype=f32"), 0)
+    source = {name: value.flatten() for name, value in weights.items()}
+    for rank, target in enumerate(targets):
+        expected = torch.load(tmp_path / f"rank{rank}.pt")
+        assert {p.name for p in target.parameters} == set(expected)
+        held = {p.name: torch.zeros(p.element_count) for p in target.parameters}
+        execute(transfuse.compile(target, [whole]), [(whole, source)], held)
+        for name, value in expected.items():
+            assert torch.equal(held[name], value.flatten()), f"rank {rank}: {name}"
