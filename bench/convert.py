@@ -52,7 +52,8 @@ def make_model(command: Path, folder: Path, layers: int) -> None:
         check=True,
         stdout=subprocess.PIPE,
     )
-    header, at = {}, 0
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # as transformers writes it
+    at = 0
     for tensor in json.loads(listed.stdout)["tensors"]:
         end = at + tensor["size_bytes"]
         header[tensor["name"]] = {
@@ -61,7 +62,7 @@ def make_model(command: Path, folder: Path, layers: int) -> None:
             "data_offsets": [at, end],
         }
         at = end
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
