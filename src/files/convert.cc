@@ -8,7 +8,6 @@
 #include <functional>
 #include <map>
 #include <nlohmann/json.hpp>
-#include <ratio>
 #include <span>
 #include <string>
 #include <string_view>

@@ -24,7 +24,6 @@
 
 #include "files/stored_file.h"
 #include "transfuse/checkpoint.h"
-#include "transfuse/layout.h"
 #include "transfuse/result.h"
 
 namespace transfuse {

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
@@ -18,6 +19,7 @@
 #include "copy/copy.h"
 #include "files/folder_writer.h"
 #include "files/reading.h"
+#include "files/side.h"
 #include "files/stored_file.h"
 #include "transfuse/copy.h"
 #include "transfuse/plan.h"
@@ -225,8 +227,8 @@ Result<void> Mover::move_scattered(Work& work, uint32_t run) {
 void Mover::count_bytes(uint64_t bytes) {
   const uint64_t before = moved_bytes_.fetch_add(bytes, std::memory_order_relaxed);
   if (before / kForgetBytes == (before + bytes) / kForgetBytes) return;
-  for (const OpenFile& file : source_.files) {
-    ::madvise(const_cast<std::byte*>(file.data()), file.size_bytes(), MADV_DONTNEED);
+  for (const OpenFile& source : source_.files) {
+    ::madvise(const_cast<std::byte*>(source.data()), source.size_bytes(), MADV_DONTNEED);
   }
 }
 
