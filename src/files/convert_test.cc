@@ -62,6 +62,67 @@ TEST_F(Convert, AnyChainOfLayoutsEndsWithTheBytesItBeganWith) {
   for (const std::string& name : names()) EXPECT_FALSE(name.starts_with(".")) << name;
 }
 
+TEST_F(Convert, MegatronStagesAndExpertsGoToEnginesAndBack) {
+  const std::vector<std::pair<std::string, std::vector<std::string>>> chains = {
+      {config_json(),
+       {"hf", "megatron:tp=2,pp=2", "vllm:tp=4", "megatron:tp=4", "fsdp:dp=3", "hf"}},
+      {moe_config_json(4),
+       {"hf", "megatron:tp=2,pp=2,ep=3,etp=1", "vllm:tp=2", "megatron:pp=2,vpp=2,layers=1/1/1/1",
+        "vllm:tp=2,ep", "hf"}}};
+  for (const auto& [config, chain] : chains) {
+    const auto tensors = model(config);
+    write_hf("start", tensors);
+    std::string source = "start";
+    for (size_t i = 1; i < chain.size(); ++i) {
+      const std::string target = "step" + std::to_string(i);
+      auto step = request(chain[i - 1], source, chain[i], target);
+      step.config_json = config;
+      const auto report = convert_checkpoint(step);
+      ASSERT_TRUE(report) << chain[i] << ": " << report.error().to_string();
+      source = target;
+    }
+    expect_same_tensors((folder_ / source).string(), tensors);
+    for (const std::string& name : names()) std::filesystem::remove_all(folder_ / name);
+  }
+}
+
+TEST_F(Convert, OtherNamesOfAFrameworkAreReadWithoutBeingTold) {
+  const auto tensors = model(moe_config_json());
+  write_hf("start", tensors);
+  for (const std::string options :
+       {"norms=separate", "experts=sequential", "norms=separate,experts=sequential"}) {
+    auto write = request("hf", "start", "megatron:tp=2,ep=3,etp=1," + options, "ranks");
+    auto read = request("megatron:tp=2,ep=3,etp=1", "ranks", "hf", "end");
+    for (ConvertRequest* step : {&write, &read}) {
+      step->config_json = moe_config_json();
+      step->replace_target = true;
+      const auto report = convert_checkpoint(*step);
+      ASSERT_TRUE(report) << options << ": " << report.error().to_string();
+    }
+    expect_same_tensors((folder_ / "end").string(), tensors);
+  }
+}
+
+TEST_F(Convert, ExpertsOfAnEngineAreAStackInItsFiles) {
+  write_hf("start", model(moe_config_json()));
+  auto step = request("hf", "start", "vllm:tp=2", "ranks");
+  step.config_json = moe_config_json();
+  ASSERT_TRUE(convert_checkpoint(step));
+  const auto listing = list_checkpoint((folder_ / "ranks").string());
+  ASSERT_TRUE(listing);
+  int stacks = 0;
+  for (const StoredTensor& tensor : listing->tensors) {
+    if (tensor.name.ends_with("w13_weight")) {
+      EXPECT_EQ(tensor.shape, (Dims{3, 8, 16}));
+      ++stacks;
+    }
+    if (tensor.name.ends_with("w2_weight")) {
+      EXPECT_EQ(tensor.shape, (Dims{3, 16, 4}));
+    }
+  }
+  EXPECT_EQ(stacks, 4);
+}
+
 TEST_F(Convert, RankFilesHoldWhatTheFrameworkWouldAndPaddingIsZero) {
   const auto tensors = model(config_json());
   write_hf("start", tensors);

@@ -82,9 +82,10 @@ class FilesTest : public ::testing::Test {
       "vocab_size": 70, "tie_word_embeddings": false, "torch_dtype": ")" +
            dtype + "\"}";
   }
-  static std::string moe_config_json() {
+  static std::string moe_config_json(int layers = 2) {
     return R"({"model_type": "qwen3_moe", "hidden_size": 16, "intermediate_size": 40,
-      "moe_intermediate_size": 8, "num_experts": 3, "num_hidden_layers": 2,
+      "moe_intermediate_size": 8, "num_experts": 3, "num_hidden_layers": )" +
+           std::to_string(layers) + R"(,
       "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 70,
       "tie_word_embeddings": false, "torch_dtype": "bfloat16"})";
   }
