@@ -1,5 +1,6 @@
 // Conversions between layouts on disk, and all the ways in which they may not happen.
 #include <fcntl.h>
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 #include <sched.h>
 #include <sys/file.h>
@@ -7,6 +8,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -16,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/unique_fd.h"
 #include "files/file_fixture.h"
 #include "files/folder_writer.h"
 #include "files/mover.h"
@@ -221,7 +224,7 @@ TEST_F(Convert, StackedExpertsAreReadAsSingleOnes) {
     HandMade down{stem + "down_proj", "BF16", {3, 16, 8}, {}};
     for (int expert = 0; expert < 3; ++expert) {
       const auto add = [&](HandMade& to, const std::string& matrix) {
-        const std::string name = stem + std::to_string(expert) + "." + matrix + ".weight";
+        const std::string name = fmt::format("{}{}.{}.weight", stem, expert, matrix);
         to.bytes += std::find_if(tensors.begin(), tensors.end(), [&](const HandMade& t) {
                       return t.name == name;
                     })->bytes;
@@ -247,7 +250,7 @@ TEST_F(Convert, StackedExpertsAreReadAsSingleOnes) {
 class BadCheckpoint : public FilesTest {
  protected:
   // What a conversion says of `tensors`; it leaves nothing.
-  std::string refusal(std::vector<HandMade> tensors, const std::string& from = "hf") {
+  std::string refusal(const std::vector<HandMade>& tensors, const std::string& from = "hf") {
     const std::string source = write_hf("bad", tensors);
     const auto report = convert_checkpoint(request(from, "bad", "vllm:tp=2", "out"));
     EXPECT_EQ(names(), std::vector<std::string>{"bad"});
