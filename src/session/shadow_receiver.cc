@@ -5,7 +5,6 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <iterator>
 #include <memory>
 #include <optional>
 #include <string>
@@ -15,7 +14,6 @@
 
 #include "base/log.h"
 #include "session/fetch.h"
-#include "session/memory.h"
 #include "session/receivers.h"
 #include "session/shadow.h"
 #include "session/stage.h"

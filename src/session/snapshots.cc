@@ -2,7 +2,6 @@
 #include "session/snapshots.h"
 
 #include <algorithm>
-#include <cstddef>
 #include <cstdint>
 #include <utility>
 #include <vector>
