@@ -308,6 +308,21 @@ class Walk {
 
 }  // namespace
 
+ElementOp plain_copy(uint32_t element_bytes) {
+  switch (element_bytes) {
+    case 1:
+      return ElementOp::kCopy1;
+    case 2:
+      return ElementOp::kCopy2;
+    case 4:
+      return ElementOp::kCopy4;
+    case 8:
+      return ElementOp::kCopy8;
+    default:
+      check_failed(__FILE__, __LINE__, "elements have 1, 2, 4 or 8 bytes");
+  }
+}
+
 uint32_t source_element_bytes(ElementOp op) {
   switch (op) {
     case ElementOp::kCopy1:

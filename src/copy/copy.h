@@ -11,6 +11,9 @@
 
 namespace transfuse {
 
+// The copy without a cast of elements of 1, 2, 4 or 8 bytes.
+ElementOp plain_copy(uint32_t element_bytes);
+
 // Executes `copy`. `source` is the address of element (0, 0, 0): source_offset_bytes is already
 // applied. Returns the fingerprint of the elements as written, 0 if copy.fingerprint is not set.
 // Source and target do not overlap; neither needs any alignment. Safe to call from any thread.

@@ -22,19 +22,6 @@ constexpr uint32_t kRows = 24;
 constexpr uint32_t kColumns = 64;
 constexpr uint32_t kCount = kRows * kColumns;
 
-ElementOp plain_op(uint32_t element_bytes) {
-  switch (element_bytes) {
-    case 1:
-      return ElementOp::kCopy1;
-    case 2:
-      return ElementOp::kCopy2;
-    case 4:
-      return ElementOp::kCopy4;
-    default:
-      return ElementOp::kCopy8;
-  }
-}
-
 // A matrix of elements of 1, 2, 4 or 8 bytes, as bits.
 struct Matrix {
   uint32_t element_bytes = 2;
@@ -46,7 +33,7 @@ struct Matrix {
       std::memcpy(bytes.data() + i * element_bytes, &bits[i], element_bytes);
     }
     StridedCopy copy;
-    copy.op = plain_op(element_bytes);
+    copy.op = plain_copy(element_bytes);
     copy.fingerprint_key = key;
     copy.linear_index = first_index;
     copy.count[2] = kCount;
@@ -299,7 +286,7 @@ TEST(FingerprintProperty, TheSumDoesNotDependOnHowTheBoxIsCutOrStored) {
       }
     }
     StridedCopy part;
-    part.op = plain_op(size);
+    part.op = plain_copy(size);
     part.fingerprint_key = key;
     part.linear_index = 100;
     part.count[1] = kRows;

@@ -46,19 +46,6 @@ class FirstError {
   Result<void> outcome_ GUARDED_BY(mutex_);
 };
 
-ElementOp plain_copy(uint32_t element_bytes) {
-  switch (element_bytes) {
-    case 1:
-      return ElementOp::kCopy1;
-    case 2:
-      return ElementOp::kCopy2;
-    case 4:
-      return ElementOp::kCopy4;
-    default:
-      return ElementOp::kCopy8;
-  }
-}
-
 }  // namespace
 
 Result<void> for_each_parallel(uint32_t threads, size_t count,

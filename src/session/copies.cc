@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "copy/copy.h"
 #include "transfuse/copy.h"
 #include "transfuse/layout.h"
 #include "transfuse/plan.h"
@@ -22,16 +23,7 @@ ElementOp element_op(Dtype source, Dtype target) {
     TRANSFUSE_CHECK(castable(source, target));
     return target == Dtype::kBF16 ? ElementOp::kF32ToBF16 : ElementOp::kF32ToF16;
   }
-  switch (dtype_size_bytes(source)) {
-    case 1:
-      return ElementOp::kCopy1;
-    case 2:
-      return ElementOp::kCopy2;
-    case 4:
-      return ElementOp::kCopy4;
-    default:
-      return ElementOp::kCopy8;
-  }
+  return plain_copy(static_cast<uint32_t>(dtype_size_bytes(source)));
 }
 
 }  // namespace
