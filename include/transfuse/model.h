@@ -58,6 +58,11 @@ struct ParallelSpec {
   bool up_before_gate = false;       // vLLM "w13=up_gate": the halves swapped
   bool separate_norms = false;       // Megatron "norms=separate": not inside the linear after them
   bool sequential_experts = false;   // Megatron "experts=sequential": one module per expert
+  // Megatron: the embedding (the loss) counts as a layer of the first (the last) chunk.
+  bool account_for_embedding = false;
+  bool account_for_loss = false;
+  // Megatron: rows of the vocabulary with padding, of all ranks together; 0: by vocab_divisor.
+  int64_t padded_vocab = 0;
   // Of a checked spec (parse_parallel_spec); 0 where the family is unknown.
   int64_t rank_count() const;
 };

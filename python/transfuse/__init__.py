@@ -1,8 +1,8 @@
 """Live weight transfer between sharded models.
 
 A trainer publishes, an engine receives; layouts say where weights live on each side. Importing this
-package needs neither torch nor numpy; `transfuse.fsdp2`, `transfuse.hf` and
-`transfuse.torch_optimizer` need torch.
+package needs neither torch nor numpy; `transfuse.fsdp2`, `transfuse.hf`,
+`transfuse.megatron` and `transfuse.torch_optimizer` need torch.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from transfuse._transfuse import (
     MemberRole,
     ModelConfig,
     PairTraffic,
+    ParallelRanks,
     ParallelSpec,
     ParameterSpec,
     Placement,
@@ -65,6 +66,7 @@ from transfuse._transfuse import (
     make_catalog,
     make_layout,
     make_layouts,
+    parallel_ranks,
     parse_model_config,
     parse_parallel_spec,
     plan_key,
@@ -134,6 +136,7 @@ __all__ = [
     "ModelConfig",
     "NotFoundError",
     "PairTraffic",
+    "ParallelRanks",
     "ParallelSpec",
     "ParameterSpec",
     "PermissionDeniedError",
@@ -176,6 +179,7 @@ __all__ = [
     "make_catalog",
     "make_layout",
     "make_layouts",
+    "parallel_ranks",
     "parse_model_config",
     "parse_parallel_spec",
     "plan_key",

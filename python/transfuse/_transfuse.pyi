@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import enum
+from typing import overload
 
 
 class ErrorCode(enum.Enum):
@@ -513,7 +514,9 @@ def make_catalog(config: ModelConfig) -> list[TensorSpec]:
     """The tensors of the published checkpoint, by HF name."""
 
 class ParallelSpec:
-    """Parallelism of one side, such as 'fsdp:dp=4' or 'vllm:tp=2'."""
+    """
+    Parallelism of one side, such as 'fsdp:dp=4' or 'vllm:tp=2'. 0 where the spec leaves a number open.
+    """
 
     @property
     def family(self) -> str: ...
@@ -531,16 +534,137 @@ class ParallelSpec:
     def dtype(self) -> Dtype: ...
 
     @property
+    def pp(self) -> int: ...
+
+    @property
+    def vpp(self) -> int: ...
+
+    @property
+    def cp(self) -> int: ...
+
+    @property
+    def ep(self) -> int: ...
+
+    @property
+    def etp(self) -> int: ...
+
+    @property
+    def first(self) -> int: ...
+
+    @property
+    def last(self) -> int: ...
+
+    @property
+    def layers(self) -> list[int]: ...
+
+    @property
+    def vocab_divisor(self) -> int: ...
+
+    @property
+    def padded_vocab(self) -> int: ...
+
+    @property
+    def expert_parallel(self) -> bool: ...
+
+    @property
+    def round_robin(self) -> bool: ...
+
+    @property
+    def up_before_gate(self) -> bool: ...
+
+    @property
+    def separate_norms(self) -> bool: ...
+
+    @property
+    def sequential_experts(self) -> bool: ...
+
+    @property
+    def account_for_embedding(self) -> bool: ...
+
+    @property
+    def account_for_loss(self) -> bool: ...
+
+    @property
     def rank_count(self) -> int: ...
 
+class ParallelRanks:
+    """A process's place in every group of its framework."""
+
+    def __init__(self, *, tp: int = 0, pp: int = 0, dp: int = 0, cp: int = 0, etp: int = 0, ep: int = 0, edp: int = 0) -> None: ...
+
+    @property
+    def tp(self) -> int: ...
+
+    @property
+    def pp(self) -> int: ...
+
+    @property
+    def dp(self) -> int: ...
+
+    @property
+    def cp(self) -> int: ...
+
+    @property
+    def etp(self) -> int:
+        """Of experts."""
+
+    @property
+    def ep(self) -> int: ...
+
+    @property
+    def edp(self) -> int:
+        """Replica of the experts."""
+
+    def __eq__(self, arg: object, /) -> bool: ...
+
+    def __repr__(self) -> str: ...
+
 def parse_parallel_spec(text: str) -> ParallelSpec: ...
+
+def parallel_ranks(spec: ParallelSpec, rank: int) -> ParallelRanks:
+    """
+    The place of a rank, counted within the spec, in the framework's own order of ranks.
+    """
 
 def make_layouts(config: ModelConfig, spec: ParallelSpec) -> list[Layout]:
     """One layout per rank, in the family's own rank order."""
 
+@overload
 def make_layout(config: ModelConfig, spec: ParallelSpec, rank: int) -> Layout:
     """
     The layout of one rank, counted within the spec (never the world rank).
+    """
+
+@overload
+def make_layout(config: ModelConfig, spec: ParallelSpec, ranks: ParallelRanks) -> Layout:
+    """The same for a process that knows its ranks from its own groups."""
+
+class LiveTensor:
+    """A parameter or persistent buffer as its framework describes it."""
+
+    def __init__(self, name: str, dtype: Dtype, shape: Sequence[int], *, tensor_model_parallel: bool = False, partition_dim: int = -1, partition_stride: int = 1) -> None: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dtype(self) -> Dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def tensor_model_parallel(self) -> bool: ...
+
+    @property
+    def partition_dim(self) -> int: ...
+
+    @property
+    def partition_stride(self) -> int: ...
+
+def make_live_layout(config: ModelConfig, spec: ParallelSpec, ranks: ParallelRanks, tensors: Sequence[LiveTensor], layers: Sequence[Sequence[int]], *, layers_of_module: bool) -> Layout:
+    """
+    The layout of a rank's Megatron-Core modules, or LayoutMismatchError where they are not what the spec means. `layers`: of each model chunk, the numbers of its decoder layers. With `layers_of_module` the spec says nothing of layers, and they are the module's.
     """
 
 class PlacementKind(enum.Enum):

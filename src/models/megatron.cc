@@ -20,9 +20,10 @@
 namespace transfuse {
 namespace {
 
-constexpr std::array<std::string_view, 13> kOptions = {
-    "tp",   "pp",     "vpp",           "ep",    "etp",    "cp", "dp", "first",
-    "last", "layers", "vocab_divisor", "norms", "experts"};
+constexpr std::array<std::string_view, 14> kOptions = {
+    "tp",   "pp",     "vpp",           "ep",    "etp",     "cp",          "dp", "first",
+    "last", "layers", "vocab_divisor", "norms", "experts", "padded_vocab"};
+constexpr std::array<std::string_view, 2> kFlags = {"account_for_embedding", "account_for_loss"};
 
 Unexpected invalid(std::string message) {
   return {Error{ErrorCode::kInvalidArgument, std::move(message)}};
@@ -30,6 +31,11 @@ Unexpected invalid(std::string message) {
 
 // As Megatron-Core does where expert_tensor_parallel_size is not given.
 int64_t expert_tp(const ParallelSpec& spec) { return spec.etp == 0 ? spec.tp : spec.etp; }
+
+// What the even division of layers counts besides them.
+int64_t counted_as_layers(const ParallelSpec& spec) {
+  return (spec.account_for_embedding ? 1 : 0) + (spec.account_for_loss ? 1 : 0);
+}
 
 // Ranks of one pipeline stage: as few as both grids need, more where dp asks for them.
 int64_t stage_ranks(const ParallelSpec& spec) {
@@ -55,6 +61,11 @@ Result<void> check(const ParallelSpec& spec) {
         fmt::format("megatron first={},last={}: expected pp of 2 or more and no "
                     "layers=, found pp={}{}",
                     spec.first, spec.last, spec.pp, spec.layers.empty() ? "" : " and layers="));
+  }
+  if (counted_as_layers(spec) > 0 && (spec.first > 0 || spec.last > 0 || !spec.layers.empty())) {
+    return invalid(
+        "megatron account_for_embedding, account_for_loss: expected no first=, last= or layers=, "
+        "which say the layers of a stage themselves");
   }
   return {};
 }
@@ -91,8 +102,12 @@ Result<Pipeline> pipeline_of(const ParallelSpec& spec, const ModelConfig& config
   const int64_t given = (spec.first > 0 ? 1 : 0) + (spec.last > 0 ? 1 : 0);
   TRANSFUSE_ASSIGN_OR_RETURN(
       const int64_t middle,
-      divide_layers(spec, config.num_hidden_layers - spec.first - spec.last,
-                    (spec.pp - given) * spec.vpp, given > 0 ? "left" : "in the model"));
+      divide_layers(spec,
+                    config.num_hidden_layers + counted_as_layers(spec) - spec.first - spec.last,
+                    (spec.pp - given) * spec.vpp,
+                    counted_as_layers(spec) > 0 ? "with those that count as one"
+                    : given > 0                 ? "left"
+                                                : "in the model"));
   TRANSFUSE_ASSIGN_OR_RETURN(const int64_t first,
                              divide_layers(spec, spec.first, spec.vpp, "in the first stage"));
   TRANSFUSE_ASSIGN_OR_RETURN(const int64_t last,
@@ -104,6 +119,14 @@ Result<Pipeline> pipeline_of(const ParallelSpec& spec, const ModelConfig& config
       const bool is_last = stage == spec.pp - 1 && spec.last > 0;
       pipeline.layers.push_back(is_first ? first : is_last ? last : middle);
     }
+  }
+  if (spec.account_for_embedding) --pipeline.layers.front();
+  if (spec.account_for_loss) --pipeline.layers.back();
+  if (pipeline.layers.front() < 0 || pipeline.layers.back() < 0) {
+    return invalid(fmt::format(
+        "megatron account_for_embedding, account_for_loss: {} layers for {} chunks leave fewer "
+        "than none for the first or the last",
+        config.num_hidden_layers, spec.pp * spec.vpp));
   }
   return pipeline;
 }
@@ -295,7 +318,15 @@ class MegatronRank {
   Result<void> place_vocabulary(const ModelTensor& tensor, const std::string& name) {
     const int64_t rows = tensor.shape[0];
     const int64_t multiple = tp_.size > 1 ? spec_.vocab_divisor * tp_.size : 1;
-    const int64_t held = (rows + multiple - 1) / multiple * multiple / tp_.size;
+    const int64_t padded =
+        spec_.padded_vocab > 0 ? spec_.padded_vocab : (rows + multiple - 1) / multiple * multiple;
+    if (padded < rows || padded % tp_.size != 0) {
+      return invalid(
+          fmt::format("megatron padded_vocab={}: expected a multiple of tp = {} and at least the "
+                      "{} rows of {}",
+                      padded, tp_.size, rows, tensor.name));
+    }
+    const int64_t held = padded / tp_.size;
     Box box = Box::whole(tensor.shape);
     box.offset[0] = std::min(tp_.rank * held, rows);
     box.length[0] = std::min((tp_.rank + 1) * held, rows) - box.offset[0];
@@ -348,6 +379,7 @@ class MegatronRank {
 constinit const Framework kMegatron = {
     .name = "megatron",
     .options = kOptions,
+    .flags = kFlags,
     .rank_count = [](const ParallelSpec& s) { return bounded_product({stage_ranks(s), s.pp}); },
     .ranks = ranks_of,
     .check = check,

@@ -25,8 +25,10 @@ struct SizeOption {
   std::string_view name;
   int64_t ParallelSpec::* field;
   int64_t unset;  // its value where the spec does not mention it
+  int64_t most = kMaxRanks;
 };
-constexpr std::array<SizeOption, 11> kSizes = {
+constexpr int64_t kMaxVocabulary = int64_t{1} << 31;
+constexpr std::array<SizeOption, 12> kSizes = {
     {{"tp", &ParallelSpec::tp, 1},
      {"dp", &ParallelSpec::dp, 1},
      {"replicas", &ParallelSpec::replicas, 1},
@@ -37,7 +39,17 @@ constexpr std::array<SizeOption, 11> kSizes = {
      {"etp", &ParallelSpec::etp, 0},
      {"first", &ParallelSpec::first, 0},
      {"last", &ParallelSpec::last, 0},
-     {"vocab_divisor", &ParallelSpec::vocab_divisor, 128}}};
+     {"vocab_divisor", &ParallelSpec::vocab_divisor, 128},
+     {"padded_vocab", &ParallelSpec::padded_vocab, 0, kMaxVocabulary}}};
+
+struct FlagOption {
+  std::string_view name;
+  bool ParallelSpec::* field;
+};
+constexpr std::array<FlagOption, 3> kFlags = {
+    {{"ep", &ParallelSpec::expert_parallel},
+     {"account_for_embedding", &ParallelSpec::account_for_embedding},
+     {"account_for_loss", &ParallelSpec::account_for_loss}}};
 
 struct WordOption {
   std::string_view name;
@@ -75,13 +87,14 @@ Unexpected no_such_option(const Framework& framework, std::string_view option) {
                              framework.name, option, std::string_view(known).substr(2)));
 }
 
-Result<int64_t> read_size(std::string_view key, std::string_view value, int64_t lowest) {
+Result<int64_t> read_size(std::string_view key, std::string_view value, int64_t lowest,
+                          int64_t most = kMaxRanks) {
   int64_t size = 0;
   const char* end = value.data() + value.size();
   const auto [stop, error] = std::from_chars(value.data(), end, size);
-  if (error != std::errc() || stop != end || size < lowest || size > kMaxRanks) {
+  if (error != std::errc() || stop != end || size < lowest || size > most) {
     return invalid(
-        fmt::format("{}={}: expected a whole number from {} to {}", key, value, lowest, kMaxRanks));
+        fmt::format("{}={}: expected a whole number from {} to {}", key, value, lowest, most));
   }
   return size;
 }
@@ -100,7 +113,7 @@ Result<void> set_layers(std::string_view value, ParallelSpec& spec) {
 Result<void> set_option(std::string_view key, std::string_view value, ParallelSpec& spec) {
   for (const SizeOption& option : kSizes) {
     if (option.name != key) continue;
-    TRANSFUSE_ASSIGN_OR_RETURN(spec.*option.field, read_size(key, value, 1));
+    TRANSFUSE_ASSIGN_OR_RETURN(spec.*option.field, read_size(key, value, 1, option.most));
     return {};
   }
   for (const WordOption& option : kWords) {
@@ -126,8 +139,9 @@ Result<void> read_option(const Framework& framework, std::string_view option, Pa
     if (equals != std::string_view::npos) {
       return invalid(fmt::format("\"{}\": {} takes no value for {}", option, framework.name, key));
     }
-    TRANSFUSE_CHECK(key == "ep");
-    spec.expert_parallel = true;
+    const auto* flag = std::ranges::find(kFlags, key, &FlagOption::name);
+    TRANSFUSE_CHECK(flag != kFlags.end());
+    spec.*flag->field = true;
     return {};
   }
   if (equals == std::string_view::npos) {
@@ -142,9 +156,9 @@ Result<void> check_options(const Framework& framework, const ParallelSpec& spec)
   for (const SizeOption& option : kSizes) {
     const int64_t value = spec.*option.field;
     if (value == option.unset) continue;
-    if (value < 1 || value > kMaxRanks) {
+    if (value < 1 || value > option.most) {
       return invalid(
-          fmt::format("{} {}={}: expected 1 to {}", spec.family, option.name, value, kMaxRanks));
+          fmt::format("{} {}={}: expected 1 to {}", spec.family, option.name, value, option.most));
     }
     if (!has(framework, option.name)) return no_such_option(framework, option.name);
   }
@@ -153,8 +167,10 @@ Result<void> check_options(const Framework& framework, const ParallelSpec& spec)
       return no_such_option(framework, option.name);
     }
   }
-  if (spec.expert_parallel && !contains(framework.flags, "ep")) {
-    return invalid(fmt::format("\"ep\": {} has no such flag", spec.family));
+  for (const FlagOption& flag : kFlags) {
+    if (spec.*flag.field && !contains(framework.flags, flag.name)) {
+      return invalid(fmt::format("\"{}\": {} has no such flag", flag.name, spec.family));
+    }
   }
   if (spec.layers.empty()) return {};
   if (!has(framework, "layers")) return no_such_option(framework, "layers");
