@@ -16,7 +16,8 @@ struct LiveTensor {
   std::string name;  // "{chunk}:{name}" where the rank has several model chunks
   Dtype dtype = Dtype::kBF16;
   Dims shape;  // dense and row-major in memory
-  // Megatron-Core's attributes of a parameter. A version may leave them unset.
+  // Megatron-Core's attributes of a parameter. They are compared where the module marks any: its
+  // versions and ways of initialization leave them unset.
   bool tensor_model_parallel = false;
   int64_t partition_dim = -1;
   int64_t partition_stride = 1;

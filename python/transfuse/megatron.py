@@ -48,12 +48,12 @@ def layout(
     """The layout of this rank's model chunks, and the memory to bind it to.
 
     `model` is the module, or the list of model chunks, with or without the wrappers of Megatron
-    (DistributedDataParallel, Float16Module). `config` is of the published checkpoint. Names, dtypes,
-    padding of the vocabulary and layer numbers are those of the module, so that every division of
-    layers works; with a `spec` the division is also compared with what the spec says.
+    (DistributedDataParallel, Float16Module). `config` is that of the published checkpoint. Names,
+    dtypes, padding of the vocabulary and layer numbers are those of the module, so that every
+    division of layers works; with a `spec` the division is compared with what the spec says.
 
-    Sizes and places of the parallel groups: `spec` and `ranks` of the caller; else `groups`, such as
-    a ProcessGroupCollection; else megatron.core.parallel_state. Never the world rank.
+    Sizes and places of the parallel groups: `spec` and `ranks` of the caller; else `groups`, such
+    as a ProcessGroupCollection; else megatron.core.parallel_state. Never the world rank.
 
     LayoutMismatchError names every tensor whose shape, partition or layer is not what `config` and
     the sizes mean, and every one that is missing or extra. The returned tensors are flat views of

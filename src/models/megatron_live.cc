@@ -139,6 +139,8 @@ class Comparison {
     }
     for (const Tile& tile : layout.tiles()) expected_[tile.parameter].tiles.push_back(&tile);
     for (const Fill& fill : layout.fills()) expected_[fill.parameter].padded = true;
+    marks_partitions_ = std::ranges::any_of(
+        module.tensors, [](const LiveTensor& t) { return t.tensor_model_parallel; });
     marks_strides_ = std::ranges::any_of(
         module.tensors, [](const LiveTensor& t) { return t.partition_stride > 1; });
   }
@@ -236,8 +238,11 @@ class Comparison {
 
   void compare_partition(const LiveTensor& live, const Expected& expected) {
     const int split = split_dimension(expected);
-    // Grouped experts are made by TransformerEngine, which is not told of their partition.
-    if (split < 0 || live.name.find(".experts.linear_fc") != std::string::npos) return;
+    // A module made without initialization has no marks. Grouped experts have none either:
+    // TransformerEngine, which makes them, is not told of their partition.
+    if (!marks_partitions_ || split < 0 ||
+        live.name.find(".experts.linear_fc") != std::string::npos)
+      return;
     if (!live.tensor_model_parallel || live.partition_dim != split) {
       found(fmt::format(
           "{}: expected tensor_model_parallel with partition_dim {}, found {}", live.name, split,
@@ -288,6 +293,7 @@ class Comparison {
   const LiveModule& module_;
   const int64_t tp_;
   std::vector<Expected> expected_;
+  bool marks_partitions_ = false;
   bool marks_strides_ = false;
   size_t findings_ = 0;
   std::string text_;

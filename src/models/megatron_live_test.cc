@@ -258,9 +258,12 @@ TEST(LiveMegatron, EveryDisagreementNamesTensorExpectedAndFound) {
   }
 }
 
-TEST(LiveMegatron, AVersionThatMarksNoHalvesIsNotRefusedForIt) {
+TEST(LiveMegatron, AModuleThatMarksNothingIsNotRefusedForIt) {
   LiveModule module = dense_of_two();
   for (LiveTensor& tensor : module.tensors) tensor.partition_stride = 1;
+  EXPECT_TRUE(
+      make_layout(dense(), spec("megatron:tp=2"), {.tp = 0}, module, PipelineFrom::kModule));
+  for (LiveTensor& tensor : module.tensors) tensor.tensor_model_parallel = false;
   EXPECT_TRUE(
       make_layout(dense(), spec("megatron:tp=2"), {.tp = 0}, module, PipelineFrom::kModule));
 }

@@ -9,13 +9,16 @@ import sys
 from pathlib import Path
 
 import torch
+import transfuse
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from transfuse import megatron
 
 # Megatron asks for its device by these names; here that is the CPU.
 torch.Tensor.cuda = lambda self, *_, **__: self
@@ -35,6 +38,8 @@ def transformer_config(model, world):
             "moe_router_pre_softmax": False,
             "moe_router_load_balancing_type": "none",
             "moe_token_dispatcher_type": "allgather",
+            "moe_router_enable_expert_bias": world.get("expert_bias", False),
+            "moe_router_score_function": "sigmoid" if world.get("expert_bias") else "softmax",
         }
         if moe
         else {}
@@ -62,10 +67,12 @@ def transformer_config(model, world):
         expert_tensor_parallel_size=world.get("etp"),
         num_layers_in_first_pipeline_stage=world.get("first"),
         num_layers_in_last_pipeline_stage=world.get("last"),
+        account_for_embedding_in_pipeline_split=world.get("account_for_embedding", False),
+        account_for_loss_in_pipeline_split=world.get("account_for_loss", False),
+        pipeline_model_parallel_layout=world.get("stages"),
         sequence_parallel=False,
         pipeline_dtype=torch.float32,
         use_cpu_initialization=True,
-        perform_initialization=False,
         bf16=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
@@ -84,7 +91,7 @@ def chunks_of(model, world):
     pp_rank = parallel_state.get_pipeline_model_parallel_rank()
     last = world.get("pp", 1) - 1
     multiple = 128 * world.get("tp", 1) if world.get("tp", 1) > 1 else 1
-    vocabulary = -(-model["vocab_size"] // multiple) * multiple
+    vocabulary = world.get("padded_vocab", -(-model["vocab_size"] // multiple) * multiple)
     for chunk in range(vpp):
         spec = get_gpt_decoder_block_spec(
             config,
@@ -106,7 +113,8 @@ def chunks_of(model, world):
         )
 
 
-def rank_facts(model, world, rank, size):
+@contextlib.contextmanager
+def parallel_world(world, rank, size):
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     vpp = world.get("vpp", 1)
     parallel_state.initialize_model_parallel(
@@ -118,22 +126,81 @@ def rank_facts(model, world, rank, size):
         expert_tensor_parallel_size=world.get("etp"),
         create_gloo_process_groups=False,
     )
-    shapes, layers = {}, {}
-    for index, chunk in enumerate(chunks_of(model, world)):
-        prefix = f"{index}:" if vpp > 1 else ""
-        for name, parameter in chunk.named_parameters():
-            shapes[prefix + name] = list(parameter.shape)
-        for local, layer in enumerate(chunk.decoder.layers):
-            layers[f"{prefix}decoder.layers.{local}."] = layer.layer_number - 1
-    ranks = {
-        "tp": parallel_state.get_tensor_model_parallel_rank(),
-        "pp": parallel_state.get_pipeline_model_parallel_rank(),
-        "ep": parallel_state.get_expert_model_parallel_rank(),
-        "etp": parallel_state.get_expert_tensor_parallel_rank(),
-    }
+    yield
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
-    return {"shapes": shapes, "layers": layers, "ranks": ranks}
+
+
+def layout_of(chunks, model, **given):
+    """The live layout, in hexadecimal, or the error."""
+    config = transfuse.parse_model_config(json.dumps(model))
+    try:
+        layout, parameters = megatron.layout(chunks, config, **given)
+    except transfuse.TransfuseError as error:
+        return f"{type(error).__name__}: {error}"
+    for name, parameter in parameters.items():
+        prefix, _, rest = name.rpartition(":")
+        held = chunks[int(prefix or 0)].get_parameter(rest)
+        assert parameter.data_ptr() == held.data_ptr()
+        assert parameter.shape == (held.numel(),)
+    return layout.encode().hex()
+
+
+def rank_facts(model, world, rank, size, spec):
+    with parallel_world(world, rank, size):
+        vpp = world.get("vpp", 1)
+        shapes, layers = {}, {}
+        chunks = list(chunks_of(model, world))
+        for index, chunk in enumerate(chunks):
+            prefix = f"{index}:" if vpp > 1 else ""
+            for name, parameter in chunk.named_parameters():
+                shapes[prefix + name] = list(parameter.shape)
+            for local, layer in enumerate(chunk.decoder.layers):
+                layers[f"{prefix}decoder.layers.{local}."] = layer.layer_number - 1
+        ranks = {
+            "tp": parallel_state.get_tensor_model_parallel_rank(),
+            "pp": parallel_state.get_pipeline_model_parallel_rank(),
+            "ep": parallel_state.get_expert_model_parallel_rank(),
+            "etp": parallel_state.get_expert_tensor_parallel_rank(),
+        }
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        # From parallel_state alone, from a spec as well, and from arguments alone.
+        given = [{}, {"spec": spec, "groups": groups}]
+        given.append({"spec": spec, "ranks": transfuse.ParallelRanks(**ranks)})
+        live = [layout_of(chunks, model, **arguments) for arguments in given]
+        return {"shapes": shapes, "layers": layers, "ranks": ranks, "live": live}
+
+
+def changed_layouts(request):
+    """What is said of a module after each of some changes of its parameters' data."""
+    model, world = request["model"], request["world"]
+    config_given = request.get("config", model)
+    with parallel_world(world, request["rank"], request["size"]):
+        said = []
+        for change in request["changes"]:
+            chunks = list(chunks_of(model, world))
+            given = {"spec": change["spec"]} if "spec" in change else {}
+            if "parameter" in change:
+                module, _, name = change["parameter"].rpartition(".")
+                owner = chunks[0].get_submodule(module)
+                parameter = getattr(owner, name)
+                if "shape" in change:
+                    parameter.data = torch.zeros(change["shape"])
+                if "dtype" in change:
+                    parameter.data = parameter.data.to(getattr(torch, change["dtype"]))
+                if change.get("transposed"):
+                    parameter.data = parameter.data.t().contiguous().t()
+                if change.get("meta"):
+                    setattr(owner, name, torch.nn.Parameter(parameter.to("meta")))
+                if change.get("deleted"):
+                    delattr(owner, name)
+                for attribute, value in change.get("attributes", {}).items():
+                    setattr(parameter, attribute, value)
+            if "layer_number" in change:
+                chunks[0].decoder.layers[0].layer_number = change["layer_number"]
+            config = {**config_given, **change.get("config", {})}
+            said.append(layout_of(chunks, config, **given))
+    return said
 
 
 def run_model(model, folder):
@@ -153,18 +220,16 @@ def run_model(model, folder):
     torch.save(logits, folder / "out.pt")
 
 
-def main():
-    request = json.loads(sys.argv[1])
+def answer(request):
+    model = request["model"]
     if "run" in request:
-        run_model(request["model"], Path(request["run"]))
-        sys.stdout.write("FACTS {}\n")
-        return
-    facts = [
-        rank_facts(request["model"], request["world"], rank, request["size"])
-        for rank in range(request["size"])
-    ]
-    sys.stdout.write("FACTS " + json.dumps(facts) + "\n")
+        return run_model(model, Path(request["run"]))
+    if "changes" in request:
+        return changed_layouts(request)
+    world, size, spec = request["world"], request["size"], request["spec"]
+    return [rank_facts(model, world, rank, size, spec) for rank in range(size)]
 
 
 if __name__ == "__main__":
-    main()
+    answers = [answer(request) for request in json.loads(sys.argv[1])]
+    sys.stdout.write("FACTS " + json.dumps(answers) + "\n")

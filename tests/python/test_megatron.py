@@ -34,25 +34,33 @@ def model_config(model_type, *, layers=4, groups=2, tied=False, hidden=8):
     return config
 
 
+NOT_OPTIONS = ("stages", "expert_bias")  # of a spec, but of Megatron's own config
+
+
+def spec_of(world):
+    options = [key if value is True else f"{key}={value}" for key, value in world.items()]
+    options = [option for option in options if option.partition("=")[0] not in NOT_OPTIONS]
+    return "megatron:" + ",".join(options) if options else "megatron"
+
+
 def layouts_of(model, world):
     """The names of Megatron's modules without TransformerEngine, which needs a GPU."""
-    options = ["norms=separate", "experts=sequential", "dtype=f32"]
-    options += [f"{key}={value}" for key, value in world.items()]
-    spec = transfuse.parse_parallel_spec("megatron:" + ",".join(options))
+    styles = {"norms": "separate", "experts": "sequential", "dtype": "f32"}
+    spec = transfuse.parse_parallel_spec(spec_of(styles | world))
     return transfuse.make_layouts(transfuse.parse_model_config(json.dumps(model)), spec)
+
+
+def start_worker(children, requests):
+    process = children.start("megatron_worker.py", json.dumps(requests))
+    children.join()
+    line = next(x for x in children.output(process).splitlines() if x.startswith("FACTS "))
+    return json.loads(line.removeprefix("FACTS "))
 
 
 @pytest.fixture
 def ask(children):
-    """ask(request): the JSON that the worker answers."""
-
-    def run(**request):
-        process = children.start("megatron_worker.py", json.dumps(request))
-        children.join()
-        line = next(x for x in children.output(process).splitlines() if x.startswith("FACTS "))
-        return json.loads(line.removeprefix("FACTS "))
-
-    return run
+    """ask(*requests): what the worker answers to each."""
+    return lambda *requests: start_worker(children, requests)
 
 
 def first_tile(layout, parameter):
@@ -66,27 +74,52 @@ def expect_place(layout, parameter, rank):
     assert tile.box.offset[1] == rank * tile.box.length[1], parameter
 
 
-@pytest.mark.parametrize(
-    ("model", "world"),
-    [
-        (model_config("llama"), {}),
-        (model_config("llama", tied=True), {"tp": 2, "pp": 2}),
-        (model_config("qwen2"), {"tp": 2, "pp": 2, "vpp": 2}),
-        (model_config("qwen2", groups=4), {"tp": 8, "cp": 2}),
-        (model_config("qwen3", groups=4), {"tp": 8}),
-        (model_config("qwen3", layers=7, tied=True), {"pp": 3, "first": 2, "last": 1}),
-        (model_config("qwen3", layers=10), {"pp": 3, "vpp": 2, "first": 2, "last": 4}),
-        (model_config("qwen3_moe"), {"tp": 2, "ep": 3}),
-        (model_config("qwen3_moe"), {"tp": 2, "ep": 2, "etp": 1}),
-        (model_config("qwen3_moe"), {"tp": 2, "pp": 2, "ep": 3, "etp": 4}),
-        (model_config("qwen3_moe", tied=True), {"pp": 2, "vpp": 2, "ep": 2, "etp": 2}),
-    ],
-    ids=lambda x: x.get("model_type") or ",".join(f"{k}={v}" for k, v in x.items()) or "whole",
-)
-def test_every_rank_has_the_parameters_that_megatron_builds(ask, model, world):
-    layouts = layouts_of(model, world)
-    facts = ask(model=model, world=world, size=len(layouts))
-    for layout, fact in zip(layouts, facts, strict=True):
+WORLDS = [
+    (model_config("llama"), {}),
+    (model_config("llama", tied=True), {"tp": 2, "pp": 2}),
+    (model_config("qwen2"), {"tp": 2, "pp": 2, "vpp": 2}),
+    (model_config("qwen2", groups=4), {"tp": 8, "cp": 2}),
+    (model_config("qwen3", groups=4), {"tp": 8}),
+    (model_config("qwen3", layers=7, tied=True), {"pp": 3, "first": 2, "last": 1}),
+    (model_config("qwen3", layers=10), {"pp": 3, "vpp": 2, "first": 2, "last": 4}),
+    (model_config("qwen3_moe"), {"tp": 2, "ep": 3}),
+    (model_config("qwen3_moe"), {"tp": 2, "ep": 2, "etp": 1}),
+    (model_config("qwen3_moe"), {"tp": 2, "pp": 2, "ep": 3, "etp": 4}),
+    (model_config("qwen3_moe", tied=True), {"pp": 2, "vpp": 2, "ep": 2, "etp": 2}),
+    (model_config("qwen3", layers=7), {"pp": 2, "account_for_embedding": True}),
+    (
+        model_config("qwen3", layers=6, tied=True),
+        {"pp": 2, "vpp": 2, "account_for_embedding": True, "account_for_loss": True},
+    ),
+    (
+        model_config("qwen3_moe", layers=7),
+        {"pp": 3, "layers": "0/4/3", "stages": "E|tttt|tttL", "tp": 2},
+    ),
+    (
+        model_config("qwen3", layers=7),
+        {"pp": 2, "vpp": 2, "layers": "1/2/3/1", "stages": "Et|tt|ttt|tL"},
+    ),
+    (model_config("llama"), {"padded_vocab": 96}),
+    (model_config("llama"), {"tp": 2, "padded_vocab": 70}),
+]
+
+
+@pytest.fixture(scope="module")
+def facts(module_children):
+    """What Megatron builds in each of the worlds: one process for all, its imports take seconds."""
+    requests = [
+        {"model": model, "world": world, "size": len(layouts_of(model, world)), "spec": spec}
+        for model, world in WORLDS
+        for spec in [spec_of(world)]
+    ]
+    return start_worker(module_children, requests)
+
+
+@pytest.mark.parametrize("index", range(len(WORLDS)), ids=[spec_of(world) for _, world in WORLDS])
+def test_every_rank_has_the_parameters_that_megatron_builds(facts, index):
+    model, world = WORLDS[index]
+    for layout, fact in zip(layouts_of(model, world), facts[index], strict=True):
+        assert fact["live"] == [layout.encode().hex()] * 3
         sizes = {p.name: p.element_count for p in layout.parameters}
         assert sizes == {name: math.prod(shape) for name, shape in fact["shapes"].items()}
         for prefix, number in fact["layers"].items():
@@ -104,6 +137,115 @@ def test_every_rank_has_the_parameters_that_megatron_builds(ask, model, world):
             name = layout.tensors[first_tile(layout, expert).tensor].name
             first = ranks["ep"] * model["num_experts"] // world.get("ep", 1)
             assert f".experts.{first}." in name
+
+
+DENSE_CHANGES = [
+    ({}, ""),
+    (
+        {"parameter": "decoder.layers.1.mlp.linear_fc1.weight", "shape": [32, 8]},
+        "LayoutMismatchError: qwen2 under megatron:tp=2,pp=2,vpp=1,ep=1, rank tp 1 pp 1 etp 1 ep 0:"
+        " the module does not agree in 1 point: decoder.layers.1.mlp.linear_fc1.weight: expected "
+        "[16, 8], found [32, 8]",
+    ),
+    (
+        {"parameter": "decoder.layers.0.self_attention.linear_qkv.bias", "shape": [13]},
+        "decoder.layers.0.self_attention.linear_qkv.bias: expected [6], found [13]",
+    ),
+    (
+        {"parameter": "decoder.layers.0.self_attention.linear_qkv.bias", "deleted": True},
+        "decoder.layers.0.self_attention.linear_qkv.bias: missing; expected [6] of model.layers.2.",
+    ),
+    (
+        {
+            "parameter": "decoder.layers.0.mlp.linear_fc2.weight",
+            "attributes": {"partition_dim": 0},
+        },
+        "linear_fc2.weight: expected tensor_model_parallel with partition_dim 1, found "
+        "partition_dim 0",
+    ),
+    (
+        {
+            "parameter": "decoder.layers.0.mlp.linear_fc1.weight",
+            "attributes": {"tensor_model_parallel": False},
+        },
+        "linear_fc1.weight: expected tensor_model_parallel with partition_dim 0, found a tensor "
+        "that is whole on every rank",
+    ),
+    (
+        {
+            "parameter": "decoder.layers.0.mlp.linear_fc1.weight",
+            "attributes": {"partition_stride": 1},
+        },
+        "decoder.layers.0.mlp.linear_fc1.weight: expected partition_stride 2, found 1",
+    ),
+    (
+        {"parameter": "decoder.layers.0.mlp.linear_fc2.weight", "transposed": True},
+        "UnsupportedError: decoder.layers.0.mlp.linear_fc2.weight: is torch.strided on cpu, "
+        "strides (1, 8); expected a dense row-major",
+    ),
+    (
+        {"parameter": "decoder.layers.0.mlp.linear_fc2.weight", "meta": True},
+        "UnsupportedError: decoder.layers.0.mlp.linear_fc2.weight: is torch.strided on meta",
+    ),
+    (
+        {"layer_number": 2},
+        "decoder.layers.1: expected layer_number 3 of num_hidden_layers = 4, found 4",
+    ),
+    (
+        {"spec": "megatron:tp=2,pp=2,first=1"},
+        "decoder.layers.0: expected layer_number 2, found 3",
+    ),
+    ({"spec": "megatron:tp=2,pp=2,vpp=2"}, "expected vpp = 2, found 1"),
+    ({"spec": "megatron:tp=4,pp=2"}, "self_attention.linear_proj.weight: expected [8, 2], found"),
+    ({"config": {"num_hidden_layers": 5}}, "expected to end with layer_number 5"),
+    (
+        {"config": {"vocab_size": 257}},
+        "128 rows on each of tp = 2 ranks, expected vocab_size = 257",
+    ),
+    ({"config": {"intermediate_size": 32}}, "mlp.linear_fc1.weight: expected [32, 8], found"),
+    (
+        {"config": {"model_type": "llama"}},
+        "self_attention.linear_qkv.bias: extra, [6]; expected no",
+    ),
+]
+
+
+def test_a_module_that_is_not_what_the_spec_means_is_refused_by_name(ask):
+    changes = [change for change, _ in DENSE_CHANGES]
+    model, world = model_config("qwen2", groups=2), {"tp": 2, "pp": 2}
+    [said] = ask({"model": model, "world": world, "rank": 3, "size": 4, "changes": changes})
+    for found, (change, words) in zip(said, DENSE_CHANGES, strict=True):
+        if words:
+            assert words in found, change
+            assert "Error: " in found
+        else:
+            bytes.fromhex(found)
+
+
+def test_a_buffer_that_the_checkpoint_lacks_is_an_error_and_a_tied_config_too(ask):
+    model = model_config("qwen3_moe")
+    world = {"ep": 2, "expert_bias": True}
+    tied = {"config": {"tie_word_embeddings": True}}
+    [[biased], [untied]] = ask(
+        {"model": model, "world": world, "rank": 1, "size": 2, "changes": [{}]},
+        {"model": model, "world": {}, "rank": 0, "size": 1, "changes": [tied]},
+    )
+    assert "LayoutMismatchError" in biased
+    assert "decoder.layers.3.mlp.router.expert_bias: extra, [6]" in biased
+    assert "output_layer.weight: extra, [67, 8]" in untied
+
+
+def test_every_parameter_keeps_the_dtype_that_the_module_gives_it(ask):
+    model = model_config("qwen3")
+    halves = "decoder.layers.2.mlp.linear_fc2.weight"
+    change = {"parameter": halves, "dtype": "bfloat16"}
+    request = {"model": model, "world": {"tp": 2}, "rank": 0, "size": 2, "changes": [change]}
+    [[said]] = ask(request)
+    layout = transfuse.Layout.decode(bytes.fromhex(said))
+    dtypes = {p.name: p.dtype for p in layout.parameters}
+    assert dtypes.pop(halves) == transfuse.Dtype.BF16
+    assert set(dtypes.values()) == {transfuse.Dtype.F32}
+    assert layout.tile_bytes < layouts_of(model, {"tp": 2})[0].tile_bytes
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "qwen3_moe"])
@@ -135,6 +277,6 @@ def test_megatron_computes_the_logits_of_the_checkpoint_that_a_plan_put_there(
     state = {name: value.detach().flatten() for name, value in checkpoint.state_dict().items()}
     execute(plan, [(source, state)], held)
     torch.save({"weights": held, "tokens": tokens}, tmp_path / "in.pt")
-    ask(model=model, world={}, size=1, run=str(tmp_path))
+    ask({"model": model, "run": str(tmp_path)})
     found = torch.load(tmp_path / "out.pt")
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
