@@ -195,6 +195,13 @@ void bind_placement(nb::module_& m) {
       },
       "global_shape"_a, "placements"_a, "mesh_shape"_a, "coordinate"_a,
       "The box of a DTensor that the process at a mesh coordinate holds, possibly empty.");
+  m.def(
+      "flat_range_boxes",
+      [](const Dims& shape, int64_t begin, int64_t end) {
+        return take(flat_range_boxes(shape, begin, end));
+      },
+      "shape"_a, "begin"_a, "end"_a,
+      "The boxes of elements begin to end of a row-major tensor, in the order of the elements.");
 }
 
 }  // namespace

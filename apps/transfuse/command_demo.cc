@@ -41,6 +41,7 @@ void add_demo_command(CLI::App& app, CommandContext& context) {
   --out FOLDER   results: plots, plan picture, report.json (default ./demo-out)
   --steps N      optimizer steps
   --seed N       of weights, data and samples
+  --trainer SPEC what trains: fsdp:dp=2 (default) or megatron:tp=2 (needs megatron-core)
   --tiny         small model, few steps
   --plain        no colours, no progress bar
   --pretrain     pre-training into one inference process instead
@@ -48,6 +49,7 @@ void add_demo_command(CLI::App& app, CommandContext& context) {
 
 Examples:
   transfuse demo
+  transfuse demo --trainer megatron:tp=2
   transfuse demo --pretrain --steps 200 --text README.md --out /tmp/demo
 
 Exit codes: 0 the reward is there, and a control run shows that it needs the refits (--pretrain: the

@@ -106,4 +106,8 @@ struct Placement {
 Result<Box> dtensor_box(const Dims& global_shape, std::span<const Placement> placements,
                         std::span<const int64_t> mesh_shape, std::span<const int64_t> coordinate);
 
+// FSDP1 cuts flattened parameters wherever a shard ends. The boxes of the elements [begin, end) of
+// a row-major tensor; one after another, each row-major, they are these elements in order.
+Result<std::vector<Box>> flat_range_boxes(const Dims& shape, int64_t begin, int64_t end);
+
 }  // namespace transfuse

@@ -66,6 +66,17 @@ def named_tensors(
             yield next((entry for entry in group if entry[0] not in tied), group[0])
 
 
+def refuse_flattened(model: torch.nn.Module) -> None:
+    """UnsupportedError if FSDP1 wraps a part of the model: its parameters have other shapes."""
+    for name, module in model.named_modules():
+        if hasattr(module, "_fsdp_wrapped_module"):
+            message = (
+                f"{name or 'the module'}: is wrapped by FullyShardedDataParallel (FSDP1), which "
+                "flattens parameters; use transfuse.fsdp1.layout(model)"
+            )
+            raise UnsupportedError(message)
+
+
 def build_layout(holdings: Iterable[Holding]) -> tuple[Layout, dict[str, torch.Tensor]]:
     """One parameter for every span of storage; spans that interleave become one parameter."""
     builder = LayoutBuilder()

@@ -695,6 +695,11 @@ def dtensor_box(global_shape: Sequence[int], placements: Sequence[Placement], me
     The box of a DTensor that the process at a mesh coordinate holds, possibly empty.
     """
 
+def flat_range_boxes(shape: Sequence[int], begin: int, end: int) -> list[Box]:
+    """
+    The boxes of elements begin to end of a row-major tensor, in the order of the elements.
+    """
+
 class NativeArena:
     """
     Zeroed shared memory that other processes read by mapping it: the best route on one host. A writable buffer; it lives as long as a view of it.

@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement as TorchPlacement
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from transfuse._module_layout import Holding, build_layout, named_tensors
+from transfuse._module_layout import Holding, build_layout, named_tensors, refuse_flattened
 from transfuse._transfuse import Box, Layout, Placement, PlacementKind, dtensor_box
 from transfuse.arena import Arena, aligned
 from transfuse.errors import UnsupportedError
@@ -25,6 +25,7 @@ def layout(
     gathered at the moment are resharded first: what is published is the sharded storage. Tied
     weights, `aliases`, `buffers` and the returned tensors are as in transfuse.hf.layout().
     """
+    refuse_flattened(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

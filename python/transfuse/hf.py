@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from transfuse._module_layout import Holding, build_layout, named_tensors
+from transfuse._module_layout import Holding, build_layout, named_tensors, refuse_flattened
 from transfuse._transfuse import Box, Layout
 from transfuse.arena import Arena, aligned
 from transfuse.errors import InvalidArgumentError
@@ -21,6 +21,7 @@ def layout(
     `buffers` adds the persistent ones. The returned tensors are flat views of the model's own
     storage: pass them to Publisher or Receiver as `parameters`.
     """
+    refuse_flattened(model)
     holdings = []
     for name, tensor in named_tensors(model, buffers=buffers, aliases=aliases):
         if hasattr(tensor, "device_mesh"):
