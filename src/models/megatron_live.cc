@@ -146,6 +146,7 @@ class Comparison {
   }
 
   Result<void> run(std::string_view whom) {
+    compare_layers();  // first: where they differ, most names do
     std::vector<bool> seen(expected_.size(), false);
     for (const LiveTensor& live : module_.tensors) {
       const auto parameter = layout_.find_parameter(live.name);
@@ -163,7 +164,6 @@ class Comparison {
       found(fmt::format("{}: missing; expected {} of {}", layout_.parameters()[i].name,
                         shape_of(expected_[i]).to_string(), tensor_of(expected_[i])));
     }
-    compare_layers();
     if (findings_ == 0) return {};
     return mismatch(fmt::format("{}: the module does not agree in {} point{}: {}{}", whom,
                                 findings_, findings_ == 1 ? "" : "s", text_,

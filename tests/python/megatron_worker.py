@@ -11,14 +11,22 @@ from pathlib import Path
 import torch
 import transfuse
 from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transfuse import megatron
+from transfuse import megatron, torch_optimizer
+from transfuse.demo.rl.megatron_trainer import CudaIsCpu
 
 # Megatron asks for its device by these names; here that is the CPU.
 torch.Tensor.cuda = lambda self, *_, **__: self
@@ -125,6 +133,7 @@ def parallel_world(world, rank, size):
         expert_model_parallel_size=world.get("ep", 1),
         expert_tensor_parallel_size=world.get("etp"),
         create_gloo_process_groups=False,
+        order=world.get("order", "tp-cp-ep-dp-pp"),
     )
     yield
     parallel_state.destroy_model_parallel()
@@ -220,8 +229,53 @@ def run_model(model, folder):
     torch.save(logits, folder / "out.pt")
 
 
+def trained(model, job, *, half):
+    """Versions that an engine's copy gets from Megatron-Core's own optimizer, step by step."""
+    with parallel_world({}, 0, 1), CudaIsCpu():
+        config = transformer_config(model, {})
+        config.bf16 = half
+        [inner] = chunks_of(model, {})
+        chunk = DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(use_distributed_optimizer=False),
+            Float16Module(config, inner) if half else inner,
+        )
+        optimizer = get_megatron_optimizer(
+            OptimizerConfig(optimizer="sgd", lr=0.5, bf16=half, clip_grad=0.0),
+            [chunk],
+            use_gloo_process_groups=False,
+        )
+        layout, parameters = megatron.layout(chunk, transfuse.parse_model_config(json.dumps(model)))
+        held = {name: torch.zeros_like(value) for name, value in parameters.items()}
+        before = {name: value.clone() for name, value in parameters.items()}
+        tokens = torch.arange(12)[None] * 5 % model["vocab_size"]
+        hidden = torch.ones(1, 1, 12, 12, dtype=torch.bool).triu(1)
+        publisher = transfuse.Publisher(layout, parameters, name="trainer0", job=job)
+        receiver = transfuse.Receiver(layout, held, name="engine0", job=job)
+        facts = {"optimizer": type(optimizer.chained_optimizers[0]).__name__, "versions": []}
+        with publisher, receiver:
+            with torch_optimizer.attach(optimizer, publisher):
+                for _ in range(2):
+                    chunk.zero_grad_buffer()
+                    optimizer.zero_grad()
+                    logits = chunk(tokens, torch.arange(12)[None], hidden)
+                    logits.float().square().mean().backward()
+                    finalize_model_grads([chunk])
+                    optimizer.step()
+                    version = receiver.refit(timeout_s=30).version
+                    equal = all(torch.equal(held[n], value) for n, value in parameters.items())
+                    facts["versions"].append([version, equal])
+            optimizer.step()
+            facts["versions"].append([publisher.version, True])
+        facts["moved"] = sum(not torch.equal(before[n], held[n]) for n in held) / len(held)
+        facts["dtypes"] = sorted({str(value.dtype) for value in held.values()})
+    return facts
+
+
 def answer(request):
     model = request["model"]
+    if "job" in request:
+        return trained(model, request["job"], half=request["half"])
     if "run" in request:
         return run_model(model, Path(request["run"]))
     if "changes" in request:

@@ -34,7 +34,7 @@ def model_config(model_type, *, layers=4, groups=2, tied=False, hidden=8):
     return config
 
 
-NOT_OPTIONS = ("stages", "expert_bias")  # of a spec, but of Megatron's own config
+NOT_OPTIONS = ("stages", "expert_bias", "order")  # of a spec, but of Megatron's own config
 
 
 def spec_of(world):
@@ -137,6 +137,19 @@ def test_every_rank_has_the_parameters_that_megatron_builds(facts, index):
             name = layout.tensors[first_tile(layout, expert).tensor].name
             first = ranks["ep"] * model["num_experts"] // world.get("ep", 1)
             assert f".experts.{first}." in name
+
+
+def test_I7_ranks_come_from_the_groups_and_not_from_the_world_rank(ask):
+    model, world = model_config("qwen3"), {"tp": 2, "pp": 2, "dp": 2}
+    ordered = layouts_of(model, world)
+    groups = {**world, "order": "tp-cp-ep-pp-dp"}  # pipeline stages before replicas
+    [facts] = ask({"model": model, "world": groups, "size": 8, "spec": spec_of(world)})
+    stages = [fact["ranks"]["pp"] for fact in facts]
+    assert stages == [0, 0, 1, 1, 0, 0, 1, 1]
+    for rank, fact in enumerate(facts):
+        tp, pp = fact["ranks"]["tp"], fact["ranks"]["pp"]
+        assert fact["live"] == [ordered[4 * pp + tp].encode().hex()] * 3
+        assert (fact["live"][0] == ordered[rank].encode().hex()) == (rank in (0, 1, 6, 7))
 
 
 DENSE_CHANGES = [
@@ -246,6 +259,22 @@ def test_every_parameter_keeps_the_dtype_that_the_module_gives_it(ask):
     assert dtypes.pop(halves) == transfuse.Dtype.BF16
     assert set(dtypes.values()) == {transfuse.Dtype.F32}
     assert layout.tile_bytes < layouts_of(model, {"tp": 2})[0].tile_bytes
+
+
+def test_every_step_of_megatrons_own_optimizers_is_a_version(ask, job):
+    model = model_config("qwen3")
+    single, half = ask(
+        {"model": model, "job": f"{job}-single", "half": False},
+        {"model": model, "job": f"{job}-half", "half": True},
+    )
+    for facts in (single, half):
+        # After the block a step publishes nothing.
+        assert facts["versions"] == [[1, True], [2, True], [2, True]]
+        assert facts["moved"] > 0.9
+    assert (single["optimizer"], single["dtypes"]) == ("FP32Optimizer", ["torch.float32"])
+    # Its step() first changes weights in float32, then what the model has.
+    assert half["optimizer"] == "Float16OptimizerWithFloat16Params"
+    assert half["dtypes"] == ["torch.bfloat16"]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "qwen3_moe"])

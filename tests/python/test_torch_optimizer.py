@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 import transfuse
@@ -85,3 +87,11 @@ def test_every_below_1_is_refused(world):
     _, optimizer, publisher, _, _ = world
     with pytest.raises(transfuse.InvalidArgumentError, match="every"):
         torch_optimizer.attach(optimizer, publisher, every=0)
+
+
+def test_weights_that_are_gathered_after_the_step_are_refused(world):
+    _, _, publisher, _, _ = world
+    lazy = types.SimpleNamespace(ddp_config=types.SimpleNamespace(overlap_param_gather=True))
+    chained = types.SimpleNamespace(chained_optimizers=[lazy], param_groups=[], step=lambda: None)
+    with pytest.raises(transfuse.UnsupportedError, match="overlap_param_gather"):
+        torch_optimizer.attach(chained, publisher)
