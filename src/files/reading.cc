@@ -17,7 +17,7 @@
 #include "base/thread.h"
 #include "copy/copy.h"
 #include "files/side.h"
-#include "session/copies.h"
+#include "plan/copies.h"
 #include "transfuse/copy.h"
 #include "transfuse/layout.h"
 #include "transfuse/plan.h"

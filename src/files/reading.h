@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "files/side.h"
-#include "session/copies.h"
+#include "plan/copies.h"
 #include "transfuse/copy.h"
 #include "transfuse/layout.h"
 #include "transfuse/result.h"

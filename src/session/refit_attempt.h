@@ -9,7 +9,7 @@
 #include <span>
 #include <vector>
 
-#include "session/copies.h"
+#include "plan/copies.h"
 #include "session/source_link.h"
 #include "session/transfer.h"
 #include "transfuse/receiver.h"

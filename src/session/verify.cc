@@ -14,7 +14,7 @@
 #include <nlohmann/json.hpp>
 #include <vector>
 #include "base/random.h"
-#include "session/copies.h"
+#include "plan/copies.h"
 #include "session/source_link.h"
 #include "transfuse/control.h"
 #include "transfuse/deadline.h"
