@@ -95,11 +95,11 @@ Result<void> check_unchanged(const IdentifiedFile& file) {
   if (now && *now == file.identity) return {};
   if (!now && now.error().code != ErrorCode::kNotFound) return now.error();
   const FileIdentity& before = file.identity;
-  const char* const what = !now                                         ? "was removed"
-                           : now->inode != before.inode ||
-                                   now->device != before.device         ? "was replaced"
-                           : now->size_bytes < before.size_bytes        ? "was cut"
-                                                                        : "was written";
+  const char* const what = !now ? "was removed"
+                           : now->inode != before.inode || now->device != before.device
+                               ? "was replaced"
+                           : now->size_bytes < before.size_bytes ? "was cut"
+                                                                 : "was written";
   return Error{ErrorCode::kTornRead, fmt::format("{}: {} while it was read", file.path, what)};
 }
 

@@ -16,8 +16,8 @@ namespace transfuse {
 Error file_error(std::string_view doing, std::string_view path, int number);
 
 // Two equal identities, the second taken later: the file was neither written nor replaced between
-// them. Writes through a mapping are the exception: the kernel notes the time of the first one only,
-// until it has written the page.
+// them. Writes through a mapping are the exception: the kernel notes the time of the first one
+// only, until it has written the page.
 struct FileIdentity {
   uint64_t device = 0;
   uint64_t inode = 0;
@@ -26,9 +26,9 @@ struct FileIdentity {
   int64_t changed_ns = 0;  // of any change, of names and modes too; nobody can set it
   bool operator==(const FileIdentity&) const = default;
 };
-// Of an open file. One that was changed within the last tick of the kernel's clock is waited for (at
-// most 20 ms): a second write in the same tick would leave no trace. kInvalidArgument: no regular
-// file.
+// Of an open file. One that was changed within the last tick of the kernel's clock is waited for
+// (at most 20 ms): a second write in the same tick would leave no trace. kInvalidArgument: no
+// regular file.
 Result<FileIdentity> identify_file(int fd, std::string_view path);
 // Of what has the name now; waits for nothing.
 Result<FileIdentity> identify_path(const std::string& path);

@@ -145,14 +145,14 @@ Result<void> run_file_copy(const FileSpan& file, const StridedCopy& copy,
                            std::span<std::byte> scratch, uint64_t* sum) {
   if (copy.element_count() == 0) return {};
   if (sum == nullptr && goes_direct(copy)) return read_direct(file, copy);
-  return for_each_block(
-      copy, scratch.size(), [&](StridedCopy& block, uint64_t begin, uint64_t span) -> Result<void> {
-        TRANSFUSE_RETURN_IF_ERROR(read_file(file, begin, scratch.first(span)));
-        block.fingerprint = sum != nullptr;
-        const uint64_t found = run_copy(block, scratch.data());
-        if (sum != nullptr) *sum += found;
-        return {};
-      });
+  return for_each_block(copy, scratch.size(),
+                        [&](StridedCopy& block, uint64_t begin, uint64_t span) -> Result<void> {
+                          TRANSFUSE_RETURN_IF_ERROR(read_file(file, begin, scratch.first(span)));
+                          block.fingerprint = sum != nullptr;
+                          const uint64_t found = run_copy(block, scratch.data());
+                          if (sum != nullptr) *sum += found;
+                          return {};
+                        });
 }
 
 Result<void> sum_file_copy(const FileSpan& file, const StridedCopy& copy,
