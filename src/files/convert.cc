@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <span>
 #include <string>
@@ -56,7 +57,7 @@ struct PlannedRank {
 struct Conversion {
   ModelConfig config;
   Catalog catalog;
-  ReadableSide source;
+  std::unique_ptr<ReadableSide> source;  // readings point to it
   ParallelSpec to;
   std::vector<PlannedRank> ranks;
   std::vector<Reading> readings;  // one per distinct target layout
@@ -119,8 +120,10 @@ Result<Conversion> plan_conversion(const ConvertRequest& request) {
   TRANSFUSE_ASSIGN_OR_RETURN(all.catalog, make_catalog(all.config));
   TRANSFUSE_ASSIGN_OR_RETURN(all.to, parse_side(all.config, request.to));
   TRANSFUSE_ASSIGN_OR_RETURN(const std::vector<Layout> layouts, make_layouts(all.config, all.to));
-  TRANSFUSE_ASSIGN_OR_RETURN(all.source, open_side(all.config, request.from, request.source));
-  const bool whole_files = all.source.ranks.size() == 1 && layouts.size() == 1;
+  TRANSFUSE_ASSIGN_OR_RETURN(ReadableSide source,
+                             open_side(all.config, request.from, request.source));
+  all.source = std::make_unique<ReadableSide>(std::move(source));
+  const bool whole_files = all.source->ranks.size() == 1 && layouts.size() == 1;
   std::map<Digest, size_t> known;
   for (size_t rank = 0; rank < layouts.size(); ++rank) {
     const Layout& layout = layouts[rank];
@@ -128,7 +131,7 @@ Result<Conversion> plan_conversion(const ConvertRequest& request) {
     if (added) {
       TRANSFUSE_ASSIGN_OR_RETURN(
           Reading reading,
-          plan_reading(layout, all.source.ranks, whole_files ? kLongChunkBytes : kChunkBytes));
+          plan_reading(layout, *all.source, whole_files ? kLongChunkBytes : kChunkBytes));
       all.readings.push_back(std::move(reading));
     }
     PlannedRank planned{.layout = layout, .files = {}, .reading = at->second};
@@ -201,9 +204,8 @@ Result<std::vector<TensorFingerprint>> verify(const Conversion& all, const Conve
                                               const std::string& written, uint32_t threads) {
   TRANSFUSE_ASSIGN_OR_RETURN(const ReadableSide target, open_side(all.config, request.to, written));
   TRANSFUSE_ASSIGN_OR_RETURN(const Layout probe, probe_of(all));
-  TRANSFUSE_ASSIGN_OR_RETURN(const auto expected,
-                             whole_fingerprints(probe, all.source.ranks, threads));
-  TRANSFUSE_ASSIGN_OR_RETURN(const auto found, whole_fingerprints(probe, target.ranks, threads));
+  TRANSFUSE_ASSIGN_OR_RETURN(const auto expected, whole_fingerprints(probe, *all.source, threads));
+  TRANSFUSE_ASSIGN_OR_RETURN(const auto found, whole_fingerprints(probe, target, threads));
   std::vector<TensorFingerprint> fingerprints;
   for (size_t i = 0; i < expected.size(); ++i) {
     const std::string& name = probe.parameters()[i].name;
@@ -217,7 +219,7 @@ Result<std::vector<TensorFingerprint>> verify(const Conversion& all, const Conve
   // Replicas too: each rank by itself.
   for (size_t rank = 0; rank < all.ranks.size(); ++rank) {
     TRANSFUSE_RETURN_IF_ERROR(
-        compare_fingerprints(all.readings[all.ranks[rank].reading], target.ranks[rank], threads));
+        compare_fingerprints(all.readings[all.ranks[rank].reading], target, rank, threads));
   }
   return fingerprints;
 }
@@ -242,13 +244,13 @@ Result<ConvertReport> convert_checkpoint(const ConvertRequest& request) {
   const uint32_t threads =
       request.threads > 0 ? request.threads : std::min(kMostThreads, usable_core_count());
   ConvertReport report{.tensor_count = all.catalog.size(),
-                       .source_file_count = all.source.files.size(),
+                       .source_file_count = all.source->files.size(),
                        .target_file_count = 0,
-                       .source_bytes = all.source.size_bytes,
+                       .source_bytes = all.source->size_bytes,
                        .target_bytes = all.target_bytes,
                        .fingerprints = {}};
   auto start = std::chrono::steady_clock::now();
-  Mover mover(all.source, threads);
+  Mover mover(threads);
   const auto progress = [&](uint64_t done) {
     if (request.progress) request.progress(done, all.planned_bytes);
   };
@@ -259,7 +261,7 @@ Result<ConvertReport> convert_checkpoint(const ConvertRequest& request) {
   if (all.to.family == "hf") TRANSFUSE_RETURN_IF_ERROR(write_hf_texts(all, request, writer));
   progress(all.planned_bytes);
   report.move_seconds = seconds_since(start);
-  TRANSFUSE_RETURN_IF_ERROR(all.source.check_unchanged());
+  TRANSFUSE_RETURN_IF_ERROR(all.source->check_unchanged());
 
   start = std::chrono::steady_clock::now();
   TRANSFUSE_RETURN_IF_ERROR(writer.finish());

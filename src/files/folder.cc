@@ -22,6 +22,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/file_identity.h"
 #include "files/stored_file.h"
 #include "transfuse/checkpoint.h"
 #include "transfuse/result.h"

@@ -183,7 +183,18 @@ Result<Layout> with_stacked_experts(const Layout& layout, std::span<const OpenFi
   return builder.build();
 }
 
-Result<ReadableRank> match_rank(const Layout& layout, std::span<const OpenFile> files) {
+Result<uint64_t> ReadableSide::recorded_version() const {
+  for (const OpenFile& file : files) {
+    if (file.recorded_version() == files[0].recorded_version()) continue;
+    return Error{ErrorCode::kCorrupt,
+                 fmt::format("{} records version {}, {} version {} (0: none)", files[0].path(),
+                             files[0].recorded_version(), file.path(), file.recorded_version())};
+  }
+  return files.empty() ? 0 : files[0].recorded_version();
+}
+
+Result<ReadableRank> match_rank(const Layout& layout, std::span<const OpenFile> files,
+                                uint32_t first_file) {
   const StoredByName stored = by_name(files);
   const std::string where = files_text(files);
   ReadableRank rank{.layout = layout, .places = {}};
@@ -198,10 +209,9 @@ Result<ReadableRank> match_rank(const Layout& layout, std::span<const OpenFile> 
                                          shapes[i].to_string(), shapes.size(), stored.size()));
     }
     TRANSFUSE_RETURN_IF_ERROR(check_stored(parameter, shapes[i], at->second));
-    const uint64_t offset = at->second.tensor->offset_bytes;
-    rank.places.push_back({.data = at->second.file->data() + offset,
-                           .fd = at->second.file->fd(),
-                           .offset_bytes = offset});
+    rank.places.push_back(
+        {.file = first_file + static_cast<uint32_t>(at->second.file - files.data()),
+         .offset_bytes = at->second.tensor->offset_bytes});
   }
   if (stored.size() == shapes.size()) return rank;
   for (const auto& [name, found] : stored) {
@@ -220,7 +230,8 @@ Result<ReadableSide> open_side(const ModelConfig& config, std::string_view text,
   const auto add_rank = [&](int64_t rank, std::vector<OpenFile> files) -> Result<void> {
     TRANSFUSE_ASSIGN_OR_RETURN(const Layout layout,
                                layout_as_named(config, spec, text, rank, files));
-    TRANSFUSE_ASSIGN_OR_RETURN(ReadableRank matched, match_rank(layout, files));
+    TRANSFUSE_ASSIGN_OR_RETURN(ReadableRank matched,
+                               match_rank(layout, files, static_cast<uint32_t>(side.files.size())));
     side.ranks.push_back(std::move(matched));
     side.size_bytes += layout.parameter_bytes();
     for (OpenFile& file : files) side.files.push_back(std::move(file));
