@@ -418,6 +418,96 @@ TEST_F(Convert, ASourceThatIsCutMidwayIsATornReadAndLeavesNothing) {
   }
 }
 
+TEST_F(Convert, AVersionIsRecordedCarriedOnAndNeverMadeUp) {
+  write_hf("start", model(config_json()));
+  const auto version_of = [&](const std::string& name) {
+    return list_checkpoint((folder_ / name).string()).value().versions;
+  };
+  EXPECT_EQ(version_of("start"), std::vector<uint64_t>{0});
+  ASSERT_TRUE(convert_checkpoint(request("hf", "start", "hf", "none")));
+  EXPECT_EQ(version_of("none"), std::vector<uint64_t>{0});
+  auto numbered = request("hf", "start", "vllm:tp=2", "ranks");
+  numbered.version = 41;
+  ASSERT_TRUE(convert_checkpoint(numbered));
+  EXPECT_EQ(version_of("ranks"), (std::vector<uint64_t>{41, 41}));
+  ASSERT_TRUE(convert_checkpoint(request("vllm:tp=2", "ranks", "hf", "back")));
+  EXPECT_EQ(version_of("back"), std::vector<uint64_t>{41});
+
+  // Files of different versions are no checkpoint.
+  numbered.version = 42;
+  numbered.target = (folder_ / "later").string();
+  ASSERT_TRUE(convert_checkpoint(numbered));
+  std::filesystem::copy(folder_ / "later" / "rank1.safetensors",
+                        folder_ / "ranks" / "rank1.safetensors",
+                        std::filesystem::copy_options::overwrite_existing);
+  const auto mixed = convert_checkpoint(request("vllm:tp=2", "ranks", "hf", "mixed"));
+  ASSERT_FALSE(mixed);
+  EXPECT_EQ(mixed.error().code, ErrorCode::kCorrupt);
+  EXPECT_NE(mixed.error().message.find("records version 41"), std::string::npos);
+}
+
+// Dtypes of all kinds, a number, a tensor with fewer rows than ranks: nothing that a config says.
+TEST_F(Convert, ModelsOfUnknownArchitecturesAreConvertedByTheirOwnTensors) {
+  std::vector<HandMade> tensors = {{"a.scale", "F32", {}, "1234"},
+                                   {"b.weight", "F32", {3, 2}, std::string(24, 'b')},
+                                   {"c.weight", "BF16", {7, 2}, std::string(28, 'c')},
+                                   {"d.weight", "F8_E4M3", {5, 4, 1}, std::string(20, 'd')}};
+  for (HandMade& tensor : tensors) {
+    for (size_t i = 0; i < tensor.bytes.size(); ++i) tensor.bytes[i] ^= static_cast<char>(i);
+  }
+  const std::string source = write_hf("start", tensors);
+  const std::string unknown = R"({"model_type": "mamba9"})";
+  for (const std::string& config : {std::string(), unknown}) {
+    SCOPED_TRACE(config);
+    if (!config.empty()) write_file(folder_ / "start" / "config.json", config);
+    auto out = request("hf", "start", "fsdp:dp=4", "ranks");
+    out.config_json.clear();
+    const auto there = convert_checkpoint(out);
+    ASSERT_TRUE(there) << there.error().to_string();
+    EXPECT_EQ(read_catalog((folder_ / "ranks").string(), "fsdp:dp=4").value(),
+              read_catalog(source).value());
+    auto back = request("fsdp:dp=4", "ranks", "hf", "end");
+    back.config_json = config;
+    const auto again = convert_checkpoint(back);
+    ASSERT_TRUE(again) << again.error().to_string();
+    for (const HandMade& tensor : tensors) {
+      EXPECT_EQ(tensor_bytes(folder_ / "end" / "model.safetensors", tensor.name), tensor.bytes)
+          << tensor.name;
+    }
+    EXPECT_EQ(std::filesystem::exists(folder_ / "end" / "config.json"), !config.empty());
+    std::filesystem::remove_all(folder_ / "ranks");
+    std::filesystem::remove_all(folder_ / "end");
+    auto engine = request("hf", "start", "vllm:tp=2", "ranks");
+    engine.config_json = config;
+    const auto refused = convert_checkpoint(engine);
+    ASSERT_FALSE(refused);
+    EXPECT_EQ(refused.error().code, ErrorCode::kUnsupported);
+    EXPECT_NE(refused.error().message.find("hf and fsdp without tp work"), std::string::npos)
+        << refused.error().message;
+    const auto from = convert_checkpoint(request("megatron:tp=2", "start", "hf", "ranks"));
+    EXPECT_FALSE(from);
+  }
+  EXPECT_EQ(names(), std::vector<std::string>{"start"});
+  const auto megatron = read_catalog(source, "megatron:tp=2");
+  ASSERT_FALSE(megatron);
+  EXPECT_EQ(megatron.error().code, ErrorCode::kUnsupported);
+}
+
+TEST_F(Convert, ACatalogOfShardsThatContradictEachOtherIsRefused) {
+  std::filesystem::create_directory(folder_ / "ranks");
+  const HandMade first{"w", "BF16", {2, 3}, std::string(12, 'x')};
+  write_file(folder_ / "ranks" / "rank0.safetensors", safetensors(std::vector{first}));
+  for (const HandMade& second : {HandMade{"w", "F16", {1, 3}, std::string(6, 'x')},
+                                 HandMade{"w", "BF16", {1, 4}, std::string(8, 'x')},
+                                 HandMade{"w", "BF16", {3}, std::string(6, 'x')}}) {
+    write_file(folder_ / "ranks" / "rank1.safetensors", safetensors(std::vector{second}));
+    const auto catalog = read_catalog((folder_ / "ranks").string(), "fsdp:dp=2");
+    ASSERT_FALSE(catalog);
+    EXPECT_EQ(catalog.error().code, ErrorCode::kCorrupt);
+    EXPECT_NE(catalog.error().message.find("rank1.safetensors: tensor w"), std::string::npos);
+  }
+}
+
 TEST_F(Convert, OneWrongByteInAReplicaIsFoundByItsRank) {
   write_hf("start", model(config_json()));
   const std::string spec = "fsdp:dp=2,replicas=2";

@@ -92,17 +92,15 @@ std::string with_options(std::string_view text, std::string_view options) {
 }
 
 // The layout of the spec whose names the file has; the plain one where none fits.
-Result<Layout> layout_as_named(const ModelConfig& config, const ParallelSpec& spec,
-                               std::string_view text, int64_t rank,
+Result<Layout> layout_as_named(const KnownModel& model, std::string_view text, int64_t rank,
                                std::span<const OpenFile> files) {
-  TRANSFUSE_ASSIGN_OR_RETURN(Layout layout, make_layout(config, spec, rank));
+  TRANSFUSE_ASSIGN_OR_RETURN(Layout layout, model.layout(text, rank));
   const StoredByName stored = by_name(files);
   if (same_names(layout, stored)) return layout;
   for (const std::string_view options : kOtherNames) {
-    const auto other_spec = parse_side(config, with_options(text, options));
-    if (!other_spec) continue;  // this framework has no such names, or they are chosen already
-    TRANSFUSE_ASSIGN_OR_RETURN(const Layout other, make_layout(config, *other_spec, rank));
-    if (same_names(other, stored)) return other;
+    const auto other = model.layout(with_options(text, options), rank);
+    if (!other) continue;  // this framework has no such names, or they are chosen already
+    if (same_names(*other, stored)) return *other;
   }
   return with_stacked_experts(layout, files);
 }
@@ -139,16 +137,6 @@ std::optional<StackPlace> stack_place(std::string_view name) {
 Result<void> ReadableSide::check_unchanged() const {
   for (const OpenFile& file : files) TRANSFUSE_RETURN_IF_ERROR(file.check_unchanged());
   return {};
-}
-
-Result<ParallelSpec> parse_side(const ModelConfig& config, std::string_view text) {
-  TRANSFUSE_ASSIGN_OR_RETURN(ParallelSpec spec, parse_parallel_spec(text));
-  if (text.find("dtype=") == std::string_view::npos) spec.dtype = config.dtype;
-  if (spec.family == "hf" && spec.rank_count() != 1) {
-    return Error{ErrorCode::kInvalidArgument,
-                 fmt::format("spec \"{}\": a folder of files has no replicas", text)};
-  }
-  return spec;
 }
 
 Result<Layout> with_stacked_experts(const Layout& layout, std::span<const OpenFile> stored) {
@@ -223,13 +211,12 @@ Result<ReadableRank> match_rank(const Layout& layout, std::span<const OpenFile> 
   return rank;
 }
 
-Result<ReadableSide> open_side(const ModelConfig& config, std::string_view text,
+Result<ReadableSide> open_side(const KnownModel& model, std::string_view text,
                                const std::string& path) {
-  TRANSFUSE_ASSIGN_OR_RETURN(const ParallelSpec spec, parse_side(config, text));
+  TRANSFUSE_ASSIGN_OR_RETURN(const ParallelSpec spec, model.parse(text));
   ReadableSide side;
   const auto add_rank = [&](int64_t rank, std::vector<OpenFile> files) -> Result<void> {
-    TRANSFUSE_ASSIGN_OR_RETURN(const Layout layout,
-                               layout_as_named(config, spec, text, rank, files));
+    TRANSFUSE_ASSIGN_OR_RETURN(const Layout layout, layout_as_named(model, text, rank, files));
     TRANSFUSE_ASSIGN_OR_RETURN(ReadableRank matched,
                                match_rank(layout, files, static_cast<uint32_t>(side.files.size())));
     side.ranks.push_back(std::move(matched));

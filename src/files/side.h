@@ -2,9 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "copy/file_read.h"
@@ -41,12 +43,34 @@ struct ReadableSide {
   Result<void> check_unchanged() const;
 };
 
-// Without dtype= in `text`: the dtype of the config.
-Result<ParallelSpec> parse_side(const ModelConfig& config, std::string_view text);
+// What is known of a model: its config, or its tensors alone.
+class KnownModel {
+ public:
+  KnownModel(ModelConfig config) : config_(std::move(config)) {}  // NOLINT: a config is enough
+  explicit KnownModel(Catalog catalog) : catalog_(std::move(catalog)) {}
+
+  Result<Catalog> catalog() const;
+  // Without dtype= in `text`: the dtype of the config; without a config each tensor's own.
+  Result<ParallelSpec> parse(std::string_view text) const;
+  Result<Layout> layout(std::string_view text, int64_t rank) const;
+  Result<std::vector<Layout>> layouts(std::string_view text) const;
+
+ private:
+  std::optional<ModelConfig> config_;
+  Catalog catalog_;  // without a config
+};
+// By `config_json` or, where that is empty, config.json in the folder `path`. Where there is none,
+// or it is of a kind that is not described, by the headers of `path`, which has the layout `spec`.
+struct FoundModel {
+  KnownModel model;
+  std::string config_json;  // empty: none
+};
+Result<FoundModel> find_model(const std::string& config_json, const std::string& spec,
+                              const std::string& path);
 
 // Opens the checkpoint at `path` and matches it with the layouts of `text`, whichever of the names
 // of that family it has. kLayoutMismatch: a tensor is missing, too many, of another dtype or shape.
-Result<ReadableSide> open_side(const ModelConfig& config, std::string_view text,
+Result<ReadableSide> open_side(const KnownModel& model, std::string_view text,
                                const std::string& path);
 
 // The same for layouts that are known, in their order; `files` are their ranks' files (of one rank:
