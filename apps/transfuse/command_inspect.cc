@@ -1,9 +1,11 @@
 // `transfuse inspect`: what a checkpoint or a layout holds, per tensor and summed.
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -42,6 +44,7 @@ struct Inspection {
   std::string holder_kind;           // "file" or "rank"
   std::vector<std::string> holders;  // names
   std::vector<Row> rows;
+  uint64_t version = 0;  // of the weights, as all files record it; 0: they do not
 };
 
 Result<Inspection> inspect_checkpoint(const std::string& path) {
@@ -50,6 +53,9 @@ Result<Inspection> inspect_checkpoint(const std::string& path) {
   for (const StoredFile& file : listing.files) {
     inspection.holders.push_back(std::filesystem::path(file.path).filename().string());
   }
+  const bool same =
+      std::ranges::adjacent_find(listing.versions, std::not_equal_to()) == listing.versions.end();
+  if (same && !listing.versions.empty()) inspection.version = listing.versions[0];
   for (const StoredTensor& tensor : listing.tensors) {
     inspection.rows.push_back({.name = tensor.name,
                                .dtype = tensor.dtype_text,
@@ -136,6 +142,9 @@ void print_text(const Inspection& inspection) {
   for (const auto& [dtype, sum] : sums.dtypes) add(dtype, sum);
   add("all", sums.all);
   std::printf("%s", summary.to_text().c_str());
+  if (inspection.version > 0) {
+    std::printf("version %llu\n", static_cast<unsigned long long>(inspection.version));
+  }
 }
 
 nlohmann::ordered_json to_json(const Sum& sum) {
@@ -163,6 +172,7 @@ void print_json(const Inspection& inspection) {
   auto& dtypes = body["dtypes"] = nlohmann::ordered_json::object();
   for (const auto& [dtype, sum] : sums.dtypes) dtypes[dtype] = to_json(sum);
   body["all"] = to_json(sums.all);
+  if (inspection.version > 0) body["version"] = inspection.version;
   std::printf("%s\n", body.dump(2).c_str());
 }
 

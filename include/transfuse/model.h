@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -90,6 +91,14 @@ Result<Layout> make_layout(const ModelConfig& config, const ParallelSpec& spec, 
 // The same for a process that knows its ranks from its own groups.
 Result<Layout> make_layout(const ModelConfig& config, const ParallelSpec& spec,
                            const ParallelRanks& ranks);
+
+// The same for a model of which nothing is known but its tensors: whole (hf), or dim 0 of each cut
+// by torch.chunk (fsdp without tp). kUnsupported, with what works all the same, for every other
+// family. `dtype`: of all parameters; nullopt: each as in the catalog. spec.dtype does not count.
+Result<Layout> make_layout(const Catalog& catalog, const ParallelSpec& spec, int64_t rank,
+                           std::optional<Dtype> dtype = std::nullopt);
+Result<std::vector<Layout>> make_layouts(const Catalog& catalog, const ParallelSpec& spec,
+                                         std::optional<Dtype> dtype = std::nullopt);
 
 // FSDP2/DTensor placement of one tensor. `mesh_shape[i]` devices on mesh axis i; coordinate[i] is
 // this rank's place on it.

@@ -35,8 +35,9 @@ Result<const ModelFamily*> find_model_family(std::string_view architecture) {
                "model_type \"" + std::string(architecture) +
                    "\" is not described here; there are " +
                    join(model_families(), &ModelFamily::architecture) +
-                   ". For any other model, layouts taken from live modules and tiles that the "
-                   "caller gives work all the same"};
+                   ". For any other model, hf and fsdp layouts of a checkpoint's own tensors, "
+                   "captured layouts, those taken from live modules, and tiles that the caller "
+                   "gives work all the same"};
 }
 
 std::span<const Framework* const> frameworks() { return kFrameworks; }

@@ -33,16 +33,17 @@ constexpr uint32_t kTriesPerSource = 2;
 
 }  // namespace
 
-RefitAttempt::RefitAttempt(Transport& transport, Control& control, const Layout& target,
+RefitAttempt::RefitAttempt(Transport& transport, SourceDirectory& sources, const Layout& target,
                            std::span<std::byte* const> target_data, const ReceiverOptions& options,
-                           MemberId member)
+                           MemberId member, AttemptProgress& progress)
     : transport_(transport),
-      control_(control),
+      sources_(sources),
       target_(target),
       options_(options),
       member_(member),
       target_data_(target_data.begin(), target_data.end()),
-      transfer_(transport) {
+      transfer_(transport),
+      progress_(progress) {
   TRANSFUSE_CHECK(target_data_.size() == target_.parameters().size());
 }
 
@@ -65,7 +66,7 @@ TableRequest RefitAttempt::table_request() const {
 Result<Layout> RefitAttempt::layout_of(const Digest& digest, Deadline deadline) {
   const auto known = std::ranges::find(layouts_, digest, &Layout::digest);
   if (known != layouts_.end()) return *known;
-  TRANSFUSE_ASSIGN_OR_RETURN(Layout layout, control_.get_layout(digest, deadline));
+  TRANSFUSE_ASSIGN_OR_RETURN(Layout layout, sources_.layout(digest, deadline));
   if (layout.digest() != digest) {
     return Error{ErrorCode::kCorrupt, fmt::format("layout {} was asked for, {} came",
                                                   digest.to_string(), layout.digest().to_string())};
@@ -183,8 +184,7 @@ Result<void> RefitAttempt::ready_source(Candidate& candidate, Deadline deadline)
   const Deadline limit = deadline.earlier(Deadline::after_ms(options_.no_progress_ms));
   if (candidate.link == nullptr) {
     TRANSFUSE_ASSIGN_OR_RETURN(const Layout layout, layout_of(candidate.info.layout, limit));
-    TRANSFUSE_ASSIGN_OR_RETURN(
-        auto link, SourceLink::open(transport_, control_, candidate.info, layout, limit));
+    TRANSFUSE_ASSIGN_OR_RETURN(auto link, sources_.open(candidate.info, layout, limit));
     candidate.link = link.get();
     links_.push_back(std::move(link));
   }
@@ -429,12 +429,16 @@ Result<void> RefitAttempt::expect_sums(Candidate& candidate, Deadline deadline,
   const std::span<const Layout> layouts = copies_->plan().source_layouts();
   const auto own = std::ranges::find(layouts, candidate.info.layout, &Layout::digest);
   TRANSFUSE_CHECK(own != layouts.end());
-  const auto held = copies_->held_runs(static_cast<uint32_t>(own - layouts.begin()));
+  const SumQuery query{.reader = member_,
+                       .request = table_request(),
+                       .copies = &*copies_,
+                       .source_layout = static_cast<uint32_t>(own - layouts.begin()),
+                       .slot = candidate.info.slot,
+                       .generation = candidate.info.generation};
+  const auto held = copies_->held_runs(query.source_layout);
   table_.resize(held.size());
-  const SourceLink::Offered offered{.slot = candidate.info.slot,
-                                    .generation = candidate.info.generation};
-  TRANSFUSE_RETURN_IF_ERROR(candidate.link->read_table(
-      member_, table_request(), offered, table_, deadline, options_.no_progress_ms, cancelled));
+  TRANSFUSE_RETURN_IF_ERROR(
+      candidate.link->read_table(query, table_, deadline, options_.no_progress_ms, cancelled));
   for (size_t i = 0; i < held.size(); ++i) expected_[held[i]] = table_[i];
   return {};
 }

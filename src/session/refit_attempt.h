@@ -9,7 +9,7 @@
 #include <span>
 #include <vector>
 
-#include "session/copies.h"
+#include "plan/copies.h"
 #include "session/source_link.h"
 #include "session/transfer.h"
 #include "transfuse/receiver.h"
@@ -27,9 +27,9 @@ struct AttemptProgress {
 // given.
 class RefitAttempt {
  public:
-  RefitAttempt(Transport& transport, Control& control, const Layout& target,
+  RefitAttempt(Transport& transport, SourceDirectory& sources, const Layout& target,
                std::span<std::byte* const> target_data, const ReceiverOptions& options,
-               MemberId member);
+               MemberId member, AttemptProgress& progress);
 
   // Everything before the first byte: layouts, plan, sources, connections, first generation reads.
   // Writes no parameter.
@@ -42,8 +42,6 @@ class RefitAttempt {
   void set_pace(double gigabytes_per_second) { gigabytes_per_second_ = gigabytes_per_second; }
   // Something else wrote the target memory: its padding is filled again.
   void forget_padding() { padding_filled_ = false; }
-  AttemptProgress& progress() { return progress_; }
-  const AttemptProgress& progress() const { return progress_; }
 
   void close();
   // Leaks what must not be touched in a forked child.
@@ -85,7 +83,7 @@ class RefitAttempt {
   TableRequest table_request() const;
 
   Transport& transport_;
-  Control& control_;
+  SourceDirectory& sources_;
   const Layout target_;
   const ReceiverOptions options_;
   const MemberId member_;
@@ -93,7 +91,7 @@ class RefitAttempt {
   Transfer transfer_;
   bool padding_filled_ = false;
   double gigabytes_per_second_ = 0;
-  AttemptProgress progress_;
+  AttemptProgress& progress_;
 
   // From cycle to cycle.
   std::vector<Layout> layouts_;                     // of sources, by digest

@@ -67,6 +67,7 @@ std::string RefitReport::to_json() const {
                                {"verified_bytes", verified_bytes},
                                {"attempts", attempts},
                                {"planned", planned},
+                               {"checkpoint", checkpoint},
                                {"gigabytes_per_second", gigabytes_per_second},
                                {"routes", routes_json},
                                {"steps", steps_json}};
@@ -82,6 +83,7 @@ std::string RefitReport::to_text() const {
       ms(phases.transfer_us), ms(phases.verify_us), ms(phases.decide_us), ms(phases.commit_us),
       size_bytes, gigabytes_per_second, verified_bytes, attempts, attempts == 1 ? "" : "s",
       planned ? ", planned" : "");
+  if (!checkpoint.empty()) text += fmt::format("  from checkpoint {}\n", checkpoint);
   for (const RefitRoute& route : routes) {
     text += fmt::format("  {} by {}/{}: {} bytes in {} runs\n", route.source, route.transport,
                         route.route, route.size_bytes, route.run_count);

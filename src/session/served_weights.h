@@ -12,7 +12,7 @@
 
 #include "base/mutex.h"
 #include "base/seqlock.h"
-#include "session/copies.h"
+#include "plan/copies.h"
 #include "session/memory.h"
 #include "session/snapshots.h"
 #include "transfuse/control.h"

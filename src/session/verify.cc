@@ -14,7 +14,7 @@
 #include <nlohmann/json.hpp>
 #include <vector>
 #include "base/random.h"
-#include "session/copies.h"
+#include "plan/copies.h"
 #include "session/source_link.h"
 #include "transfuse/control.h"
 #include "transfuse/deadline.h"
@@ -100,7 +100,7 @@ Result<std::vector<uint64_t>> Verification::fingerprints(const Layout& probe,
     const auto held = copies.held_runs(static_cast<uint32_t>(layout - layouts.begin()));
     sums.resize(held.size());
     TRANSFUSE_ASSIGN_OR_RETURN(
-        auto link, SourceLink::open(transport_, control_, members[i], *layout, deadline_));
+        auto link, MemberLink::open(transport_, control_, members[i], *layout, deadline_));
     Generation generation = members[i].generation;
     if (generation.incarnation == 0) {
       TRANSFUSE_ASSIGN_OR_RETURN(generation, link->read_generation(members[i].slot, deadline_));
@@ -108,9 +108,13 @@ Result<std::vector<uint64_t>> Verification::fingerprints(const Layout& probe,
     if (generation.counter % 2 != 0) {
       return Error{ErrorCode::kTornRead, fmt::format("'{}' is being written", members[i].name)};
     }
-    TRANSFUSE_RETURN_IF_ERROR(link->read_table(member_, request,
-                                               {.slot = members[i].slot, .generation = generation},
-                                               sums, deadline_, kNoProgressMs, cancelled));
+    const SumQuery query{.reader = member_,
+                         .request = request,
+                         .copies = &copies,
+                         .source_layout = static_cast<uint32_t>(layout - layouts.begin()),
+                         .slot = members[i].slot,
+                         .generation = generation};
+    TRANSFUSE_RETURN_IF_ERROR(link->read_table(query, sums, deadline_, kNoProgressMs, cancelled));
     for (size_t at = 0; at < held.size(); ++at) {
       const uint32_t run = held[at];
       if (assignment.choice[run] == i) result[plan.runs()[run].parameter] += sums[at];

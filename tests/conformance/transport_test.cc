@@ -28,7 +28,8 @@ namespace {
 
 class TransportTest : public Conformance {};
 INSTANTIATE_TEST_SUITE_P(Backends, TransportTest,
-                         testing::Values(kLocal, kFaulty, kShmInside, kShm), backend_name);
+                         testing::Values(kLocal, kFaulty, kShmInside, kShm, kFileInside, kFile),
+                         backend_name);
 
 TEST_P(TransportTest, ReadsWhatAPeerAllocatedAndWrote) {
   const auto peer = make_peer();

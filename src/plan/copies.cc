@@ -1,5 +1,5 @@
 // Element sizes, casts, offsets and fingerprint keys of a run, ready for a copy engine.
-#include "session/copies.h"
+#include "plan/copies.h"
 
 #include <algorithm>
 #include <cstddef>
