@@ -203,6 +203,7 @@ struct Framework {
 extern const Framework kHf;
 extern const Framework kFsdp;
 extern const Framework kVllm;
+extern const Framework kSglang;
 extern const Framework kMegatron;
 
 std::span<const Framework* const> frameworks();

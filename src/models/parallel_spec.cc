@@ -12,6 +12,7 @@
 #include <string>
 #include <string_view>
 #include <system_error>
+#include <utility>
 
 #include "models/family.h"
 #include "transfuse/layout.h"
@@ -26,7 +27,7 @@ struct SizeOption {
   int64_t ParallelSpec::* field;
   int64_t unset;  // its value where the spec does not mention it
 };
-constexpr std::array<SizeOption, 11> kSizes = {
+constexpr std::array<SizeOption, 12> kSizes = {
     {{"tp", &ParallelSpec::tp, 1},
      {"dp", &ParallelSpec::dp, 1},
      {"replicas", &ParallelSpec::replicas, 1},
@@ -37,7 +38,8 @@ constexpr std::array<SizeOption, 11> kSizes = {
      {"etp", &ParallelSpec::etp, 0},
      {"first", &ParallelSpec::first, 0},
      {"last", &ParallelSpec::last, 0},
-     {"vocab_divisor", &ParallelSpec::vocab_divisor, 128}}};
+     {"vocab_divisor", &ParallelSpec::vocab_divisor, 128},
+     {"redundant", &ParallelSpec::redundant, 0}}};
 
 struct WordOption {
   std::string_view name;
@@ -46,15 +48,19 @@ struct WordOption {
   std::string_view on;
   std::string_view framework = {};  // where only one has these words
 };
-constexpr std::array<WordOption, 6> kWords = {
+constexpr std::array<WordOption, 8> kWords = {
     {{"placement", &ParallelSpec::round_robin, "linear", "round_robin"},
      {"w13", &ParallelSpec::up_before_gate, "gate_up", "up_gate"},
      {"norms", &ParallelSpec::separate_norms, "te", "separate"},
+     {"dense", &ParallelSpec::whole_dense, "split", "whole"},
+     {"lm_head", &ParallelSpec::output_by_attention, "tp", "attention"},
      {"experts", &ParallelSpec::sequential_experts, "grouped", "sequential", "megatron"},
      {"experts", &ParallelSpec::stacked_experts, "single", "stacked", "hf"},
      {"experts", &ParallelSpec::stacked_experts, "single", "stacked", "fsdp"}}};
 
 constexpr std::array<std::string_view, 3> kMtpWords = {"all", "shared", "none"};  // MtpTensors
+constexpr std::array<std::string_view, 3> kSharedWords = {"split", "whole",
+                                                          "fused"};  // SharedExperts
 
 constexpr std::array<std::string_view, 2> kEverywhere = {"replicas", "dtype"};
 
@@ -106,12 +112,21 @@ Result<void> set_layers(std::string_view value, ParallelSpec& spec) {
   return {};
 }
 
-Result<void> set_mtp(std::string_view value, ParallelSpec& spec) {
-  const auto at = std::ranges::find(kMtpWords, value);
-  if (at == kMtpWords.end()) {
-    return invalid(fmt::format("mtp={}: expected one of {}", value, fmt::join(kMtpWords, ", ")));
+// One of the words of an enum, in its order.
+template <typename Enum>
+Result<void> set_enum(std::string_view key, std::string_view value,
+                      std::span<const std::string_view> words, Enum& field) {
+  const auto at = std::ranges::find(words, value);
+  if (at == words.end()) {
+    return invalid(fmt::format("{}={}: expected one of {}", key, value, fmt::join(words, ", ")));
   }
-  spec.mtp = static_cast<MtpTensors>(at - kMtpWords.begin());
+  field = static_cast<Enum>(at - words.begin());
+  return {};
+}
+
+Result<void> set_expert_map(std::string_view value, ParallelSpec& spec) {
+  if (value.empty()) return invalid("expert_map=: expected the path of a JSON file");
+  spec.expert_map_path = value;
   return {};
 }
 
@@ -131,7 +146,9 @@ Result<void> set_option(const Framework& framework, std::string_view key, std::s
     return {};
   }
   if (key == "layers") return set_layers(value, spec);
-  if (key == "mtp") return set_mtp(value, spec);
+  if (key == "mtp") return set_enum(key, value, kMtpWords, spec.mtp);
+  if (key == "shared") return set_enum(key, value, kSharedWords, spec.shared);
+  if (key == "expert_map") return set_expert_map(value, spec);
   TRANSFUSE_CHECK(key == "dtype");
   TRANSFUSE_ASSIGN_OR_RETURN(spec.dtype, parse_dtype(value));
   return {};
@@ -175,8 +192,11 @@ Result<void> check_options(const Framework& framework, const ParallelSpec& spec)
     });
     if (!known) return no_such_option(framework, option.name);
   }
-  if (spec.mtp != MtpTensors::kAll && !has(framework, "mtp")) {
-    return no_such_option(framework, "mtp");
+  const bool mapped = !spec.expert_map_path.empty() || !spec.expert_map.physical_to_logical.empty();
+  for (const auto& [set, option] : {std::pair{spec.mtp != MtpTensors::kAll, "mtp"},
+                                    std::pair{spec.shared != SharedExperts::kSplit, "shared"},
+                                    std::pair{mapped, "expert_map"}}) {
+    if (set && !has(framework, option)) return no_such_option(framework, option);
   }
   if (spec.expert_parallel && !contains(framework.flags, "ep")) {
     return invalid(fmt::format("\"ep\": {} has no such flag", spec.family));
