@@ -5,9 +5,11 @@
 #include <functional>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "transfuse/layout.h"
+#include "transfuse/model.h"
 #include "transfuse/result.h"
 
 namespace transfuse {
@@ -40,9 +42,12 @@ Result<CheckpointListing> list_checkpoint(const std::string& path);
 // say.
 std::vector<Dims> parameter_shapes(const Layout& layout);
 
+// parse_parallel_spec(), and the JSON file that expert_map= names.
+Result<ParallelSpec> read_parallel_spec(std::string_view text);
+
 struct ConvertRequest {
   std::string config_json;  // the text of the model's config.json
-  std::string from;         // specs as in parse_parallel_spec(); without dtype= the config's dtype
+  std::string from;         // specs as in read_parallel_spec(); without dtype= the config's dtype
   std::string to;
   std::string source;           // an existing folder (for hf also a file)
   std::string target;           // a folder that is made

@@ -15,6 +15,7 @@ from transfuse._transfuse import (
     CoordinatorInfo,
     Digest,
     Dtype,
+    ExpertMap,
     ErrorCode,
     Explanation,
     Fill,
@@ -65,11 +66,13 @@ from transfuse._transfuse import (
     make_catalog,
     make_layout,
     make_layouts,
+    parse_expert_map,
     parse_model_config,
     parse_parallel_spec,
     plan_key,
     shadow_bytes,
     snapshot_bytes,
+    with_expert_map,
 )
 from transfuse.arena import Arena
 from transfuse.errors import (
@@ -117,6 +120,7 @@ __all__ = [
     "DeadlineExceededError",
     "Digest",
     "Dtype",
+    "ExpertMap",
     "ErrorCode",
     "Explanation",
     "Fill",
@@ -176,8 +180,10 @@ __all__ = [
     "make_catalog",
     "make_layout",
     "make_layouts",
+    "parse_expert_map",
     "parse_model_config",
     "parse_parallel_spec",
     "plan_key",
     "snapshot_bytes",
+    "with_expert_map",
 ]

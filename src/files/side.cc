@@ -142,7 +142,7 @@ Result<void> ReadableSide::check_unchanged() const {
 }
 
 Result<ParallelSpec> parse_side(const ModelConfig& config, std::string_view text) {
-  TRANSFUSE_ASSIGN_OR_RETURN(ParallelSpec spec, parse_parallel_spec(text));
+  TRANSFUSE_ASSIGN_OR_RETURN(ParallelSpec spec, read_parallel_spec(text));
   if (text.find("dtype=") == std::string_view::npos) spec.dtype = config.dtype;
   if (spec.family == "hf" && spec.rank_count() != 1) {
     return Error{ErrorCode::kInvalidArgument,
