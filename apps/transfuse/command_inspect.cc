@@ -73,7 +73,7 @@ Result<Inspection> inspect_spec(const Arguments& arguments) {
   }
   TRANSFUSE_ASSIGN_OR_RETURN(const std::string text, read_file(arguments.config));
   TRANSFUSE_ASSIGN_OR_RETURN(const ModelConfig config, parse_model_config(text));
-  TRANSFUSE_ASSIGN_OR_RETURN(const ParallelSpec spec, parse_parallel_spec(arguments.what));
+  TRANSFUSE_ASSIGN_OR_RETURN(const ParallelSpec spec, read_parallel_spec(arguments.what));
   TRANSFUSE_ASSIGN_OR_RETURN(const std::vector<Layout> layouts, make_layouts(config, spec));
   Inspection inspection{.holder_kind = "rank", .holders = {}, .rows = {}};
   for (size_t rank = 0; rank < layouts.size(); ++rank) {

@@ -5,9 +5,11 @@
 #include <functional>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "transfuse/layout.h"
+#include "transfuse/model.h"
 #include "transfuse/result.h"
 
 namespace transfuse {
@@ -58,11 +60,14 @@ struct Checkpoint {
 // say.
 std::vector<Dims> parameter_shapes(const Layout& layout);
 
+// parse_parallel_spec(), and the JSON file that expert_map= names.
+Result<ParallelSpec> read_parallel_spec(std::string_view text);
+
 struct ConvertRequest {
   // The text of the model's config.json. Empty: that of config.json in the source folder. Without
   // one, or of an unknown architecture: hf and fsdp only, by the source's own headers.
   std::string config_json;
-  std::string from;  // specs as in parse_parallel_spec(); without dtype= the config's dtype
+  std::string from;  // specs as in read_parallel_spec(); without dtype= the config's dtype
   std::string to;
   std::string source;           // an existing folder (for hf also a file)
   std::string target;           // a folder that is made

@@ -15,6 +15,7 @@ from transfuse._transfuse import (
     CoordinatorInfo,
     Digest,
     Dtype,
+    ExpertMap,
     ErrorCode,
     Explanation,
     Fill,
@@ -67,11 +68,13 @@ from transfuse._transfuse import (
     make_layout,
     make_layouts,
     parallel_ranks,
+    parse_expert_map,
     parse_model_config,
     parse_parallel_spec,
     plan_key,
     shadow_bytes,
     snapshot_bytes,
+    with_expert_map,
 )
 from transfuse.arena import Arena
 from transfuse.errors import (
@@ -119,6 +122,7 @@ __all__ = [
     "DeadlineExceededError",
     "Digest",
     "Dtype",
+    "ExpertMap",
     "ErrorCode",
     "Explanation",
     "Fill",
@@ -180,8 +184,10 @@ __all__ = [
     "make_layout",
     "make_layouts",
     "parallel_ranks",
+    "parse_expert_map",
     "parse_model_config",
     "parse_parallel_spec",
     "plan_key",
     "snapshot_bytes",
+    "with_expert_map",
 ]

@@ -77,7 +77,7 @@ Result<Catalog> joined_shards(const std::string& path, int64_t dp) {
 }  // namespace
 
 Result<Catalog> read_catalog(const std::string& path, const std::string& spec) {
-  TRANSFUSE_ASSIGN_OR_RETURN(const ParallelSpec parsed, parse_parallel_spec(spec));
+  TRANSFUSE_ASSIGN_OR_RETURN(const ParallelSpec parsed, read_parallel_spec(spec));
   // For any other family this is the error that says what works.
   TRANSFUSE_ASSIGN_OR_RETURN(const Layout none, make_layout(Catalog(), parsed, 0));
   if (parsed.family == "hf") return whole_tensors(path);
@@ -90,7 +90,7 @@ Result<Catalog> KnownModel::catalog() const {
 }
 
 Result<ParallelSpec> KnownModel::parse(std::string_view text) const {
-  TRANSFUSE_ASSIGN_OR_RETURN(ParallelSpec spec, parse_parallel_spec(text));
+  TRANSFUSE_ASSIGN_OR_RETURN(ParallelSpec spec, read_parallel_spec(text));
   if (config_ && !names_dtype(text)) spec.dtype = config_->dtype;
   if (spec.family == "hf" && spec.rank_count() != 1) {
     return Error{ErrorCode::kInvalidArgument,

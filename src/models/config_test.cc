@@ -210,7 +210,7 @@ TEST(ParallelSpec, ReadsFamilyAndSizes) {
 TEST(ParallelSpec, EveryMistakeIsNamed) {
   const std::map<std::string, std::string> mistakes = {
       {"", "family \"\""},
-      {"deepspeed:tp=2", "hf, fsdp, vllm, megatron"},
+      {"deepspeed:tp=2", "hf, fsdp, vllm, sglang, megatron"},
       {"fsdp:", "key=value"},
       {"fsdp:dp", "\"dp\""},
       {"fsdp:dp=2,", "key=value"},

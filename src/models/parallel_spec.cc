@@ -12,6 +12,7 @@
 #include <string>
 #include <string_view>
 #include <system_error>
+#include <utility>
 
 #include "models/family.h"
 #include "transfuse/layout.h"
@@ -28,7 +29,7 @@ struct SizeOption {
   int64_t most = kMaxRanks;
 };
 constexpr int64_t kMaxVocabulary = int64_t{1} << 31;
-constexpr std::array<SizeOption, 12> kSizes = {
+constexpr std::array<SizeOption, 13> kSizes = {
     {{"tp", &ParallelSpec::tp, 1},
      {"dp", &ParallelSpec::dp, 1},
      {"replicas", &ParallelSpec::replicas, 1},
@@ -40,7 +41,8 @@ constexpr std::array<SizeOption, 12> kSizes = {
      {"first", &ParallelSpec::first, 0},
      {"last", &ParallelSpec::last, 0},
      {"vocab_divisor", &ParallelSpec::vocab_divisor, 128},
-     {"padded_vocab", &ParallelSpec::padded_vocab, 0, kMaxVocabulary}}};
+     {"padded_vocab", &ParallelSpec::padded_vocab, 0, kMaxVocabulary},
+     {"redundant", &ParallelSpec::redundant, 0}}};
 
 struct FlagOption {
   std::string_view name;
@@ -56,12 +58,21 @@ struct WordOption {
   bool ParallelSpec::* field;
   std::string_view off;
   std::string_view on;
+  std::string_view framework = {};  // where only one has these words
 };
-constexpr std::array<WordOption, 4> kWords = {
+constexpr std::array<WordOption, 8> kWords = {
     {{"placement", &ParallelSpec::round_robin, "linear", "round_robin"},
      {"w13", &ParallelSpec::up_before_gate, "gate_up", "up_gate"},
      {"norms", &ParallelSpec::separate_norms, "te", "separate"},
-     {"experts", &ParallelSpec::sequential_experts, "grouped", "sequential"}}};
+     {"dense", &ParallelSpec::whole_dense, "split", "whole"},
+     {"lm_head", &ParallelSpec::output_by_attention, "tp", "attention"},
+     {"experts", &ParallelSpec::sequential_experts, "grouped", "sequential", "megatron"},
+     {"experts", &ParallelSpec::stacked_experts, "single", "stacked", "hf"},
+     {"experts", &ParallelSpec::stacked_experts, "single", "stacked", "fsdp"}}};
+
+constexpr std::array<std::string_view, 3> kMtpWords = {"all", "shared", "none"};  // MtpTensors
+constexpr std::array<std::string_view, 3> kSharedWords = {"split", "whole",
+                                                          "fused"};  // SharedExperts
 
 constexpr std::array<std::string_view, 2> kEverywhere = {"replicas", "dtype"};
 
@@ -75,6 +86,10 @@ bool contains(std::span<const std::string_view> names, std::string_view name) {
 
 bool has(const Framework& framework, std::string_view option) {
   return contains(kEverywhere, option) || contains(framework.options, option);
+}
+
+bool has(const Framework& framework, const WordOption& word) {
+  return has(framework, word.name) && (word.framework.empty() || word.framework == framework.name);
 }
 
 Unexpected no_such_option(const Framework& framework, std::string_view option) {
@@ -110,14 +125,33 @@ Result<void> set_layers(std::string_view value, ParallelSpec& spec) {
   return {};
 }
 
-Result<void> set_option(std::string_view key, std::string_view value, ParallelSpec& spec) {
+// One of the words of an enum, in its order.
+template <typename Enum>
+Result<void> set_enum(std::string_view key, std::string_view value,
+                      std::span<const std::string_view> words, Enum& field) {
+  const auto at = std::ranges::find(words, value);
+  if (at == words.end()) {
+    return invalid(fmt::format("{}={}: expected one of {}", key, value, fmt::join(words, ", ")));
+  }
+  field = static_cast<Enum>(at - words.begin());
+  return {};
+}
+
+Result<void> set_expert_map(std::string_view value, ParallelSpec& spec) {
+  if (value.empty()) return invalid("expert_map=: expected the path of a JSON file");
+  spec.expert_map_path = value;
+  return {};
+}
+
+Result<void> set_option(const Framework& framework, std::string_view key, std::string_view value,
+                        ParallelSpec& spec) {
   for (const SizeOption& option : kSizes) {
     if (option.name != key) continue;
     TRANSFUSE_ASSIGN_OR_RETURN(spec.*option.field, read_size(key, value, 1, option.most));
     return {};
   }
   for (const WordOption& option : kWords) {
-    if (option.name != key) continue;
+    if (option.name != key || !has(framework, option)) continue;
     if (value != option.on && value != option.off) {
       return invalid(fmt::format("{}={}: expected {} or {}", key, value, option.off, option.on));
     }
@@ -125,6 +159,9 @@ Result<void> set_option(std::string_view key, std::string_view value, ParallelSp
     return {};
   }
   if (key == "layers") return set_layers(value, spec);
+  if (key == "mtp") return set_enum(key, value, kMtpWords, spec.mtp);
+  if (key == "shared") return set_enum(key, value, kSharedWords, spec.shared);
+  if (key == "expert_map") return set_expert_map(value, spec);
   TRANSFUSE_CHECK(key == "dtype");
   TRANSFUSE_ASSIGN_OR_RETURN(spec.dtype, parse_dtype(value));
   return {};
@@ -148,7 +185,7 @@ Result<void> read_option(const Framework& framework, std::string_view option, Pa
     return invalid(fmt::format("\"{}\" in a {} spec: expected key=value", option, framework.name));
   }
   if (!has(framework, key)) return no_such_option(framework, key);
-  return set_option(key, option.substr(equals + 1), spec);
+  return set_option(framework, key, option.substr(equals + 1), spec);
 }
 
 // Specs are also made by hand.
@@ -163,9 +200,17 @@ Result<void> check_options(const Framework& framework, const ParallelSpec& spec)
     if (!has(framework, option.name)) return no_such_option(framework, option.name);
   }
   for (const WordOption& option : kWords) {
-    if (spec.*option.field && !has(framework, option.name)) {
-      return no_such_option(framework, option.name);
-    }
+    if (!(spec.*option.field)) continue;
+    const bool known = std::ranges::any_of(kWords, [&](const WordOption& other) {
+      return other.field == option.field && has(framework, other);
+    });
+    if (!known) return no_such_option(framework, option.name);
+  }
+  const bool mapped = !spec.expert_map_path.empty() || !spec.expert_map.physical_to_logical.empty();
+  for (const auto& [set, option] : {std::pair{spec.mtp != MtpTensors::kAll, "mtp"},
+                                    std::pair{spec.shared != SharedExperts::kSplit, "shared"},
+                                    std::pair{mapped, "expert_map"}}) {
+    if (set && !has(framework, option)) return no_such_option(framework, option);
   }
   for (const FlagOption& flag : kFlags) {
     if (spec.*flag.field && !contains(framework.flags, flag.name)) {

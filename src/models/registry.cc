@@ -10,8 +10,10 @@
 namespace transfuse {
 namespace {
 
-constexpr std::array<const ModelFamily*, 4> kFamilies = {&kLlama, &kQwen2, &kQwen3, &kQwen3Moe};
-constexpr std::array<const Framework*, 4> kFrameworks = {&kHf, &kFsdp, &kVllm, &kMegatron};
+constexpr std::array<const ModelFamily*, 8> kFamilies = {
+    &kLlama, &kQwen2, &kQwen3, &kQwen3Moe, &kMixtral, &kGemma3, &kGlm4Moe, &kDeepseekV3};
+constexpr std::array<const Framework*, 5> kFrameworks = {&kHf, &kFsdp, &kVllm, &kSglang,
+                                                         &kMegatron};
 
 template <typename Row>
 std::string join(std::span<const Row* const> rows, std::string_view Row::* name) {
