@@ -71,7 +71,9 @@ from transfuse._transfuse import (
     shadow_bytes,
     snapshot_bytes,
 )
+from transfuse.after_commit import AfterCommitError, HookRun
 from transfuse.arena import Arena
+from transfuse.captured import Captured, CaptureReport, TensorWay, capture
 from transfuse.errors import (
     AlreadyExistsError,
     CancelledError,
@@ -91,11 +93,20 @@ from transfuse.errors import (
     UnsupportedError,
     VersionGoneError,
 )
+from transfuse.guard import PointerGuard, PointerMovedError
 from transfuse.session import Control, Publisher, Receiver, Stage
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AfterCommitError",
+    "CaptureReport",
+    "Captured",
+    "HookRun",
+    "PointerGuard",
+    "PointerMovedError",
+    "TensorWay",
+    "capture",
     "Stage",
     "shadow_bytes",
     "StageState",
