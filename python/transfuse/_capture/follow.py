@@ -48,6 +48,7 @@ class Follower(TorchDispatchMode):
         self._alive: list[object] = []  # a storage that is freed would give its identity away
         self._made: dict[int, Tensor] = {}  # by storage: real tensors that the loader has made
         self._saved: dict[int, tuple[Tensor, Tensor]] = {}  # the engine's others, before a change
+        self.outside: LayoutMismatchError | None = None  # the first access beyond a memory
         self.elsewhere: dict[int, str] = {}  # by catalog tensor: where it went that is no parameter
 
     def add(self, memory: Memory, tensor: Tensor) -> None:
@@ -258,7 +259,9 @@ class Follower(TorchDispatchMode):
     def _outside(self, memory: Memory, target: Tensor, error: OutsideError) -> LayoutMismatchError:
         found = f"{error}, by a view of shape {tuple(target.shape)}, strides {target.stride()}"
         expected = f"expected an access within {memory.shape}"
-        return LayoutMismatchError(f"{memory.name or memory.kind}: {expected}, found {found}")
+        message = f"{memory.name or memory.kind}: {expected}, found {found}"
+        self.outside = self.outside or LayoutMismatchError(message)
+        return LayoutMismatchError(message)
 
     def _mutate(self, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
         """An operation in place of which nothing more is known."""
@@ -333,6 +336,8 @@ def _fill(self: Follower, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: AN
 
 def _clone(self: Follower, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
     if not self.known(args[0]):
+        if kwargs.get("device") == _META and not args[0].is_meta:
+            del kwargs["device"]  # an index is worth nothing without its values
         return self._really(func, args, kwargs)
     made = self.new_like(func, args, kwargs)
     if made.untyped_storage()._cdata != args[0].untyped_storage()._cdata:
@@ -498,6 +503,7 @@ _LOOKS = {
     aten._unique2.default,
 }
 _VIEWS: dict[Any, bool] = {}
+_META = torch.device("meta")
 
 
 def place(tensor: Tensor) -> int:

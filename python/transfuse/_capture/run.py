@@ -17,7 +17,7 @@ from transfuse._capture.follow import Follower, LooksAtValuesError
 from transfuse._capture.memory import Computed, Memory, Moved, Piece, Zeros, tiles
 from transfuse._capture.merge import merged
 from transfuse._capture.parameters import Span, spans_of
-from transfuse._module_layout import dtype_of
+from transfuse._module_layout import TORCH_DTYPES, dtype_of
 from transfuse._transfuse import Box, LayoutBuilder, TensorSpec, castable
 from transfuse.captured import Captured, CaptureReport, LoadWeights, TensorWay
 from transfuse.errors import InvalidArgumentError, LayoutMismatchError
@@ -52,6 +52,7 @@ def run(
         message = f"found {len(named)} parameters and {len(specs)} catalog tensors"
         raise InvalidArgumentError(f"capture: expected at least one of each, {message}")
     _check_patterns(unmanaged, named)
+    spans_of(named)
     guard = PointerGuard(parameters)
     withheld: dict[int, str] = {}
     while True:
@@ -95,7 +96,7 @@ def _follow(
     follower = Follower()
     for span in found.spans:
         follower.add(span.memory, span.tensor)
-    last = "nothing yet"
+    last: int | None = None  # what the loader has in its hands, None: all or nothing
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
         nonlocal last
@@ -110,9 +111,13 @@ def _follow(
                 moved = Moved(index, 0, row_major(spec.shape), tensor.dtype)
                 memory.put(zero, memory.shape, moved)
             follower.add(memory, tensor)
-            last = spec.name
+            last = index
             found.used.add(index)
             yield spec.name, tensor
+        last = None
+
+    def at() -> str:
+        return "nothing in particular" if last is None else found.specs[last].name
 
     try:
         with warnings.catch_warnings(), torch.no_grad(), follower:
@@ -121,9 +126,11 @@ def _follow(
     except LooksAtValuesError as looked:
         return looked
     except LayoutMismatchError as error:
-        raise LayoutMismatchError(f"load_weights, at {last}: {error}") from error
+        raise LayoutMismatchError(f"load_weights, at {at()}: {error}") from error
     except Exception as error:
-        message = f"load_weights failed at {last}: expected it to take all {len(found.specs)}"
+        if last is not None and "meta" in str(error):
+            return LooksAtValuesError(frozenset((last,)), str(error))
+        message = f"load_weights failed at {at()}: expected it to take all {len(found.specs)}"
         what = f"{type(error).__name__}: {error}"
         raise LayoutMismatchError(f"{message} tensors, found {what}") from error
     finally:
@@ -132,6 +139,8 @@ def _follow(
     if moved_parameter is not None:
         message = "load_weights gives a parameter other memory, which no refit could reach"
         raise LayoutMismatchError(f"{message}: {moved_parameter}") from moved_parameter
+    if follower.outside is not None:
+        raise LayoutMismatchError(f"load_weights: {follower.outside}")
     for tensor, where in follower.elsewhere.items():
         found.fallback.setdefault(tensor, where)
     return None
@@ -224,7 +233,7 @@ class _Layout:
         if content.roundings > 1 or (content.roundings and content.dtype != memory.dtype):
             return f"rounded to {content.dtype} on the way to {memory.dtype}"
         target = dtype_of(memory.name, torch.empty(0, dtype=memory.dtype))
-        floats = memory.dtype.is_floating_point and content.dtype.is_floating_point
+        floats = memory.dtype.is_floating_point and TORCH_DTYPES[spec.dtype].is_floating_point
         if spec.dtype != target and not floats and not castable(spec.dtype, target):
             return f"no cast from {spec.dtype.text} to {target.text}"
         try:
