@@ -43,6 +43,7 @@ void add_demo_command(CLI::App& app, CommandContext& context) {
   --seed N       of weights, data and samples
   --tiny         small model, few steps
   --plain        no colours, no progress bar
+  --engine HOW   its layout: formula (default) or captured, from its own load_weights
   --pretrain     pre-training into one inference process instead
   --text PATH    with --pretrain: file or folder to train on (default: the GPL of this system)
 

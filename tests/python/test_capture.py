@@ -337,7 +337,10 @@ def test_tied_parameters_are_one(execute):
     catalog = specs(embed=(10, 4))
     engine = Engine({}, embed=into("embed"))
     shared = torch.zeros(10, 4)
-    engine.parameters = {"embed": shared, "lm_head": torch.nn.Parameter(shared, requires_grad=False)}
+    engine.parameters = {
+        "embed": shared,
+        "lm_head": torch.nn.Parameter(shared, requires_grad=False),
+    }
     captured = check(execute, engine, catalog)
     assert [p.name for p in captured.layout.parameters] == ["embed"]
     assert captured.parameters["embed"].data_ptr() == shared.data_ptr()

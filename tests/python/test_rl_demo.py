@@ -127,6 +127,25 @@ def test_pictures_and_the_plan_are_written(tiny_run):
     assert "engine0.tp1" in (out / "plan.txt").read_text()
 
 
+def test_an_engine_whose_layout_is_captured_runs_the_same(tiny_run):
+    """Of two steps: the same first rollout, from a layout that equals that of the formula."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = dataclasses.replace(
+            tiny(Settings(job=f"test-captured-{os.getpid()}", folder=f"{folder}/run")),
+            engine="captured",
+            steps=2,
+            kill_at=0,
+            stop_at=0,
+        )
+        report, _ = perform(Run(settings, PlainScreen()))
+    assert [found["counts"]["direct"] for found in report["captured"]] == [24, 24]
+    assert [found["counts"]["fallback"] for found in report["captured"]] == [0, 0]
+    refits = [row["refit"] for row in report["steps"] if row["refit"]]
+    assert refits
+    assert all(refit["verified"] for refit in refits)
+    assert report["steps"][0]["reward"] == steps_of(tiny_run)[0]["reward"]
+
+
 def test_nothing_is_left_of_a_run(tiny_run):
     assert tiny_run[3] == {"processes": [], "files": [], "shared memory": []}
 
@@ -309,7 +328,16 @@ def test_what_happens_to_processes_happens_within_any_number_of_steps():
         assert 1 <= settings.kill_at < settings.stop_at <= steps
 
 
-@pytest.mark.parametrize("arguments", [["--text", "x"], ["--steps", "1"], ["--nonsense"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--text", "x"],
+        ["--steps", "1"],
+        ["--nonsense"],
+        ["--engine", "guessed"],
+        ["--engine", "captured", "--pretrain"],
+    ],
+)
 def test_wrong_usage_has_its_exit_code(arguments):
     with pytest.raises(SystemExit) as caught:
         command.parse(arguments)

@@ -49,6 +49,7 @@ class Follower(TorchDispatchMode):
         self._made: dict[int, Tensor] = {}  # by storage: real tensors that the loader has made
         self._saved: dict[int, tuple[Tensor, Tensor]] = {}  # the engine's others, before a change
         self.outside: LayoutMismatchError | None = None  # the first access beyond a memory
+        self.emptied: set[int] = set()  # catalog tensors of which no element was wanted
         self.elsewhere: dict[int, str] = {}  # by catalog tensor: where it went that is no parameter
 
     def add(self, memory: Memory, tensor: Tensor) -> None:
@@ -217,6 +218,10 @@ class Follower(TorchDispatchMode):
                 reason = f"read as {source.dtype} and written as {target.dtype}"
                 self._write(into, target, target_at, loops, Computed(reason, tensors))
                 return
+        if target.numel() == 0:
+            whole = [piece.content.tensors for piece in held.pieces()]
+            self.emptied |= frozenset[int]().union(*whole)
+            return
         through = followed or (held.kind != "catalog" and into.kind == "parameter")
         change = Change(into.dtype if bits else target.dtype, through or into.kind == "scratch")
         at, near = target_at - into.begin, source_at - held.begin

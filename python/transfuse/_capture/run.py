@@ -33,6 +33,7 @@ class Followed:
     spans: list[Span]
     specs: list[TensorSpec]
     used: set[int] = field(default_factory=set)  # catalog tensors that the loader asked for
+    emptied: set[int] = field(default_factory=set)  # of which this process holds no element
     fallback: dict[int, str] = field(default_factory=dict)  # by catalog tensor: why
 
 
@@ -141,6 +142,7 @@ def _follow(
         raise LayoutMismatchError(f"{message}: {moved_parameter}") from moved_parameter
     if follower.outside is not None:
         raise LayoutMismatchError(f"load_weights: {follower.outside}")
+    found.emptied = follower.emptied
     for tensor, where in follower.elsewhere.items():
         found.fallback.setdefault(tensor, where)
     return None
@@ -190,6 +192,8 @@ class _Layout:
         for span in self._found.spans:
             if self._add(span):
                 parameters[span.memory.name] = span.flat()
+        for index in self._found.emptied:
+            self._tensor(index)
         real = not all(span.tensor.is_meta for span in self._found.spans)
         for index in sorted(self._found.fallback):
             spec = self._found.specs[index]
@@ -326,7 +330,7 @@ class _Layout:
             asked = index in self._found.used or bool(reason)
             if reason:
                 ways.append(TensorWay(spec.name, "fallback", reason, count))
-            elif count:
+            elif count or index in self._found.emptied:
                 way = "followed" if index in self._followed else "direct"
                 ways.append(TensorWay(spec.name, way, tile_count=count))  # type: ignore[arg-type]
             else:
