@@ -57,6 +57,7 @@ class AfterCommit:
     ) -> None:
         self.runs: list[HookRun] = []
         self.failed: AfterCommitError | None = None
+        self._version = 0  # that they have succeeded for
         self._hooks: list[tuple[str, str, Callable[[], object]]] = []
         if callable(after_commit):
             after_commit = {getattr(after_commit, "__name__", "after_commit"): after_commit}
@@ -71,12 +72,13 @@ class AfterCommit:
             _callable(pattern, derive)
             self._hooks += [(pattern, n, _bound(derive, n, parameters[n])) for n in names]
 
-    def __len__(self) -> int:
-        return len(self._hooks)
+    def hold(self, version: int) -> bool:
+        """Whether what is derived is of this version."""
+        return not self._hooks or self._version == version
 
     def run(self, version: int) -> None:
         """All hooks; the first that fails ends it with AfterCommitError."""
-        self.runs, self.failed = [], None
+        self.runs, self.failed, self._version = [], None, 0
         for hook, parameter, call in self._hooks:
             start = time.perf_counter()
             try:
@@ -88,6 +90,7 @@ class AfterCommit:
                     raise  # Ctrl-C stays what it is; the weights are without their derived state
                 raise self.failed from error
             self._note(hook, parameter, start)
+        self._version = version
 
     def _note(self, hook: str, parameter: str, start: float, error: str = "") -> None:
         microseconds = round((time.perf_counter() - start) * 1e6)

@@ -296,9 +296,8 @@ class Receiver:
     @property
     def version(self) -> int:
         """What the parameters, and what is derived from them, hold; 0: no version."""
-        if self._hooks.failed is not None or self._moved:
-            return 0
-        return self._native.version
+        version = self._native.version
+        return version if self._hooks.hold(version) and not self._moved else 0
 
     @property
     def hook_runs(self) -> list[HookRun]:
@@ -379,10 +378,13 @@ class Receiver:
 
         And unless this rank's hooks have succeeded and its parameters lie where they lay.
         """
-        reason = self._moved or (str(self._hooks.failed) if self._hooks.failed else "")
-        if reason:
-            raise GroupBrokenError(f"{self._name}: {reason}")
-        return self._native.check_group()
+        if self._moved:
+            raise GroupBrokenError(f"{self._name}: {self._moved}")
+        group, version = self._native.check_group(), self._native.version
+        if not self._hooks.hold(version):
+            failed = self._hooks.failed or f"hooks have not run for version {version}"
+            raise GroupBrokenError(f"{self._name}: {failed}; call run_hooks()")
+        return group
 
     def _check_places(self, when: str) -> None:
         if self._guard is None:

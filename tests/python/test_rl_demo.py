@@ -128,12 +128,12 @@ def test_pictures_and_the_plan_are_written(tiny_run):
 
 
 def test_an_engine_whose_layout_is_captured_runs_the_same(tiny_run):
-    """Of two steps: the same first rollout, from a layout that equals that of the formula."""
+    """Of four steps: the same first rollout, from a layout that equals that of the formula."""
     with tempfile.TemporaryDirectory() as folder:
         settings = dataclasses.replace(
             tiny(Settings(job=f"test-captured-{os.getpid()}", folder=f"{folder}/run")),
             engine="captured",
-            steps=2,
+            steps=4,
             kill_at=0,
             stop_at=0,
         )
@@ -141,7 +141,7 @@ def test_an_engine_whose_layout_is_captured_runs_the_same(tiny_run):
     assert [found["counts"]["direct"] for found in report["captured"]] == [24, 24]
     assert [found["counts"]["fallback"] for found in report["captured"]] == [0, 0]
     refits = [row["refit"] for row in report["steps"] if row["refit"]]
-    assert refits
+    assert refits, report["steps"]
     assert all(refit["verified"] for refit in refits)
     assert report["steps"][0]["reward"] == steps_of(tiny_run)[0]["reward"]
 

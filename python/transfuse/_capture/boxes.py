@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -36,7 +37,8 @@ class OutsideError(Exception):
     """A copy that reaches beyond the memory."""
 
 
-def row_major(shape: Sequence[int]) -> Dims:
+@functools.cache
+def row_major(shape: Dims) -> Dims:
     """Strides of a contiguous tensor, in elements."""
     strides = [1] * len(shape)
     for d in range(len(shape) - 2, -1, -1):
@@ -51,11 +53,14 @@ def cut(
 
     Every step of the loops is in exactly one box. `forward`: strides of the far side are positive.
     """
-    total = math.prod(shape)
-    strides = row_major(shape)
-    dims = {stride: d for d, stride in enumerate(strides) if shape[d] > 1}
-    if any(loop.length == 0 for loop in loops):
-        return []
+    total, strides, dims = _facts(shape)
+    for loop in loops:
+        if loop[0] == 0:
+            return []
+    if 0 <= near < total:
+        simple = _simple(shape, strides, dims, near, far, loops)
+        if simple is not None:
+            return [simple]
     todo = [_coalesced(near, far, loops)]
     found: list[Cut] = []
     while todo:
@@ -70,6 +75,33 @@ def cut(
         if len(found) + len(todo) > MAX_PIECES:
             raise NotBoxesError(f"more than {MAX_PIECES} boxes")
     return found
+
+
+@functools.cache
+def _facts(shape: Dims) -> tuple[int, Dims, dict[int, int]]:
+    """Elements, strides, and which dimension has a stride; those of length 1 have none."""
+    strides = row_major(shape)
+    dims = {stride: d for d, stride in enumerate(strides) if shape[d] > 1}
+    return math.prod(shape), strides, dims
+
+
+def _simple(
+    shape: Dims, strides: Dims, dims: dict[int, int], near: int, far: int, loops: Sequence[Loop]
+) -> Cut | None:
+    """The box of loops that each go along a dimension of their own, which most copies are."""
+    at, rest = [], near
+    for stride in strides:
+        at.append(rest // stride)
+        rest %= stride
+    length, far_strides = [1] * len(shape), [1] * len(shape)
+    for count, step, far_step in loops:
+        if count == 1:
+            continue
+        d = dims.get(step)
+        if d is None or length[d] != 1 or far_step <= 0 or at[d] + count > shape[d]:
+            return None
+        length[d], far_strides[d] = count, far_step
+    return Cut(tuple(at), tuple(length), far, tuple(far_strides))
 
 
 _State = tuple[int, int, list[Loop]]

@@ -75,6 +75,10 @@ class _Recorder(TorchDispatchMode):
             storage = span.tensor.untyped_storage()._cdata
             self._by_storage.setdefault(storage, []).append(memory)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and to say so would import the compiler
+
     def __torch_dispatch__(
         self,
         func: Any,  # noqa: ANN401

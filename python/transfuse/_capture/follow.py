@@ -44,6 +44,7 @@ class Follower(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.asleep = False  # while we make tensors ourselves
         self._memories: dict[int, list[Memory]] = {}  # by storage
         self._alive: list[object] = []  # a storage that is freed would give its identity away
         self._made: dict[int, Tensor] = {}  # by storage: real tensors that the loader has made
@@ -51,6 +52,10 @@ class Follower(TorchDispatchMode):
         self.outside: LayoutMismatchError | None = None  # the first access beyond a memory
         self.emptied: set[int] = set()  # catalog tensors of which no element was wanted
         self.elsewhere: dict[int, str] = {}  # by catalog tensor: where it went that is no parameter
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and to say so would import the compiler
 
     def add(self, memory: Memory, tensor: Tensor) -> None:
         """From now on `memory` says what lies in this tensor's storage, from memory.begin on."""
@@ -71,6 +76,8 @@ class Follower(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
         kwargs = kwargs or {}
+        if self.asleep:
+            return func(*args, **kwargs)
         special = _SPECIAL.get(func)
         if special is not None:
             return special(self, func, args, kwargs)

@@ -8,7 +8,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from transfuse._capture.boxes import Cut, Dims, Loop, cut, intersect, row_major, subtract
+from transfuse._capture.boxes import (
+    Cut,
+    Dims,
+    Loop,
+    OutsideError,
+    cut,
+    intersect,
+    row_major,
+    subtract,
+)
 
 _FEW_ROWS = 16  # a box of at most so many is found by its rows
 
@@ -30,8 +39,14 @@ class Moved:
 
     def at(self, begin: Dims, offset: Dims) -> Moved:
         """The part of a box at `begin` that starts at `offset`."""
+        if offset == begin:
+            return self
         steps = zip(offset, begin, self.strides, strict=True)
-        return replace(self, base=self.base + sum((o - b) * s for o, b, s in steps))
+        return self.lying(self.base + sum((o - b) * s for o, b, s in steps), self.strides)
+
+    def lying(self, base: int, strides: Dims) -> Moved:
+        """The same values from other places of the tensor."""
+        return Moved(self.tensor, base, strides, self.dtype, self.roundings, self.followed)
 
     @property
     def tensors(self) -> frozenset[int]:
@@ -102,6 +117,7 @@ class Memory:
         self._rows: dict[int, set[int]] = {}
         self._tall: set[int] = set()
         self._next = 0
+        self._filled = 0  # elements
 
     def pieces(self) -> list[Piece]:
         """All that was written, in the order of places."""
@@ -110,6 +126,17 @@ class Memory:
     def written(self) -> bool:
         """Whether anything was."""
         return bool(self._pieces)
+
+    def full(self) -> bool:
+        """Whether all of it was written."""
+        return self._filled == self.count
+
+    def whole(self) -> Moved | None:
+        """The catalog tensor that this is, if nothing has changed it."""
+        if self.kind != "catalog" or len(self._pieces) != 1:
+            return None
+        (piece,) = self._pieces.values()
+        return piece.content if isinstance(piece.content, Moved) else None
 
     def put(self, offset: Dims, length: Dims, content: Content) -> None:
         """Overwrites a box."""
@@ -149,7 +176,7 @@ class Memory:
 
     def all_gaps(self) -> list[tuple[Dims, Dims]]:
         """gaps() of everything."""
-        if sum(piece.count for piece in self._pieces.values()) == self.count:
+        if self.full():
             return []
         return self.gaps((0,) * len(self.shape), self.shape)
 
@@ -190,9 +217,12 @@ class Memory:
         for rows in self._places(piece):
             rows.add(self._next)
         self._next += 1
+        self._filled += piece.count
 
     def _remove(self, key: int) -> None:
-        for rows in self._places(self._pieces.pop(key)):
+        piece = self._pieces.pop(key)
+        self._filled -= piece.count
+        for rows in self._places(piece):
             rows.discard(key)
 
     def _places(self, piece: Piece) -> list[set[int]]:
@@ -208,7 +238,7 @@ def write(memory: Memory, at: int, loops: list[Loop], content: Content) -> None:
     for part in cut(memory.shape, at, base, loops):
         put = content
         if isinstance(content, Moved):
-            put = replace(content, base=part.far, strides=part.strides)
+            put = content.lying(part.far, part.strides)
         memory.put(part.offset, part.length, put)
 
 
@@ -221,10 +251,22 @@ def move(
     change: Change,
 ) -> None:
     """Copies along loops whose near side is the source and whose far side is the target."""
+    whole = source.whole()
+    if whole is not None:
+        # Nothing but itself in it, row-major: where its elements go needs no cutting of the source.
+        ends = [(loop.length - 1) * loop.near for loop in loops]
+        low, high = (source_at + sum(f(0, end) for end in ends) for f in (min, max))
+        if low < 0 or high >= source.count:
+            raise OutsideError(f"elements {low} to {high} of {source.count}")
+        turned = [Loop(n, b, a) for n, a, b in loops]
+        content = change(whole)
+        if isinstance(content, Moved):
+            write(target, target_at, turned, content.lying(source_at, ()))
+            return
     found: list[tuple[Cut, Piece]] = []  # all of it, before the first is overwritten
     for part in cut(source.shape, source_at, target_at, loops):
         found += [(part, piece) for piece in source.read(part.offset, part.length)]
-        for gap in source.gaps(part.offset, part.length):
+        for gap in () if source.full() else source.gaps(part.offset, part.length):
             unknown = Computed(f"reads {source.name or 'memory'} that nobody has written")
             found.append((part, Piece(*gap, unknown)))
     for part, piece in found:
@@ -253,6 +295,8 @@ class Change:
         if not isinstance(content, Moved):
             return content
         followed = self.followed or content.followed
+        if content.dtype == self.into and followed == content.followed:
+            return content
         if _exact(content.dtype, self.into):
             return replace(content, followed=followed)
         roundings = content.roundings + 1

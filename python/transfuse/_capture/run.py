@@ -104,12 +104,14 @@ def _follow(
         for index, spec in enumerate(found.specs):
             if index in found.fallback:
                 continue
-            with torch.utils._python_dispatch._disable_current_modes():
-                tensor = meta_tensor(spec)
-            memory = Memory(spec.name, "catalog", tuple(spec.shape), tensor.dtype)
+            follower.asleep = True
+            tensor = meta_tensor(spec)
+            follower.asleep = False
+            shape = spec.shape
+            memory = Memory(spec.name, "catalog", shape, tensor.dtype)
             if memory.count:
-                zero = (0,) * len(spec.shape)
-                moved = Moved(index, 0, row_major(spec.shape), tensor.dtype)
+                zero = (0,) * len(shape)
+                moved = Moved(index, 0, row_major(shape), tensor.dtype)
                 memory.put(zero, memory.shape, moved)
             follower.add(memory, tensor)
             last = index
