@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from transfuse._transfuse import Layout
 from transfuse.session import Receiver
@@ -99,7 +99,7 @@ class Captured:
     parameters: dict[str, torch.Tensor]
     report: CaptureReport
     load_fallback: Callable[[], None] | None = field(default=None, repr=False)
-    guarded: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    guarded: torch.nn.Module | Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def after_commit(self) -> dict[str, Callable[[], None]]:
@@ -108,11 +108,14 @@ class Captured:
             return {}
         return {"load_weights of what goes by fallback": self.load_fallback}
 
-    def receiver(self, *, name: str, **options: object) -> Receiver:
+    def receiver(self, *, name: str, **options: Any) -> Receiver:  # noqa: ANN401
         """A Receiver of these parameters, guarded, with after_commit; `options` are its own."""
         options.setdefault("guard", self.guarded)
-        after = {**self.after_commit, **options.pop("after_commit", {})}  # type: ignore[dict-item]
-        return Receiver(self.layout, self.parameters, name=name, after_commit=after, **options)  # type: ignore[arg-type]
+        more = options.pop("after_commit", None) or {}
+        if callable(more):
+            more = {getattr(more, "__name__", "after_commit"): more}
+        options["after_commit"] = {**self.after_commit, **more}
+        return Receiver(self.layout, self.parameters, name=name, **options)
 
 
 def capture(
@@ -142,5 +145,5 @@ def capture(
 
 def _listed(lines: Iterable[str]) -> list[str]:
     found = list(lines)
-    more = [f"... and {len(found) - _MANY} more"] if len(found) > _MANY else []
-    return found[:_MANY] + more
+    rest = [f"... and {len(found) - _MANY} more"] if len(found) > _MANY else []
+    return found[:_MANY] + rest

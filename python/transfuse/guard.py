@@ -61,6 +61,7 @@ class PointerGuard:
         self._given = tensors
         now = named_tensors_of(tensors)
         self._places = {name: place_of(tensor) for name, tensor in now.items()}
+        self._tensors = now
         # Views of the same memory: no allocation can take an old one's place unseen.
         self._held = {name: tensor.detach() for name, tensor in now.items()}
 
@@ -74,11 +75,14 @@ class PointerGuard:
                 raise PointerMovedError(name, expected, found, when)
 
     def restore(self) -> None:
-        """Gives parameters that are still there the memory back that they had."""
-        now = named_tensors_of(self._given)
-        for name, held in self._held.items():
-            if name in now and place_of(now[name]) != self._places[name]:
-                now[name].data = held
+        """Gives parameters the memory back that they had; a module gets the same objects back."""
+        for name, tensor in self._tensors.items():
+            if place_of(tensor) != self._places[name]:
+                tensor.data = self._held[name]
+        if hasattr(self._given, "get_submodule"):
+            for name, tensor in self._tensors.items():
+                owner, _, leaf = name.rpartition(".")
+                self._given.get_submodule(owner)._parameters[leaf] = tensor  # type: ignore[assignment]
 
 
 def place_of(tensor: torch.Tensor) -> Place:

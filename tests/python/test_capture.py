@@ -217,6 +217,36 @@ def test_what_computes_goes_by_fallback_and_nothing_else_does(execute, case):
     assert "1 fallback" in captured.report.to_text()
 
 
+def test_many_tensors_that_are_looked_into_do_not_need_a_run_each(execute):
+    """As scales are, that a loader turns into numbers."""
+    runs = []
+    catalog = specs(**{f"layers.{i}.{n}": (1,) for n in ("scale", "bias") for i in range(20)})
+    engine = Engine({"scale": torch.zeros(20), "bias": torch.zeros(20)})
+
+    def load(weights):
+        runs.append(1)
+        for name, tensor in weights:
+            _, index, kind = name.split(".")
+            value = tensor.item() if kind == "scale" else tensor[0]
+            engine.parameters[kind][int(index)] = value
+
+    engine.load_weights = load
+    captured = check(execute, engine, catalog)
+    assert captured.report.counts == {"direct": 20, "followed": 0, "fallback": 20, "unused": 0}
+    assert len(runs) < 10
+    reasons = [way.reason for way in captured.report.of("fallback")]
+    assert "of its like, layers.4.scale" in reasons[-1]
+
+
+def test_what_is_unmanaged_stays_so_beside_tensors_that_are_looked_into(execute):
+    engine = Engine(
+        {"p": torch.ones(4, 6), "q": torch.ones(2)},
+        a=into("p", lambda w: w if w[0, 0].item() > 0 else -w),
+    )
+    captured = check(execute, engine, specs(a=(4, 6)), unmanaged=["q"])
+    assert captured.report.unmanaged["q"] == "declared unmanaged"
+
+
 def test_a_parameter_that_is_partly_computed_keeps_its_other_tiles(execute):
     catalog = specs(q=(4, 6), k=(2, 6))
     engine = Engine(
@@ -571,6 +601,19 @@ def test_a_loader_that_gives_a_parameter_other_memory_is_refused():
     engine = Engine({"p": torch.ones(4, 6)}, a=rebind)
     engine.parameters = {"p": torch.nn.Parameter(torch.ones(4, 6))}
     refused(engine, specs(a=(4, 6)), "gives a parameter other memory.*p: moved")
+
+
+def test_a_loader_that_replaces_a_parameter_of_a_module_is_refused_and_undone():
+    module = torch.nn.Linear(6, 4)
+    weight, place = module.weight, module.weight.data_ptr()
+
+    def load(weights):
+        module.weight = torch.nn.Parameter(dict(weights)["weight"])
+
+    with pytest.raises(LayoutMismatchError, match="gives a parameter other memory.*weight: moved"):
+        transfuse.capture(load, module, specs(weight=(4, 6)), unmanaged=["bias"])
+    assert module.weight is weight
+    assert module.weight.data_ptr() == place
 
 
 def test_a_loader_that_hides_its_failure_is_still_refused():

@@ -321,3 +321,11 @@ def test_a_model_of_transformers_is_captured_as_its_layout_says(job):
             }
             for name, value in model.named_parameters():
                 assert torch.equal(value, before[name])
+
+
+def test_the_benchmark_captures_what_the_formula_says(tmp_path):
+    bench = Path(__file__).resolve().parents[2] / "bench/capture.py"
+    command = [sys.executable, str(bench), "--layers", "1", "--repetitions", "1"]
+    subprocess.run([*command, "--json", str(tmp_path / "rows.json")], check=True, timeout=240)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["tensors"], row["used"]) for row in rows] == [(396, 396), (396, 396), (396, 108)]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from transfuse._capture.boxes import Dims, Loop
 from transfuse._capture.catalog import meta_tensor
-from transfuse._capture.follow import place, written_by
+from transfuse._capture.follow import Operation, Values, place, written_by
 from transfuse._capture.memory import Computed, Memory, write
 from transfuse._capture.parameters import Span
 from transfuse._transfuse import Box, TensorSpec
@@ -81,11 +80,11 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: Any,  # noqa: ANN401
+        func: Operation,
         types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
+        args: tuple[Values, ...] = (),
+        kwargs: dict[str, Values] | None = None,
+    ) -> Values:
         kwargs = kwargs or {}
         if func._schema.is_mutable:
             for target in written_by(func, args, kwargs):

@@ -24,6 +24,8 @@ from transfuse.errors import LayoutMismatchError
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
+Operation = Any  # of torch; its stubs say no more
+Values = Any  # arguments and results of any kind
 
 
 class LooksAtValuesError(Exception):
@@ -70,11 +72,11 @@ class Follower(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: Any,  # noqa: ANN401
+        func: Operation,
         types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
+        args: tuple[Values, ...] = (),
+        kwargs: dict[str, Values] | None = None,
+    ) -> Values:
         kwargs = kwargs or {}
         if self.asleep:
             return func(*args, **kwargs)
@@ -142,7 +144,7 @@ class Follower(TorchDispatchMode):
 
     # Operations that make something new
 
-    def _really(self, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
+    def _really(self, func: Operation, args: Values, kwargs: Values) -> Values:
         made = func(*args, **kwargs)
         for leaf in tree_flatten(made)[0]:
             if not isinstance(leaf, Tensor):
@@ -168,14 +170,14 @@ class Follower(TorchDispatchMode):
         self.add(memory, tensor)
         return memory
 
-    def _compute(self, func: Any, args: Any, kwargs: Any, content: Computed) -> Any:  # noqa: ANN401
+    def _compute(self, func: Operation, args: Values, kwargs: Values, content: Computed) -> Values:
         made = func(*_on_meta(args), **_on_meta(kwargs))
         for leaf in tree_flatten(made)[0]:
             if isinstance(leaf, Tensor):
                 self._scratch(leaf, content)
         return made
 
-    def new_like(self, func: Any, args: Any, kwargs: Any) -> Tensor:  # noqa: ANN401
+    def new_like(self, func: Operation, args: Values, kwargs: Values) -> Tensor:
         """What the operation makes, without any content."""
         kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}
         made: Tensor = func(*_on_meta(args), **_on_meta(kwargs))
@@ -275,7 +277,7 @@ class Follower(TorchDispatchMode):
         self.outside = self.outside or LayoutMismatchError(message)
         return LayoutMismatchError(message)
 
-    def _mutate(self, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
+    def _mutate(self, func: Operation, args: Values, kwargs: Values) -> Values:
         """An operation in place of which nothing more is known."""
         targets = written_by(func, args, kwargs)
         inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
@@ -308,7 +310,9 @@ class Follower(TorchDispatchMode):
         self._scratch(whole, held)
         return True
 
-    def _change(self, func: Any, args: Any, kwargs: Any, targets: list[Tensor]) -> Any:  # noqa: ANN401
+    def _change(
+        self, func: Operation, args: Values, kwargs: Values, targets: list[Tensor]
+    ) -> Values:
         """For real, on memory that has nothing to do with the catalog."""
         for target in targets:
             identity = target.untyped_storage()._cdata
@@ -322,7 +326,7 @@ class Follower(TorchDispatchMode):
 # Operations that move elements
 
 
-def _copy(self: Follower, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
+def _copy(self: Follower, func: Operation, args: Values, kwargs: Values) -> Values:
     target, source = args[0], args[1]
     if not self.known(source) and self.memory_of(target) is None:
         return self._change(func, args, kwargs, [target])
@@ -333,7 +337,7 @@ def _copy(self: Follower, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: AN
     return target
 
 
-def _fill(self: Follower, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
+def _fill(self: Follower, func: Operation, args: Values, kwargs: Values) -> Values:
     target = args[0]
     value = args[1] if len(args) > 1 else 0
     if isinstance(value, Tensor) and self.known(value):
@@ -346,7 +350,7 @@ def _fill(self: Follower, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: AN
     return target
 
 
-def _clone(self: Follower, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
+def _clone(self: Follower, func: Operation, args: Values, kwargs: Values) -> Values:
     if not self.known(args[0]):
         if kwargs.get("device") == _META and not args[0].is_meta:
             del kwargs["device"]  # an index is worth nothing without its values
@@ -361,7 +365,7 @@ def _clone(self: Follower, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: A
 
 
 def _joined(stacked: bool) -> Callable[..., Any]:
-    def join(self: Follower, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
+    def join(self: Follower, func: Operation, args: Values, kwargs: Values) -> Values:
         parts: Sequence[Tensor] = args[0]
         if not any(self.known(part) for part in parts):
             return self._really(func, args, kwargs)
@@ -380,7 +384,7 @@ def _joined(stacked: bool) -> Callable[..., Any]:
     return join
 
 
-def _flip(self: Follower, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
+def _flip(self: Follower, func: Operation, args: Values, kwargs: Values) -> Values:
     source, dims = args[0], {d % max(1, args[0].dim()) for d in args[1]}
     if not self.known(source):
         return self._really(func, args, kwargs)
@@ -394,7 +398,7 @@ def _flip(self: Follower, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: AN
     return made
 
 
-def _repeat(self: Follower, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
+def _repeat(self: Follower, func: Operation, args: Values, kwargs: Values) -> Values:
     source, times = args[0], args[1]
     if not self.known(source):
         return self._really(func, args, kwargs)
@@ -408,7 +412,7 @@ def _repeat(self: Follower, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: 
     return made
 
 
-def _pad(self: Follower, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
+def _pad(self: Follower, func: Operation, args: Values, kwargs: Values) -> Values:
     source, pads = args[0], args[1]
     value = args[2] if len(args) > 2 else kwargs.get("value", 0)
     if not self.known(source) or any(pad < 0 for pad in pads):
@@ -423,7 +427,7 @@ def _pad(self: Follower, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN
     return made
 
 
-def _index_select(self: Follower, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
+def _index_select(self: Follower, func: Operation, args: Values, kwargs: Values) -> Values:
     source, dim, index = args[0], args[1], args[2]
     if not self.known(source) or self.known(index) or index.is_meta:
         return _plain(self, func, args, kwargs)
@@ -432,7 +436,7 @@ def _index_select(self: Follower, func: Any, args: Any, kwargs: Any) -> Any:  # 
     return made
 
 
-def _index(self: Follower, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
+def _index(self: Follower, func: Operation, args: Values, kwargs: Values) -> Values:
     """x[..., constant vector, ...]"""
     source, indices = args[0], args[1]
     given = [(d, index) for d, index in enumerate(indices) if index is not None]
@@ -448,7 +452,7 @@ def _index(self: Follower, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: A
     return made
 
 
-def _index_copy(self: Follower, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
+def _index_copy(self: Follower, func: Operation, args: Values, kwargs: Values) -> Values:
     target, dim, index, source = args[:4]
     constant = not self.known(index) and not index.is_meta
     if not constant or self.memory_of(target) is None:
@@ -475,7 +479,7 @@ def _ranges(index: Tensor) -> Iterable[tuple[int, int, int]]:
         at += count
 
 
-def _plain(self: Follower, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
+def _plain(self: Follower, func: Operation, args: Values, kwargs: Values) -> Values:
     """As an operation of which nothing is known."""
     inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
     if not any(self.known(tensor) for tensor in inputs):
@@ -523,7 +527,7 @@ def place(tensor: Tensor) -> int:
     return int(tensor.storage_offset())
 
 
-def _is_view(func: Any) -> bool:  # noqa: ANN401
+def _is_view(func: Operation) -> bool:
     """Whether the result lies in the memory of an argument, and nothing is written."""
     found = _VIEWS.get(func)
     if found is None:
@@ -533,7 +537,7 @@ def _is_view(func: Any) -> bool:  # noqa: ANN401
     return found
 
 
-def written_by(func: Any, args: Any, kwargs: Any) -> list[Tensor]:  # noqa: ANN401
+def written_by(func: Operation, args: Values, kwargs: Values) -> list[Tensor]:
     """The tensors that an operation changes."""
     found: list[Tensor] = []
     for index, argument in enumerate(func._schema.arguments):
@@ -544,7 +548,7 @@ def written_by(func: Any, args: Any, kwargs: Any) -> list[Tensor]:  # noqa: ANN4
     return found
 
 
-def _on_meta(values: Any) -> Any:  # noqa: ANN401
+def _on_meta(values: Values) -> Values:
     def bare(tensor: Tensor) -> Tensor:
         if tensor.is_meta:
             return tensor
@@ -565,7 +569,7 @@ def _constant(tensor: Tensor) -> Content:
 
 
 def _any(tensor: Tensor) -> bool:
-    return bool(tensor.detach().contiguous().view(torch.uint8).any()) if tensor.numel() else False
+    return bool(tensor.detach().reshape(-1).view(torch.uint8).any())
 
 
 def _what(tensor: Tensor) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ from transfuse.errors import InvalidArgumentError, LayoutMismatchError
 from transfuse.guard import PointerGuard, PointerMovedError, named_tensors_of
 
 _SHOWN = 4  # findings that one message lists
+_LOOKED_AT = 4  # tensors that are found one by one
+_NUMBER = re.compile(r"\d+")
 
 
 @dataclass
@@ -67,6 +70,8 @@ def run(
             message = f"{names}: expected a loader that moves tensors, found one that looks into"
             raise LayoutMismatchError(f"{message} what it was not given ({looked.operation})")
         withheld |= {t: f"the loader looks at its values ({looked.operation})" for t in new}
+        if len(withheld) > _LOOKED_AT:
+            withheld |= _alike(new, specs, withheld)
     made = _Layout(found, unmanaged, bool(withheld)).build()
     builder, by_name, staging, ways, left = made
     if require_all:
@@ -80,7 +85,20 @@ def run(
         seconds=time.perf_counter() - start,
     )
     loader = staging.loader(load_weights, found.spans) if staging.tensors else None
-    return Captured(layout, by_name, report, loader, named)
+    return Captured(layout, by_name, report, loader, parameters)
+
+
+def _alike(
+    new: frozenset[int] | set[int], specs: list[TensorSpec], withheld: Mapping[int, str]
+) -> dict[int, str]:
+    """Tensors of the same name but for numbers: each would end a run of the loader of its own."""
+    kinds = {_NUMBER.sub("#", specs[t].name): specs[t].name for t in new}
+    found = {}
+    for index, spec in enumerate(specs):
+        like = kinds.get(_NUMBER.sub("#", spec.name))
+        if like is not None and index not in withheld:
+            found[index] = f"the loader looks at the values of its like, {like}"
+    return found
 
 
 def _check_patterns(unmanaged: Sequence[str], named: Mapping[str, torch.Tensor]) -> None:
@@ -259,7 +277,8 @@ class _Layout:
         cuts = self._cuts.get(id(memory), [])
         computed = self._computed.get(id(memory), [])
         expected = [(p.offset, p.length) for p in computed if p.content.tensors]
-        if gaps and self._withheld:
+        declared = not pieces and self._declared(span)
+        if gaps and self._withheld and not declared:
             expected, gaps = expected + gaps, []
         self._staging.expect(memory, expected)
         if not cuts and not any(isinstance(p.content, Zeros) for p in pieces):
@@ -280,6 +299,9 @@ class _Layout:
             self._builder.fill(handle, at, length, strides)
         return True
 
+    def _declared(self, span: Span) -> bool:
+        return any(fnmatch.fnmatch(n, pattern) for n in span.names for pattern in self._unmanaged)
+
     def _leave(
         self,
         span: Span,
@@ -288,14 +310,11 @@ class _Layout:
         expected: list[tuple[Dims, Dims]],
     ) -> bool:
         memory = span.memory
-        declared = any(
-            fnmatch.fnmatch(name, pattern) for name in span.names for pattern in self._unmanaged
-        )
         if expected:
             if gaps:
                 self._refuse(memory, gaps, [])
             self._left[memory.name] = "written by the engine's loader after every commit"
-        elif declared:
+        elif self._declared(span):
             self._left[memory.name] = "declared unmanaged"
         elif computed and not gaps:
             reason = computed[0].content
