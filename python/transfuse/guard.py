@@ -82,7 +82,7 @@ class PointerGuard:
         if hasattr(self._given, "get_submodule"):
             for name, tensor in self._tensors.items():
                 owner, _, leaf = name.rpartition(".")
-                self._given.get_submodule(owner)._parameters[leaf] = tensor  # type: ignore[assignment]
+                setattr(self._given.get_submodule(owner), leaf, tensor)
 
 
 def place_of(tensor: torch.Tensor) -> Place:
