@@ -135,6 +135,12 @@ VIEWS = {
     "detached": ((4, 6), (4, 6), lambda w: w.data.detach()),
 }
 
+
+def set_row(zeros, tensor):
+    zeros[1] = tensor[2]
+    return zeros
+
+
 MOVES = {
     "clone": ((4, 6), (6, 4), lambda w: w.t().clone()),
     "contiguous": ((4, 6), (24,), lambda w: w.t().contiguous().view(-1)),
@@ -159,6 +165,8 @@ MOVES = {
     ),
     "dtype and back": ((4, 6), (4, 6), lambda w: w.to(torch.float64).to(torch.float32)),
     "device": ((4, 6), (4, 6), lambda w: w.to("cpu")),
+    "zeros of its form": ((4, 6), (4, 6), lambda w: set_row(torch.zeros_like(w), w)),
+    "memory of its form": ((4, 6), (4, 6), lambda w: torch.empty_like(w).copy_(w)),
     "roll by cat": ((6,), (6,), lambda w: torch.cat((w[-1:], w[:-1]))),
     "interleaved halves": (
         (8, 3),
@@ -675,7 +683,7 @@ def test_a_fallback_that_does_not_do_its_part_is_an_error():
     hook()
     lazy["now"] = True
     with pytest.raises(
-        LayoutMismatchError, match="^q: expected load_weights to write it from a, b"
+        LayoutMismatchError, match="^q: expected load_weights to write what is left to it from a, b"
     ):
         hook()
 
@@ -684,3 +692,103 @@ def test_parameters_without_memory_have_a_layout_all_the_same():
     engine = Engine({"p": torch.zeros(4, 6, device="meta")}, a=into("p"), b=into("p"))
     captured = transfuse.capture(engine.load_weights, engine.parameters, specs(a=(4, 6)))
     assert len(captured.layout.tiles) == 1
+
+
+def test_a_loader_that_needs_tensors_together_gets_them_together(execute):
+    """One of three experts is scaled; they are collected first, and written as one stack."""
+    catalog = specs(e0=(4, 6), e1=(4, 6), e2=(4, 6), other=(3,))
+
+    def load(weights):
+        given = dict(weights)
+        if "other" in given:
+            engine.parameters["other"].copy_(given["other"])
+        if "e1" in given:
+            stack = [given["e0"], given["e1"] * 2, given["e2"]]
+            engine.parameters["p"].copy_(torch.stack(stack))
+
+    engine = Engine({"p": torch.zeros(3, 4, 6), "other": torch.zeros(3)})
+    engine.load_weights = load
+    captured = check(execute, engine, catalog)
+    assert ways(captured) == {n: "fallback" for n in ("e0", "e1", "e2")} | {"other": "direct"}
+    reasons = {way.name: way.reason for way in captured.report.of("fallback")}
+    assert "KeyError" in reasons["e0"]
+
+
+def test_a_loader_that_would_write_over_others_gets_those_too(execute):
+    """What was not given is zeros in its stack: alone it would wipe out what tiles bring."""
+    catalog = specs(e0=(4, 6), e1=(4, 6), e2=(4, 6))
+
+    def load(weights):
+        stack = torch.zeros(3, 4, 6)
+        for name, tensor in weights:
+            stack[int(name[1])] = tensor * 2 if name == "e1" else tensor
+        engine.parameters["p"].copy_(stack)
+
+    engine = Engine({"p": torch.zeros(3, 4, 6)})
+    engine.load_weights = load
+    captured = check(execute, engine, catalog)
+    assert set(ways(captured).values()) == {"fallback"}
+    assert "written over e0" in captured.report.to_text()
+
+
+def test_a_fallback_that_writes_over_other_tensors_is_an_error():
+    state = {"wild": False}
+
+    def load(weights):
+        for name, tensor in weights:
+            engine.parameters["q" if name == "b" else "p"].copy_(
+                tensor * 2 if name == "b" else tensor
+            )
+            if state["wild"]:
+                engine.parameters["p"][1:2].zero_()
+
+    engine = two()
+    captured = transfuse.capture(load, engine.parameters, specs(a=(4, 6), b=(4, 6)))
+    assert ways(captured) == {"a": "direct", "b": "fallback"}
+    state["wild"] = True
+    with pytest.raises(LayoutMismatchError, match="^p: .*which holds other tensors"):
+        captured.load_fallback()
+
+
+@pytest.mark.parametrize("seed", range(80))
+def test_random_programs_over_memory_of_the_loader(execute, seed):
+    """Copies between regions of tensors, scratch and themselves, zeros, and arithmetic at times."""
+    catalog = specs(a=(5, 6), b=(6, 5))
+    computes = seed % 4 == 0
+
+    def region(chance, tensor, shape=None):
+        if shape is None:
+            shape = [chance.randint(1, n) for n in tensor.shape]
+        begins = [chance.randrange(n - m + 1) for n, m in zip(tensor.shape, shape, strict=True)]
+        for d, (begin, count) in enumerate(zip(begins, shape, strict=True)):
+            tensor = tensor.narrow(d, begin, count)
+        return tensor
+
+    def load(weights):
+        chance = random.Random(seed)
+        given = dict(weights)
+        scratch = {"s": given["a"].new_zeros(5, 6), "t": torch.zeros(6, 5), "u": torch.zeros(30)}
+        places = {**scratch, "u": scratch["u"].view(5, 6)}
+        for _ in range(12):
+            target = places[chance.choice("stu")]
+            if chance.random() < 0.5:
+                target = target.t()
+            if chance.random() < 0.15:
+                region(chance, target).zero_()
+                continue
+            scaled = computes and chance.random() < 0.2
+            held = [] if scaled else places.values()
+            source = chance.choice([given["a"], given["b"], *held])
+            shape = [min(n, m) for n, m in zip(target.shape, source.shape, strict=True)]
+            shape = [chance.randint(1, n) for n in shape]
+            taken = region(chance, source, shape)
+            region(chance, target, shape).copy_(taken * 2 if scaled else taken.clone())
+        for name, parameter in engine.parameters.items():
+            parameter.copy_(scratch[name])
+
+    engine = Engine(
+        {"s": torch.ones(5, 6), "t": torch.ones(6, 5), "u": torch.ones(30)},
+    )
+    engine.load_weights = load
+    captured = check(execute, engine, catalog)
+    assert computes or "fallback" not in ways(captured).values(), captured.report.to_text()

@@ -25,7 +25,8 @@ class Staging:
 
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}  # by catalog name
-        self._expected: list[tuple[str, Dims, list[tuple[Dims, Dims]]]] = []
+        self._expected: dict[str, list[tuple[Dims, Dims]]] = {}  # by parameter
+        self._allowed: dict[str, Memory] = {}
 
     def add(self, spec: TensorSpec, *, real: bool) -> tuple[str, torch.Tensor]:
         """Name and memory of the parameter that a catalog tensor lands in."""
@@ -35,29 +36,41 @@ class Staging:
         self.tensors[spec.name] = tensor
         return f"{PREFIX}{spec.name}", tensor
 
-    def expect(self, memory: Memory, boxes: list[tuple[Dims, Dims]]) -> None:
-        """Places of a parameter that no tile writes."""
-        if boxes:
-            self._expected.append((memory.name, memory.shape, boxes))
+    def expect(
+        self,
+        memory: Memory,
+        boxes: list[tuple[Dims, Dims]],
+        allowed: list[tuple[Dims, Dims]],
+    ) -> None:
+        """Places of a parameter that the loader must write, and those that it may write."""
+        self._expected[memory.name] = boxes
+        places = Memory(memory.name, "scratch", memory.shape, memory.dtype)
+        for box in allowed:
+            places.put(*box, _WRITTEN)
+        self._allowed[memory.name] = places
 
     def loader(self, load_weights: LoadWeights, spans: list[Span]) -> Callable[[], None]:
-        """Loads what is staged; LayoutMismatchError if the loader leaves out what it is for."""
-        expected = {name: boxes for name, _, boxes in self._expected}
+        """Loads what is staged; LayoutMismatchError if it does not write what it is for alone."""
 
         def load() -> None:
             recorder = _Recorder(spans)
             with torch.no_grad(), recorder:
                 load_weights(iter(self.tensors.items()))
             for memory in recorder.memories:
-                for offset, length in expected.get(memory.name, ()):
-                    for gap in memory.gaps(offset, length):
-                        message = (
-                            f"{memory.name}: expected load_weights to write it from "
-                            f"{', '.join(self.tensors)}, found {Box(*gap)} unwritten"
-                        )
-                        raise LayoutMismatchError(message)
+                self._check(memory)
 
         return load
+
+    def _check(self, written: Memory) -> None:
+        name, given = written.name, ", ".join(self.tensors)
+        expected = f"{name}: expected load_weights to write what is left to it from {given}"
+        for box in self._expected[name]:
+            for gap in written.gaps(*box):
+                raise LayoutMismatchError(f"{expected}, found {Box(*gap)} unwritten")
+        for piece in written.pieces():
+            for gap in self._allowed[name].gaps(piece.offset, piece.length):
+                message = f"{expected}, found that it wrote {Box(*gap)}, which holds other tensors"
+                raise LayoutMismatchError(message)
 
 
 class _Recorder(TorchDispatchMode):

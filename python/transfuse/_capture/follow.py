@@ -88,7 +88,7 @@ class Follower(TorchDispatchMode):
         if _is_view(func):
             return func(*args, **kwargs)
         inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-        if not any(self.known(tensor) for tensor in inputs):
+        if func in _BLANK or not any(self.known(tensor) for tensor in inputs):
             return self._really(func, args, kwargs)
         tensors, blind = self._contributors(inputs)
         if func in _LOOKS:
@@ -150,7 +150,7 @@ class Follower(TorchDispatchMode):
             if not isinstance(leaf, Tensor):
                 continue
             if leaf.is_meta:
-                self._scratch(leaf, Zeros() if func in _ZEROS else None)
+                self._scratch(leaf, _BLANK.get(func))
             else:
                 self._alive.append(leaf)
                 self._made[leaf.untyped_storage()._cdata] = leaf
@@ -505,10 +505,22 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     aten.index.Tensor: _index,
     aten.index_copy_.default: _index_copy,
 }
-_ZEROS = {
-    aten.zeros.default,
-    aten.zeros_like.default,
-    aten.new_zeros.default,
+# New memory that takes no more than its form from what is given; None: no content.
+_BLANK: dict[Operation, Content | None] = {
+    aten.zeros.default: Zeros(),
+    aten.zeros_like.default: Zeros(),
+    aten.new_zeros.default: Zeros(),
+    aten.empty.memory_format: None,
+    aten.empty_like.default: None,
+    aten.empty_strided.default: None,
+    aten.new_empty.default: None,
+    aten.new_empty_strided.default: None,
+    aten.ones.default: Computed("the constant 1"),
+    aten.ones_like.default: Computed("the constant 1"),
+    aten.new_ones.default: Computed("the constant 1"),
+    aten.full.default: Computed("a constant"),
+    aten.full_like.default: Computed("a constant"),
+    aten.new_full.default: Computed("a constant"),
 }
 _LOOKS = {
     aten._local_scalar_dense.default,

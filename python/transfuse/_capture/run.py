@@ -5,39 +5,26 @@ from __future__ import annotations
 import fnmatch
 import re
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from transfuse._capture.boxes import Cut, Dims, NotBoxesError, row_major
-from transfuse._capture.catalog import Catalog, catalog_of, meta_tensor
+from transfuse._capture.catalog import Catalog, catalog_of
 from transfuse._capture.fallback import Staging
-from transfuse._capture.follow import Follower, LooksAtValuesError
 from transfuse._capture.memory import Computed, Memory, Moved, Piece, Zeros, tiles
 from transfuse._capture.merge import merged
 from transfuse._capture.parameters import Span, spans_of
+from transfuse._capture.trial import Followed, follow, settle
 from transfuse._module_layout import TORCH_DTYPES, dtype_of
 from transfuse._transfuse import Box, LayoutBuilder, TensorSpec, castable
 from transfuse.captured import Captured, CaptureReport, LoadWeights, TensorWay
 from transfuse.errors import InvalidArgumentError, LayoutMismatchError
-from transfuse.guard import PointerGuard, PointerMovedError, named_tensors_of
+from transfuse.guard import PointerGuard, named_tensors_of
 
 _SHOWN = 4  # findings that one message lists
 _LOOKED_AT = 4  # tensors that are found one by one
 _NUMBER = re.compile(r"\d+")
-
-
-@dataclass
-class Followed:
-    """What one run of the loader has shown."""
-
-    spans: list[Span]
-    specs: list[TensorSpec]
-    used: set[int] = field(default_factory=set)  # catalog tensors that the loader asked for
-    emptied: set[int] = field(default_factory=set)  # of which this process holds no element
-    fallback: dict[int, str] = field(default_factory=dict)  # by catalog tensor: why
 
 
 def run(
@@ -61,7 +48,7 @@ def run(
     withheld: dict[int, str] = {}
     while True:
         found = Followed(spans_of(named), specs, fallback=dict(withheld))
-        looked = _follow(load_weights, found, guard)
+        looked = follow(load_weights, found, guard)
         if looked is None:
             break
         new = looked.tensors - withheld.keys()
@@ -72,8 +59,10 @@ def run(
         withheld |= {t: f"the loader looks at its values ({looked.operation})" for t in new}
         if len(withheld) > _LOOKED_AT:
             withheld |= _alike(new, specs, withheld)
-    made = _Layout(found, unmanaged, bool(withheld)).build()
-    builder, by_name, staging, ways, left = made
+    made = _Layout(found, unmanaged, bool(withheld))
+    made.check()
+    settle(load_weights, found, withheld, named, guard)
+    builder, by_name, staging, ways, left = made.build()
     if require_all:
         _require_all(ways)
     layout = builder.build()
@@ -108,75 +97,6 @@ def _check_patterns(unmanaged: Sequence[str], named: Mapping[str, torch.Tensor])
             raise InvalidArgumentError(f"{message}; they are named like {next(iter(named))!r}")
 
 
-def _follow(
-    load_weights: LoadWeights, found: Followed, guard: PointerGuard
-) -> LooksAtValuesError | None:
-    """Runs the loader on what is not withheld. Returns what it looked into, if it did."""
-    follower = Follower()
-    for span in found.spans:
-        follower.add(span.memory, span.tensor)
-    last: int | None = None  # what the loader has in its hands, None: all or nothing
-
-    def weights() -> Iterator[tuple[str, torch.Tensor]]:
-        nonlocal last
-        for index, spec in enumerate(found.specs):
-            if index in found.fallback:
-                continue
-            follower.asleep = True
-            tensor = meta_tensor(spec)
-            follower.asleep = False
-            shape = spec.shape
-            memory = Memory(spec.name, "catalog", shape, tensor.dtype)
-            if memory.count:
-                zero = (0,) * len(shape)
-                moved = Moved(index, 0, row_major(shape), tensor.dtype)
-                memory.put(zero, memory.shape, moved)
-            follower.add(memory, tensor)
-            last = index
-            found.used.add(index)
-            yield spec.name, tensor
-        last = None
-
-    def at() -> str:
-        return "nothing in particular" if last is None else found.specs[last].name
-
-    try:
-        with warnings.catch_warnings(), torch.no_grad(), follower:
-            warnings.filterwarnings("ignore", message=".*copying from a .*meta.*")
-            load_weights(weights())
-    except LooksAtValuesError as looked:
-        return looked
-    except LayoutMismatchError as error:
-        raise LayoutMismatchError(f"load_weights, at {at()}: {error}") from error
-    except Exception as error:
-        if last is not None and "meta" in str(error):
-            return LooksAtValuesError(frozenset((last,)), str(error))
-        message = f"load_weights failed at {at()}: expected it to take all {len(found.specs)}"
-        what = f"{type(error).__name__}: {error}"
-        raise LayoutMismatchError(f"{message} tensors, found {what}") from error
-    finally:
-        follower.restore()
-        moved_parameter = _put_back(guard)
-    if moved_parameter is not None:
-        message = "load_weights gives a parameter other memory, which no refit could reach"
-        raise LayoutMismatchError(f"{message}: {moved_parameter}") from moved_parameter
-    if follower.outside is not None:
-        raise LayoutMismatchError(f"load_weights: {follower.outside}")
-    found.emptied = follower.emptied
-    for tensor, where in follower.elsewhere.items():
-        found.fallback.setdefault(tensor, where)
-    return None
-
-
-def _put_back(guard: PointerGuard) -> PointerMovedError | None:
-    try:
-        guard.check("load_weights")
-    except PointerMovedError as error:
-        guard.restore()
-        return error
-    return None
-
-
 def _require_all(ways: list[TensorWay]) -> None:
     unused = [way.name for way in ways if way.way == "unused"]
     if unused:
@@ -204,10 +124,7 @@ class _Layout:
         self._computed: dict[int, list[Piece]] = {}  # by memory: what no tile describes
 
     def build(self) -> Built:
-        """All of it; LayoutMismatchError where the loader leaves no doubt that it is wrong."""
-        self._check()
-        for span in self._found.spans:
-            self._collect_fallback(span)
+        """All of it, once it is settled what goes by fallback."""
         parameters: dict[str, torch.Tensor] = {}
         for span in self._found.spans:
             if self._add(span):
@@ -223,7 +140,8 @@ class _Layout:
             parameters[name] = staged
         return self._builder, parameters, self._staging, self._ways(), self._left
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Finds what cannot be tiles. LayoutMismatchError if a place has two tensors."""
         conflicts = [c for span in self._found.spans for c in span.memory.conflicts]
         if conflicts:
             first = conflicts[0]
@@ -233,6 +151,8 @@ class _Layout:
                 f" and from {self._names(first.second.tensors)}"
             )
             raise LayoutMismatchError(f"{message}{_others(len(conflicts) - 1)}")
+        for span in self._found.spans:
+            self._collect_fallback(span)
 
     def _names(self, tensors: frozenset[int]) -> str:
         return ", ".join(self._found.specs[t].name for t in sorted(tensors)) or "no tensor"
@@ -280,7 +200,9 @@ class _Layout:
         declared = not pieces and self._declared(span)
         if gaps and self._withheld and not declared:
             expected, gaps = expected + gaps, []
-        self._staging.expect(memory, expected)
+        chosen = self._found.fallback.keys()
+        again = [(p.offset, p.length) for p in pieces if p.content.tensors <= chosen]
+        self._staging.expect(memory, expected, allowed=again + expected)
         if not cuts and not any(isinstance(p.content, Zeros) for p in pieces):
             return self._leave(span, gaps, computed, expected)
         constant = [p for p in computed if not p.content.tensors]
