@@ -44,6 +44,7 @@ void add_demo_command(CLI::App& app, CommandContext& context) {
   --trainer SPEC what trains: fsdp:dp=2 (default) or megatron:tp=2 (needs megatron-core)
   --tiny         small model, few steps
   --plain        no colours, no progress bar
+  --engine HOW   its layout: formula (default) or captured, from its own load_weights
   --pretrain     pre-training into one inference process instead
   --text PATH    with --pretrain: file or folder to train on (default: the GPL of this system)
 

@@ -76,7 +76,9 @@ from transfuse._transfuse import (
     snapshot_bytes,
     with_expert_map,
 )
+from transfuse.after_commit import AfterCommitError, HookRun
 from transfuse.arena import Arena
+from transfuse.captured import Captured, CaptureReport, TensorWay, capture
 from transfuse.errors import (
     AlreadyExistsError,
     CancelledError,
@@ -96,11 +98,20 @@ from transfuse.errors import (
     UnsupportedError,
     VersionGoneError,
 )
+from transfuse.guard import PointerGuard, PointerMovedError
 from transfuse.session import Control, Publisher, Receiver, Stage
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AfterCommitError",
+    "CaptureReport",
+    "Captured",
+    "HookRun",
+    "PointerGuard",
+    "PointerMovedError",
+    "TensorWay",
+    "capture",
     "Stage",
     "shadow_bytes",
     "StageState",

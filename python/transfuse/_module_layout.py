@@ -21,6 +21,7 @@ _DTYPES: dict[torch.dtype, Dtype] = {
     torch.int32: Dtype.I32,
     torch.int64: Dtype.I64,
 }
+TORCH_DTYPES: dict[Dtype, torch.dtype] = {ours: torchs for torchs, ours in _DTYPES.items()}
 
 # What wrappers put into the names of what they wrap.
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")

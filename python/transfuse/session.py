@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from transfuse._transfuse import (
     GroupInfo,
@@ -27,7 +27,12 @@ from transfuse._transfuse import (
     WhenLeased,
     WriteTiming,
 )
-from transfuse.errors import InvalidArgumentError
+from transfuse.after_commit import AfterCommit, Derive, HookRun
+from transfuse.errors import GroupBrokenError, InvalidArgumentError
+from transfuse.guard import PointerGuard, PointerMovedError
+
+if TYPE_CHECKING:
+    import torch
 
 DEFAULT_JOB = ""  # $TRANSFUSE_JOB or "default"
 _FOREVER_MS = 1 << 40
@@ -219,6 +224,16 @@ class Receiver:
     `version` is what the parameters of this rank hold, whatever the others do. A round without a
     decision is given up after `round_s`.
 
+    `after_commit` (hooks by name, or one) and then `derived` run whenever the parameters have
+    changed: in refit(), commit() and rollback(), before these return. `derived` has patterns of
+    parameter names; its functions get (name, memory of the parameter). After AfterCommitError the
+    weights are there and what is derived from them is not: `version` is 0 and check_group() fails
+    on this rank until run_hooks() or the next refit() succeeds. `hook_runs` says what ran.
+
+    `guard`: a module, tensors by name, or a callable that returns them. PointerMovedError, before
+    anything is written or after it, names the one that does not lie where it lay when the receiver
+    was made; then too `version` is 0.
+
     Use it from one thread at a time; cancel() and Stage.progress from any.
     """
 
@@ -239,12 +254,22 @@ class Receiver:
         group: str = "",
         group_size: int = 0,
         round_s: float = 60.0,
+        after_commit: Mapping[str, Callable[[], object]] | Callable[[], object] | None = None,
+        derived: Mapping[str, Derive] | None = None,
+        guard: torch.nn.Module
+        | Mapping[str, torch.Tensor]
+        | Callable[[], Mapping[str, torch.Tensor]]
+        | None = None,
         job: str = DEFAULT_JOB,
         address: str | None = None,
         token: str | None = None,
         threads: int | None = None,
         allow_any_tracer: bool | None = None,
     ) -> None:
+        self._name = name
+        self._hooks = AfterCommit(parameters, after_commit, derived)
+        self._guard = None if guard is None else PointerGuard(guard)
+        self._moved = ""  # what the guard said last
         self._native = NativeReceiver(
             layout,
             dict(parameters),
@@ -270,8 +295,14 @@ class Receiver:
 
     @property
     def version(self) -> int:
-        """What the parameters hold; 0: no version."""
-        return self._native.version
+        """What the parameters, and what is derived from them, hold; 0: no version."""
+        version = self._native.version
+        return version if self._hooks.hold(version) and not self._moved else 0
+
+    @property
+    def hook_runs(self) -> list[HookRun]:
+        """The hooks that ran after the last commit, the one that failed last."""
+        return list(self._hooks.runs)
 
     @property
     def last_report(self) -> RefitReport:
@@ -291,7 +322,15 @@ class Receiver:
         typed error otherwise. Call it at the engine's own safe point.
         """
         timeout_ms = _milliseconds(timeout_s)
-        return self._native.refit(exactly=exactly, at_least=at_least, timeout_ms=timeout_ms)
+        self._check_places("before the refit")
+        report = self._native.refit(exactly=exactly, at_least=at_least, timeout_ms=timeout_ms)
+        self.run_hooks()
+        return report
+
+    def run_hooks(self) -> None:
+        """The hooks once more, for the version that the parameters hold: after one has failed."""
+        self._hooks.run(self._native.version)
+        self._check_places("after the commit")
 
     def stage(
         self,
@@ -319,18 +358,43 @@ class Receiver:
         In a group: CancelledError if it was decided to give the version up (the one before stays),
         GroupBrokenError if the decision or a rank was lost.
         """
-        return self._native.commit(_milliseconds(timeout_s))
+        self._check_places("before the commit")
+        report = self._native.commit(_milliseconds(timeout_s))
+        self.run_hooks()
+        return report
 
     def rollback(self, *, timeout_s: float = 10.0) -> int:
         """The version before the last commit comes back (keep_previous); returns its number.
 
         NotFoundError if it was not kept, or a stage began since.
         """
-        return self._native.rollback(_milliseconds(timeout_s))
+        self._check_places("before the rollback")
+        version = self._native.rollback(_milliseconds(timeout_s))
+        self.run_hooks()
+        return version
 
     def check_group(self) -> GroupInfo:
-        """Asks the coordinator; GroupBrokenError unless every rank holds the same version."""
-        return self._native.check_group()
+        """Asks the coordinator; GroupBrokenError unless every rank holds the same version.
+
+        And unless this rank's hooks have succeeded and its parameters lie where they lay.
+        """
+        if self._moved:
+            raise GroupBrokenError(f"{self._name}: {self._moved}")
+        group, version = self._native.check_group(), self._native.version
+        if not self._hooks.hold(version):
+            failed = self._hooks.failed or f"hooks have not run for version {version}"
+            raise GroupBrokenError(f"{self._name}: {failed}; call run_hooks()")
+        return group
+
+    def _check_places(self, when: str) -> None:
+        if self._guard is None:
+            return
+        try:
+            self._guard.check(when)
+        except PointerMovedError as error:
+            self._moved = str(error)
+            raise
+        self._moved = ""
 
     def cancel(self) -> None:
         """A refit, stage or commit that runs in another thread ends with CancelledError."""

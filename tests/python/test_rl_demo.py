@@ -138,6 +138,25 @@ def test_pictures_and_the_plan_are_written(tiny_run):
     assert "engine0.tp1" in (out / "plan.txt").read_text()
 
 
+def test_an_engine_whose_layout_is_captured_runs_the_same(tiny_run):
+    """Of four steps: the same first rollout, from a layout that equals that of the formula."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = dataclasses.replace(
+            tiny(Settings(job=f"test-captured-{os.getpid()}", folder=f"{folder}/run")),
+            engine="captured",
+            steps=4,
+            kill_at=0,
+            stop_at=0,
+        )
+        report, _ = perform(Run(settings, PlainScreen()))
+    assert [found["counts"]["direct"] for found in report["captured"]] == [24, 24]
+    assert [found["counts"]["fallback"] for found in report["captured"]] == [0, 0]
+    refits = [row["refit"] for row in report["steps"] if row["refit"]]
+    assert refits, report["steps"]
+    assert all(refit["verified"] for refit in refits)
+    assert report["steps"][0]["reward"] == steps_of(tiny_run)[0]["reward"]
+
+
 def test_nothing_is_left_of_a_run(tiny_run):
     assert tiny_run[3] == {"processes": [], "files": [], "shared memory": []}
 
@@ -363,6 +382,8 @@ def test_what_happens_to_processes_happens_within_any_number_of_steps():
         ["--nonsense"],
         ["--trainer", "megatron:tp=3"],
         ["--pretrain", "--trainer", "megatron:tp=2"],
+        ["--engine", "guessed"],
+        ["--engine", "captured", "--pretrain"],
     ],
 )
 def test_wrong_usage_has_its_exit_code(arguments):

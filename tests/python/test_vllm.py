@@ -83,3 +83,40 @@ def test_a_plan_puts_everything_where_load_weights_puts_it(
         execute(transfuse.compile(target, [whole]), [(whole, source)], held)
         for name, value in expected.items():
             assert torch.equal(held[name], value.flatten()), f"rank {rank}: {name}"
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "world"),
+    [
+        ("llama", False, {"tp": 2}),
+        ("llama", True, {"tp": 4, "pp": 2}),
+        ("qwen2", False, {"tp": 2}),
+        ("qwen2", True, {"tp": 8}),
+        ("qwen3", False, {"tp": 2}),
+        ("qwen3", True, {"tp": 4}),
+        ("qwen3", False, {"tp": 8}),
+        ("qwen3_moe", False, {"tp": 2}),
+        ("qwen3_moe", False, {"tp": 4}),
+        ("qwen3_moe", False, {"tp": 4, "ep": True}),
+        ("qwen3_moe", True, {"tp": 2, "pp": 2, "ep": True}),
+        ("qwen3_moe", False, {"tp": 2, "dp": 2, "ep": True}),
+    ],
+    ids=str,
+)
+def test_the_layout_captured_from_load_weights_is_that_of_the_formula(
+    children, tmp_path, family, tied, world
+):
+    config, _ = write_model(tmp_path, family, tied=tied)
+    options = ["dtype=f32"]
+    options += [key if value is True else f"{key}={value}" for key, value in world.items()]
+    spec = transfuse.parse_parallel_spec("vllm:" + ",".join(options))
+    layouts = transfuse.make_layouts(config, spec)
+    request = {"folder": str(tmp_path), "world": world, "size": len(layouts)}
+    children.start("vllm_capture_worker.py", json.dumps(request))
+    children.join()
+    for rank, expected in enumerate(layouts):
+        report = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert report["counts"]["fallback"] == 0, report
+        captured = transfuse.Layout.decode((tmp_path / f"rank{rank}.layout").read_bytes())
+        assert captured.parameters == expected.parameters
+        assert captured.digest == expected.digest, f"rank {rank}"

@@ -21,6 +21,7 @@ EPILOG = """examples:
   transfuse demo                       the whole run, results in ./demo-out
   transfuse demo --tiny --out /tmp/x   a run of seconds, too short to learn anything
   transfuse demo --trainer megatron:tp=2   Megatron-Core trains (pip install megatron-core)
+  transfuse demo --engine captured     the engine's layout learned from its own load_weights
   transfuse demo --pretrain            pre-training on real text instead
   transfuse demo --pretrain --text README.md --steps 200
 
@@ -49,6 +50,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="small model, few steps")
     parser.add_argument("--plain", action="store_true", help="no colours, no progress bar")
     parser.add_argument(
+        "--engine",
+        choices=("formula", "captured"),
+        default="formula",
+        help="where its layout comes from: the vllm spec, or a capture of its own load_weights",
+    )
+    parser.add_argument(
         "--pretrain", action="store_true", help="pre-training into one inference process instead"
     )
     parser.add_argument(
@@ -59,6 +66,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error("--text: only with --pretrain; the RL demo makes its own task")
     if options.pretrain and options.trainer != "fsdp:dp=2":
         parser.error("--trainer: only without --pretrain, which has FSDP2 trainers")
+    if options.engine != "formula" and options.pretrain:
+        parser.error("--engine: the engine of --pretrain is a module, whose layout is its own")
     if options.steps is not None and options.steps < 2:
         parser.error(f"--steps: expected at least 2, found {options.steps}")
     return options

@@ -62,6 +62,12 @@ class Run:
             f"{TRAINERS} {trainers} trainers hold the policy in f32, sharded; the engine's {RANKS} "
             f"ranks hold {megabytes:.1f} MB each in bf16, fused and tensor parallel"
         )
+        for rank, found in enumerate(self._engine.captured):
+            counts = ", ".join(f"{count} {way}" for way, count in found["counts"].items())
+            self.screen.say(
+                f"{RANK_NAMES[rank]}: layout captured from the engine's own load_weights in "
+                f"{found['seconds'] * 1e3:.0f} ms; catalog tensors: {counts}"
+            )
 
     def train(self) -> None:
         """All steps. While trainers learn from one rollout, the engine answers the next."""
@@ -92,6 +98,7 @@ class Run:
         return {
             "seconds": time.monotonic() - self._start,
             "peak_bytes": self.crew.peak_bytes,
+            "captured": self._engine.captured,
             "held_out": self.held_out,
             "events": self.events,
             "steps": self.rows,
