@@ -1,5 +1,5 @@
 """Builds Megatron-Core's own GPTModel on every rank of a world, one after another in this process
-(a process group without communication), and writes what each rank holds as JSON."""
+(a process group without communication), and says what each rank holds: JSON, line for line."""
 
 from __future__ import annotations
 
@@ -214,11 +214,9 @@ def changed_layouts(request):
 
 def run_model(model, folder):
     """Logits of one whole model with the weights of a file."""
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
     given = torch.load(folder / "in.pt")
-    [chunk] = chunks_of(model, {})
-    with torch.no_grad():
+    with parallel_world({}, 0, 1), torch.no_grad():
+        [chunk] = chunks_of(model, {})
         for name, parameter in chunk.named_parameters():
             parameter.copy_(given["weights"].pop(name).view(parameter.shape))
         assert not given["weights"]
@@ -285,5 +283,7 @@ def answer(request):
 
 
 if __name__ == "__main__":
-    answers = [answer(request) for request in json.loads(sys.argv[1])]
-    sys.stdout.write("FACTS " + json.dumps(answers) + "\n")
+    for line in sys.stdin:
+        answers = [answer(request) for request in json.loads(line)]
+        sys.stdout.write("FACTS " + json.dumps(answers) + "\n")
+        sys.stdout.flush()

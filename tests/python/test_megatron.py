@@ -6,12 +6,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transfuse
 
-pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+# Not megatron.core, whose imports take seconds: only the worker needs them.
+pytest.importorskip("megatron", reason="megatron-core is not installed")
 transformers = pytest.importorskip("transformers")
 
 CLASSES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}
@@ -50,17 +55,47 @@ def layouts_of(model, world):
     return transfuse.make_layouts(transfuse.parse_model_config(json.dumps(model)), spec)
 
 
-def start_worker(children, requests):
-    process = children.start("megatron_worker.py", json.dumps(requests))
-    children.join()
-    line = next(x for x in children.output(process).splitlines() if x.startswith("FACTS "))
-    return json.loads(line.removeprefix("FACTS "))
+class Worker:
+    """One process for all tests: the imports of Megatron-Core take seconds."""
+
+    def __init__(self, log):
+        self._log = log
+        self._process = None
+
+    def ask(self, *requests):
+        """What it answers to each of the requests."""
+        if self._process is None:
+            with self._log.open("ab") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, str(Path(__file__).with_name("megatron_worker.py"))],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    env=dict(os.environ, OMP_NUM_THREADS="1"),
+                    text=True,
+                )
+        self._process.stdin.write(json.dumps(requests) + "\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("FACTS "):
+                return json.loads(line.removeprefix("FACTS "))
+        self.stop()
+        return pytest.fail(f"the worker ended:\n{self._log.read_text()[-4000:]}")
+
+    def stop(self):
+        """Ends the process; another one starts with the next request."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
 
 
-@pytest.fixture
-def ask(children):
+@pytest.fixture(scope="module")
+def ask(tmp_path_factory):
     """ask(*requests): what the worker answers to each."""
-    return lambda *requests: start_worker(children, requests)
+    worker = Worker(tmp_path_factory.mktemp("megatron") / "worker.log")
+    yield worker.ask
+    worker.stop()
 
 
 def first_tile(layout, parameter):
@@ -104,21 +139,13 @@ WORLDS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def facts(module_children):
-    """What Megatron builds in each of the worlds: one process for all, its imports take seconds."""
-    requests = [
-        {"model": model, "world": world, "size": len(layouts_of(model, world)), "spec": spec}
-        for model, world in WORLDS
-        for spec in [spec_of(world)]
-    ]
-    return start_worker(module_children, requests)
-
-
 @pytest.mark.parametrize("index", range(len(WORLDS)), ids=[spec_of(world) for _, world in WORLDS])
-def test_every_rank_has_the_parameters_that_megatron_builds(facts, index):
+def test_every_rank_has_the_parameters_that_megatron_builds(ask, index):
     model, world = WORLDS[index]
-    for layout, fact in zip(layouts_of(model, world), facts[index], strict=True):
+    layouts = layouts_of(model, world)
+    request = {"model": model, "world": world, "size": len(layouts), "spec": spec_of(world)}
+    [facts] = ask(request)
+    for layout, fact in zip(layouts, facts, strict=True):
         assert fact["live"] == [layout.encode().hex()] * 3
         sizes = {p.name: p.element_count for p in layout.parameters}
         assert sizes == {name: math.prod(shape) for name, shape in fact["shapes"].items()}
