@@ -143,7 +143,8 @@ struct VersionRequest {
 
 // A source that has published the version and is not listed, since it does not fit the demand.
 struct Refusal {
-  std::string source;  // member name
+  uint64_t member = 0;
+  std::string source;  // its name
   Digest layout;
   std::string reason;
 };

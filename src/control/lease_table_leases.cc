@@ -225,8 +225,10 @@ void LeaseTable::grant(uint64_t waiter_id, uint64_t number, uint64_t round, Time
     MemberInfo source = info(members_.at(part.member));
     if (auto reason = misfit_of(part, waiter.request.demand)) {
       refused += fmt::format("; not from {}: {}", name, *reason);
-      lease.refused.push_back(
-          {.source = name, .layout = source.layout, .reason = std::move(*reason)});
+      lease.refused.push_back({.member = source.id,
+                               .source = name,
+                               .layout = source.layout,
+                               .reason = std::move(*reason)});
       continue;
     }
     source.version = number;
