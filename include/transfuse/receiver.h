@@ -40,6 +40,8 @@ struct ReceiverOptions {
   std::string group;
   uint32_t group_size = 0;
   int64_t round_ms = 60000;  // a group without a decision after so long gives the round up
+  // Of every version; a VersionRequest may demand more. The ranks of a group demand the same.
+  Demand demand;
 };
 
 struct StageOptions {
@@ -91,7 +93,9 @@ struct RefitReport {
   bool planned = false;             // a plan was compiled in this cycle
   double gigabytes_per_second = 0;  // size_bytes / transfer
   std::vector<RefitRoute> routes;
-  std::vector<RefitStep> steps;
+  std::vector<RefitStep> steps;  // sources that do not fit the demand, too
+  Digest revision;               // as the version's sources state it; zero: none does
+  Metadata metadata;             // what they all say alike, of themselves and of the version
   std::string to_json() const;
   std::string to_text() const;
 };

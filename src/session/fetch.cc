@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <thread>
 #include <utility>
@@ -41,6 +42,12 @@ bool another_lease_may_help(ErrorCode code) {
   }
 }
 
+// Another version may be published that fits, unless exactly this one was asked for.
+bool may_still_come(ErrorCode code, const VersionRequest& request) {
+  return code == ErrorCode::kDeadlineExceeded ||
+         (code == ErrorCode::kNoFittingSource && request.kind != VersionRequest::Kind::kExactly);
+}
+
 Deadline with_grace(Deadline deadline) {
   return Deadline(std::max(deadline.at(), std::chrono::steady_clock::now() + kReleaseGrace));
 }
@@ -65,8 +72,12 @@ Result<Fetched> Fetch::run(const FetchOrder& order, const std::atomic<bool>& can
                            RefitReport& report) {
   started_at_ = std::chrono::steady_clock::now();
   attempt_.set_pace(order.gigabytes_per_second);
+  const Demand demand = both(options_.demand, order.request.demand);
+  TRANSFUSE_RETURN_IF_ERROR(attempt_.set_demand(demand));
   Fetched fetched;
-  auto outcome = attempt_until(order, cancelled, report, fetched);
+  FetchOrder demanding = order;
+  demanding.request.demand = demand;
+  auto outcome = attempt_until(demanding, cancelled, report, fetched);
   if (fetched.round == 0) {
     if (!outcome) return Unexpected{std::move(outcome).error()};
     return fetched;
@@ -96,10 +107,14 @@ Result<Fetched> Fetch::run(const FetchOrder& order, const std::atomic<bool>& can
 Result<Lease> Fetch::acquire(const FetchOrder& order, const std::atomic<bool>& cancelled) {
   VersionRequest request = order.request;
   request.round_ms = options_.round_ms;
+  std::optional<Error> unfit;
   while (true) {
     const Deadline slice = order.deadline.earlier(Deadline::after_ms(kAcquireSliceMs));
     auto lease = control_.acquire(member_, request, slice);
-    if (lease || lease.error().code != ErrorCode::kDeadlineExceeded || order.deadline.passed()) {
+    if (!lease && lease.error().code == ErrorCode::kNoFittingSource) unfit = lease.error();
+    if (lease || !may_still_come(lease.error().code, request) || order.deadline.passed()) {
+      // That something is there which does not fit says more than that the time is over.
+      if (!lease && lease.error().code == ErrorCode::kDeadlineExceeded && unfit) return *unfit;
       return lease;
     }
     if (cancelled) return Error{ErrorCode::kCancelled, "the refit was cancelled by the caller"};

@@ -36,7 +36,7 @@ Result<void> check_options(const ReceiverOptions& options) {
                  fmt::format("receiver '{}': a group needs a name and a size; found '{}', size {}",
                              options.name, options.group, options.group_size)};
   }
-  return {};
+  return check_demand(fmt::format("receiver '{}'", options.name), options.demand);
 }
 
 }  // namespace
