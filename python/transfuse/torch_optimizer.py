@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from types import TracebackType
 
 import torch
@@ -13,10 +14,17 @@ from transfuse.session import Publisher
 class Attachment:
     """The hooks of attach(); detach() or leaving the `with` block removes them."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, publisher: Publisher, every: int) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        publisher: Publisher,
+        every: int,
+        metadata: Callable[[], Mapping[str, str | int]] | None,
+    ) -> None:
         self._optimizer = optimizer
         self._publisher = publisher
         self._every = every
+        self._metadata = metadata
         self._steps = 0
         self._version = publisher.version
         self._writing = False
@@ -80,25 +88,33 @@ class Attachment:
             )
             self._publisher.abort_write(message)
             raise InvalidArgumentError(message)
-        self._publisher.publish(self._version + 1)
+        words = None if self._metadata is None else self._metadata()
+        self._publisher.publish(self._version + 1, metadata=words)
         self._writing = False
         self._version += 1
         return self._version
 
 
-def attach(optimizer: torch.optim.Optimizer, publisher: Publisher, *, every: int = 1) -> Attachment:
+def attach(
+    optimizer: torch.optim.Optimizer,
+    publisher: Publisher,
+    *,
+    every: int = 1,
+    metadata: Callable[[], Mapping[str, str | int]] | None = None,
+) -> Attachment:
     """Wraps every optimizer step into begin_write() and publish().
 
     Before a step the hook waits for readers; after it, it publishes the next version. A publisher
     with snapshots lets the step begin at once, and copies the weights after it. With
     `every` = k a version is published after every k-th step, and (in place) from the first of these
     steps on the version before cannot be read. The weights as they are now are not published: call
-    publish_now() for that.
+    publish_now() for that. `metadata` is asked, before each version is published, what to say of
+    it.
     """
     if every < 1:
         message = f"every: expected at least 1, found {every}"
         raise InvalidArgumentError(message)
-    return Attachment(optimizer, publisher, every)
+    return Attachment(optimizer, publisher, every, metadata)
 
 
 def _addresses(optimizer: torch.optim.Optimizer) -> list[int]:
