@@ -34,10 +34,11 @@ std::string asked_for(const VersionRequest& request) {
 }
 
 constexpr size_t kMaxReasonsBytes = 2048;  // of all sources together, in one message
+constexpr size_t kMaxStoryBytes = 512;     // likewise, in an entry of the story of a version
 
 std::string shortened(std::string text) {
-  if (text.size() <= kMaxReasonsBytes) return text;
-  return text.substr(0, kMaxReasonsBytes) + "...";
+  if (text.size() <= kMaxStoryBytes) return text;
+  return text.substr(0, kMaxStoryBytes) + "...";
 }
 
 }  // namespace

@@ -26,11 +26,13 @@ constexpr size_t kMaxReasonBytes = 1024;
 // For the story of a version.
 std::string words_of(const Offer& offer) {
   constexpr size_t kLongest = 256;
+  constexpr size_t kLongestValue = 64;
   std::string words;
   if (offer.revision != Digest{}) words += ", revision " + offer.revision.to_string();
   for (const auto& [key, value] : offer.metadata) {
     if (words.size() > kLongest) return words + ", ...";
-    words += fmt::format(", {}={}", key, value);
+    words += fmt::format(", {}={}{}", key, value.substr(0, kLongestValue),
+                         value.size() > kLongestValue ? "..." : "");
   }
   return words;
 }
