@@ -7,7 +7,9 @@ NB_MODULE(_transfuse, m) {
   m.doc() = "Native part of transfuse; use the package, not this module.";
   nanobind::set_leak_warnings(false);
   transfuse::python::bind_errors(m);
+  transfuse::python::bind_metadata(m);
   transfuse::python::bind_layout(m);
+  transfuse::python::bind_revision(m);
   transfuse::python::bind_plan(m);
   transfuse::python::bind_model(m);
   transfuse::python::bind_expert_map(m);

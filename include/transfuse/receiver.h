@@ -47,6 +47,8 @@ struct ReceiverOptions {
   // group only ranks that hold no version fall back.
   std::optional<Checkpoint> checkpoint = {};
   int64_t checkpoint_wait_ms = 2000;
+  // Of every version; a VersionRequest may demand more. The ranks of a group demand the same.
+  Demand demand;
 };
 
 struct StageOptions {
@@ -99,7 +101,9 @@ struct RefitReport {
   std::string checkpoint;           // all of it came from here, not from peers; empty: from peers
   double gigabytes_per_second = 0;  // size_bytes / transfer
   std::vector<RefitRoute> routes;
-  std::vector<RefitStep> steps;
+  std::vector<RefitStep> steps;  // sources that do not fit the demand, too
+  Digest revision;               // as the version's sources state it; zero: none does
+  Metadata metadata;             // what they all say alike, of themselves and of the version
   std::string to_json() const;
   std::string to_text() const;
 };

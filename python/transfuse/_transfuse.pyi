@@ -1,6 +1,6 @@
 """Native part of transfuse; use the package, not this module."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import enum
 from typing import overload
 
@@ -39,6 +39,73 @@ class ErrorCode(enum.Enum):
     GROUP_BROKEN = 14
 
     UNSUPPORTED = 15
+
+    NO_FITTING_SOURCE = 16
+
+class Digest:
+    """
+    Identity of a layout, a plan, or the bytes of a version (a revision): equal in every process.
+    """
+
+    def __eq__(self, arg: object, /) -> bool: ...
+
+    def __lt__(self, arg: Digest, /) -> bool: ...
+
+    @staticmethod
+    def parse(text: str) -> Digest:
+        """Reads what str() gives."""
+
+    def __hash__(self) -> int: ...
+
+    def __str__(self) -> str: ...
+
+    def __repr__(self) -> str: ...
+
+class RequirementKind(enum.Enum):
+    """How a requirement is met."""
+
+    EQUALS = 0
+
+    AT_LEAST = 1
+
+    PRESENT = 2
+
+class Requirement:
+    """
+    One condition on the metadata of a version or source, or (with a pattern) of every tensor of a source's layout whose name matches.
+    """
+
+    def __init__(self, key: str, kind: RequirementKind, value: str = '', tensors: str = '') -> None: ...
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def kind(self) -> RequirementKind: ...
+
+    @property
+    def value(self) -> str: ...
+
+    @property
+    def tensors(self) -> str: ...
+
+    def __eq__(self, arg: object, /) -> bool: ...
+
+class Demand:
+    """What a target accepts; a source that does not fit is not read."""
+
+    def __init__(self, kinds: Sequence[str] = [], require: Sequence[Requirement] = [], revision: Digest | None = None) -> None: ...
+
+    @property
+    def kinds(self) -> list[str]: ...
+
+    @property
+    def require(self) -> list[Requirement]: ...
+
+    @property
+    def revision(self) -> Digest | None: ...
+
+    def __eq__(self, arg: object, /) -> bool: ...
 
 MAX_RANK: int = 8
 
@@ -179,19 +246,6 @@ class Fill:
 
     def __eq__(self, arg: object, /) -> bool: ...
 
-class Digest:
-    """Identity of a layout or plan, equal in every process."""
-
-    def __eq__(self, arg: object, /) -> bool: ...
-
-    def __lt__(self, arg: Digest, /) -> bool: ...
-
-    def __hash__(self) -> int: ...
-
-    def __str__(self) -> str: ...
-
-    def __repr__(self) -> str: ...
-
 class Layout:
     """
     Which boxes of which catalog tensors lie where in the parameters of one process. Immutable; holds no addresses; build it with LayoutBuilder.
@@ -219,6 +273,18 @@ class Layout:
 
     @property
     def digest(self) -> Digest: ...
+
+    @property
+    def kind(self) -> str:
+        """
+        For which consumer the values were made: "hf_raw", ...; "": not stated.
+        """
+
+    def metadata_of(self, tensor: str) -> dict[str, str]:
+        """What the layout says of a tensor."""
+
+    def with_kind(self, kind: str) -> Layout:
+        """The same layout with this kind, and with another digest."""
 
     @property
     def tile_bytes(self) -> int: ...
@@ -258,7 +324,18 @@ class LayoutBuilder:
     def fill(self, parameter: int, element_offset: int, length: Sequence[int], element_strides: Sequence[int] | None = None) -> None:
         """Declares elements that hold zeros."""
 
+    def kind(self, kind: str) -> None:
+        """States for which consumer the values are made."""
+
+    def metadata(self, tensor: int, metadata: Mapping[str, str]) -> None:
+        """Says something of a tensor that lasts as long as the layout."""
+
     def build(self) -> Layout: ...
+
+def revision(layout: Layout, parameters: dict[str, object], threads: int = 0) -> Digest:
+    """
+    The content address of weights that this process holds whole: the same however they are fused or sharded. LayoutMismatchError names a tensor that is here in part.
+    """
 
 class FindingKind(enum.Enum):
     """What is wrong between a target and its sources."""
@@ -807,6 +884,12 @@ class RefitReport:
     @property
     def steps(self) -> list[RefitStep]: ...
 
+    @property
+    def revision(self) -> Digest | None: ...
+
+    @property
+    def metadata(self) -> dict[str, str]: ...
+
     def to_json(self) -> str: ...
 
     def to_text(self) -> str: ...
@@ -872,6 +955,12 @@ class VersionInfo:
     @property
     def reason(self) -> str: ...
 
+    @property
+    def revision(self) -> Digest | None: ...
+
+    @property
+    def metadata(self) -> dict[str, str]: ...
+
     def __repr__(self) -> str: ...
 
 class MemberRole(enum.Enum):
@@ -898,6 +987,18 @@ class MemberInfo:
 
     @property
     def version(self) -> int: ...
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def metadata(self) -> dict[str, str]: ...
+
+    @property
+    def version_metadata(self) -> dict[str, str]: ...
+
+    @property
+    def revision(self) -> Digest | None: ...
 
 class StageState(enum.Enum):
     """Where a version is on its way into a shadow."""
@@ -1029,6 +1130,18 @@ class TargetVerdict:
     @property
     def matches(self) -> bool: ...
 
+class VersionRevision:
+    """The content address of a version."""
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def computed(self) -> Digest: ...
+
+    @property
+    def stated(self) -> Digest | None: ...
+
 class VerifyReport:
     """Every target of a model against its sources."""
 
@@ -1071,11 +1184,11 @@ def snapshot_bytes(layout: Layout, slots: int) -> int:
 class NativePublisher:
     """See transfuse.Publisher."""
 
-    def __init__(self, layout: Layout, parameters: dict[str, object], *, name: str, model: str, source_count: int, drain_ms: int, retention: Retention, snapshot_slots: int, when_leased: WhenLeased, fingerprint_threads: int, job: str, address: str | None, token: str | None, threads: int | None, allow_any_tracer: bool | None) -> None: ...
+    def __init__(self, layout: Layout, parameters: dict[str, object], *, name: str, model: str, source_count: int, drain_ms: int, retention: Retention, snapshot_slots: int, when_leased: WhenLeased, fingerprint_threads: int, metadata: Mapping[str, str], compute_revision: bool, job: str, address: str | None, token: str | None, threads: int | None, allow_any_tracer: bool | None) -> None: ...
 
     def begin_write(self, version: int) -> WriteTiming: ...
 
-    def publish(self, version: int) -> PublishTiming: ...
+    def publish(self, version: int, metadata: Mapping[str, str], revision: Digest | None) -> PublishTiming: ...
 
     def abort_write(self, reason: str) -> None: ...
 
@@ -1106,11 +1219,11 @@ def shadow_bytes(layout: Layout) -> int:
 class NativeReceiver:
     """See transfuse.Receiver."""
 
-    def __init__(self, layout: Layout, parameters: dict[str, object], *, name: str, model: str, verify: Verify, chunk_bytes: int, spread: int, no_progress_ms: int, max_attempts: int, into: ReceiveInto, keep_previous: bool, group: str, group_size: int, round_ms: int, job: str, address: str | None, token: str | None, threads: int | None, allow_any_tracer: bool | None) -> None: ...
+    def __init__(self, layout: Layout, parameters: dict[str, object], *, name: str, model: str, verify: Verify, chunk_bytes: int, spread: int, no_progress_ms: int, max_attempts: int, into: ReceiveInto, keep_previous: bool, group: str, group_size: int, round_ms: int, demand: Demand, job: str, address: str | None, token: str | None, threads: int | None, allow_any_tracer: bool | None) -> None: ...
 
-    def refit(self, *, exactly: int | None, at_least: int | None, timeout_ms: int) -> RefitReport: ...
+    def refit(self, *, exactly: int | None, at_least: int | None, demand: Demand, timeout_ms: int) -> RefitReport: ...
 
-    def stage(self, *, exactly: int | None, at_least: int | None, timeout_ms: int, max_gigabytes_per_second: float) -> None: ...
+    def stage(self, *, exactly: int | None, at_least: int | None, demand: Demand, timeout_ms: int, max_gigabytes_per_second: float) -> None: ...
 
     @property
     def staged(self) -> StageProgress: ...
@@ -1153,6 +1266,8 @@ class NativeControl:
     def history(self, model: str, version: int) -> list[VersionEvent]: ...
 
     def watch(self, model: str) -> NativeWatch: ...
+
+    def revision(self, model: str, version: int, timeout_ms: int) -> VersionRevision: ...
 
     def verify(self, model: str, timeout_ms: int) -> VerifyReport: ...
 

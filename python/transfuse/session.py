@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from transfuse._transfuse import (
+    Digest,
     GroupInfo,
     Layout,
     MemberInfo,
@@ -24,10 +25,12 @@ from transfuse._transfuse import (
     VerifyReport,
     VersionEvent,
     VersionInfo,
+    VersionRevision,
     WhenLeased,
     WriteTiming,
 )
 from transfuse.after_commit import AfterCommit, Derive, HookRun
+from transfuse.demand import Condition, demand_of, metadata_of, revision_of
 from transfuse.errors import GroupBrokenError, InvalidArgumentError
 from transfuse.guard import PointerGuard, PointerMovedError
 
@@ -79,6 +82,12 @@ class Publisher:
     revoke the readers of the oldest), "wait" (DeadlineExceededError after drain_s, readers are left
     alone), "revoke" (at once) or "skip" (readers never see this version).
 
+    `kind` says for which consumer the values were made ("hf_raw", "vllm_fused", "deepgemm_fp8",
+    "cutlass_fp8", "trtllm", or a word of yours; None: what the layout says), `metadata` whatever
+    receivers may ask for, for as long as this publisher lives. `compute_revision`: publish() states
+    the content address of the weights (transfuse.revision(); one more pass over them), for sources
+    that hold the whole model.
+
     Use it from one thread at a time. Transport and coordinator of the job are opened inside and
     shared by everything of the job in this process; `address` names a coordinator started by hand,
     `token` is what it may ask for.
@@ -97,6 +106,9 @@ class Publisher:
         snapshot_slots: int | None = None,
         when_leased: WhenLeased | str = WhenLeased.REVOKE_AT_DEADLINE,
         fingerprint_threads: int = 0,
+        kind: str | None = None,
+        metadata: Mapping[str, str | int] | None = None,
+        compute_revision: bool = False,
         job: str = DEFAULT_JOB,
         address: str | None = None,
         token: str | None = None,
@@ -107,7 +119,7 @@ class Publisher:
         if snapshot_slots is None:
             snapshot_slots = _DEFAULT_SLOTS if kept == Retention.SNAPSHOT else 0
         self._native = NativePublisher(
-            layout,
+            layout if kind is None else layout.with_kind(kind),
             dict(parameters),
             name=name,
             model=model,
@@ -117,6 +129,8 @@ class Publisher:
             snapshot_slots=snapshot_slots,
             when_leased=_choice("when_leased", when_leased, _WHEN_LEASED),
             fingerprint_threads=fingerprint_threads,
+            metadata=metadata_of(metadata),
+            compute_revision=compute_revision,
             job=job,
             address=address,
             token=token,
@@ -137,12 +151,20 @@ class Publisher:
         """
         return self._native.begin_write(version)
 
-    def publish(self, version: int) -> PublishTiming:
+    def publish(
+        self,
+        version: int,
+        *,
+        metadata: Mapping[str, str | int] | None = None,
+        revision: Digest | str | None = None,
+    ) -> PublishTiming:
         """Offers what was written. READY when all `source_count` sources have published it.
 
+        `metadata` and `revision` are said of this version alone, and cost readers no new plan. With
+        `compute_revision` a revision that the weights do not have is a FingerprintMismatchError.
         After DeadlineExceededError or UnavailableError it may be called again.
         """
-        return self._native.publish(version)
+        return self._native.publish(version, metadata_of(metadata), revision_of(revision))
 
     def set_retention(self, retention: Retention | str) -> None:
         """From the next begin_write() on; not while a version is being written."""
@@ -156,7 +178,13 @@ class Publisher:
         self._native.abort_write(reason)
 
     @contextlib.contextmanager
-    def write(self, version: int) -> Iterator[WriteTiming]:
+    def write(
+        self,
+        version: int,
+        *,
+        metadata: Mapping[str, str | int] | None = None,
+        revision: Digest | str | None = None,
+    ) -> Iterator[WriteTiming]:
         """begin_write(), the body, publish(); an exception in the body aborts the version."""
         timing = self.begin_write(version)
         try:
@@ -164,7 +192,7 @@ class Publisher:
         except BaseException as error:
             self.abort_write(f"{type(error).__name__}: {error}")
             raise
-        self.publish(version)
+        self.publish(version, metadata=metadata, revision=revision)
 
     def close(self) -> None:
         """Leaves the job and ends the registration of the memory. A second call does nothing."""
@@ -234,6 +262,12 @@ class Receiver:
     anything is written or after it, names the one that does not lie where it lay when the receiver
     was made; then too `version` is 0.
 
+    `kinds`, `require`, `require_tensors` and `revision` are demanded of sources; those that do not
+    fit are not read, and `report.steps` says why. `require` maps keys of metadata to a value,
+    AtLeast(n) or PRESENT; `require_tensors` maps patterns of tensor names ("*.experts.*") to such
+    requirements. A refit waits for a version that fits; NoFittingSourceError names who is there and
+    why it does not fit. The ranks of a group demand the same.
+
     Use it from one thread at a time; cancel() and Stage.progress from any.
     """
 
@@ -260,6 +294,10 @@ class Receiver:
         | Mapping[str, torch.Tensor]
         | Callable[[], Mapping[str, torch.Tensor]]
         | None = None,
+        kinds: Iterable[str] = (),
+        require: Mapping[str, Condition] | None = None,
+        require_tensors: Mapping[str, Mapping[str, Condition]] | None = None,
+        revision: Digest | str | None = None,
         job: str = DEFAULT_JOB,
         address: str | None = None,
         token: str | None = None,
@@ -285,6 +323,7 @@ class Receiver:
             group=group,
             group_size=group_size,
             round_ms=_milliseconds(round_s),
+            demand=demand_of(kinds, require, require_tensors, revision),
             job=job,
             address=address,
             token=token,
@@ -314,16 +353,24 @@ class Receiver:
         *,
         exactly: int | None = None,
         at_least: int | None = None,
+        require: Mapping[str, Condition] | None = None,
+        revision: Digest | str | None = None,
         timeout_s: float = 60.0,
     ) -> RefitReport:
         """Waits for a version that fits (without a wish: the newest) and brings it in.
 
         Returns when every byte of the one version in the report is in place and proved; raises a
-        typed error otherwise. Call it at the engine's own safe point.
+        typed error otherwise. Call it at the engine's own safe point. `require` and `revision` are
+        demanded besides what the receiver demands.
         """
         timeout_ms = _milliseconds(timeout_s)
         self._check_places("before the refit")
-        report = self._native.refit(exactly=exactly, at_least=at_least, timeout_ms=timeout_ms)
+        report = self._native.refit(
+            exactly=exactly,
+            at_least=at_least,
+            demand=demand_of(require=require, revision=revision),
+            timeout_ms=timeout_ms,
+        )
         self.run_hooks()
         return report
 
@@ -337,6 +384,8 @@ class Receiver:
         *,
         exactly: int | None = None,
         at_least: int | None = None,
+        require: Mapping[str, Condition] | None = None,
+        revision: Digest | str | None = None,
         timeout_s: float = 60.0,
         max_gigabytes_per_second: float = 0.0,
     ) -> Stage:
@@ -347,6 +396,7 @@ class Receiver:
         self._native.stage(
             exactly=exactly,
             at_least=at_least,
+            demand=demand_of(require=require, revision=revision),
             timeout_ms=_milliseconds(timeout_s),
             max_gigabytes_per_second=max_gigabytes_per_second,
         )
@@ -446,6 +496,13 @@ class Control:
         timeout_ms = _FOREVER_MS if timeout_s == float("inf") else _milliseconds(timeout_s)
         while (change := watch.next(timeout_ms)) is not None:
             yield change
+
+    def revision(self, model: str, version: int = 0, *, timeout_s: float = 60.0) -> VersionRevision:
+        """The content address of a version (0: the newest), however its sources shard it.
+
+        Its sources sum what they hold; no weights move. `stated` is what they say it is.
+        """
+        return self._native.revision(model, version, _milliseconds(timeout_s))
 
     def verify(self, model: str, *, timeout_s: float = 60.0) -> VerifyReport:
         """Compares what the targets of a model hold with what its sources publish."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -59,10 +59,12 @@ class Attachment:
         optimizer: torch.optim.Optimizer | SteppingOptimizer,
         publisher: Publisher,
         every: int,
+        metadata: Callable[[], Mapping[str, str | int]] | None,
     ) -> None:
         self._optimizer = optimizer
         self._publisher = publisher
         self._every = every
+        self._metadata = metadata
         self._steps = 0
         self._version = publisher.version
         self._writing = False
@@ -130,14 +132,19 @@ class Attachment:
             )
             self._publisher.abort_write(message)
             raise InvalidArgumentError(message)
-        self._publisher.publish(self._version + 1)
+        words = None if self._metadata is None else self._metadata()
+        self._publisher.publish(self._version + 1, metadata=words)
         self._writing = False
         self._version += 1
         return self._version
 
 
 def attach(
-    optimizer: torch.optim.Optimizer | SteppingOptimizer, publisher: Publisher, *, every: int = 1
+    optimizer: torch.optim.Optimizer | SteppingOptimizer,
+    publisher: Publisher,
+    *,
+    every: int = 1,
+    metadata: Callable[[], Mapping[str, str | int]] | None = None,
 ) -> Attachment:
     """Wraps every optimizer step into begin_write() and publish().
 
@@ -145,7 +152,8 @@ def attach(
     with snapshots lets the step begin at once, and copies the weights after it. With
     `every` = k a version is published after every k-th step, and (in place) from the first of these
     steps on the version before cannot be read. The weights as they are now are not published: call
-    publish_now() for that.
+    publish_now() for that. `metadata` is asked, before each version is published, what to say of
+    it.
 
     Optimizers of Megatron-Core are published after the whole of their step(), in which they copy
     what they keep in float32 into the weights of the model.
@@ -160,7 +168,7 @@ def attach(
                 "pass; publish by hand, after start_param_sync(force_sync=True) of every chunk"
             )
             raise UnsupportedError(message)
-    return Attachment(optimizer, publisher, every)
+    return Attachment(optimizer, publisher, every, metadata)
 
 
 def _addresses(optimizer: torch.optim.Optimizer | SteppingOptimizer) -> list[int]:

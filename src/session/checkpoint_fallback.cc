@@ -11,6 +11,7 @@
 #include <set>
 #include <span>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -21,6 +22,7 @@
 #include "transfuse/control.h"
 #include "transfuse/deadline.h"
 #include "transfuse/layout.h"
+#include "transfuse/metadata.h"
 #include "transfuse/receiver.h"
 #include "transfuse/result.h"
 #include "transfuse/transport.h"
@@ -104,7 +106,8 @@ class CheckpointLink final : public SourceLink {
 };
 
 // Ranks with equal layouts hold the same: one of them is enough.
-Lease lease_of(const CheckpointSource& source) {
+Lease lease_of(const CheckpointSource& source, std::string_view spec) {
+  const bool as_published = spec.substr(0, spec.find(':')) == "hf";
   Lease lease;
   lease.version = source.version();
   std::set<Digest> known;
@@ -119,6 +122,7 @@ Lease lease_of(const CheckpointSource& source) {
     info.layout = ranks[rank].layout.digest();
     info.version = source.version();
     info.generation = generation_of(source);
+    if (as_published) info.kind = kKindHfRaw;
   }
   return lease;
 }
@@ -181,7 +185,7 @@ Result<uint64_t> CheckpointFallback::choose(const VersionRequest& request, uint6
 }
 
 Result<void> CheckpointFallback::prepare(Deadline deadline, RefitReport& report) {
-  return attempt_->prepare(lease_of(*source_), deadline, report);
+  return attempt_->prepare(lease_of(*source_, checkpoint().spec), deadline, report);
 }
 
 Result<void> CheckpointFallback::transfer(Deadline deadline, const std::atomic<bool>& cancelled,

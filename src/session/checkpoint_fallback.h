@@ -37,6 +37,8 @@ class CheckpointFallback final : private SourceDirectory {
   Result<void> prepare(Deadline deadline, RefitReport& report);
   Result<void> transfer(Deadline deadline, const std::atomic<bool>& cancelled, RefitReport& report);
 
+  // Of what a checkpoint says of itself: its kind, where it is one of Hugging Face.
+  Result<void> set_demand(const Demand& demand) { return attempt_->set_demand(demand); }
   void set_pace(double gigabytes_per_second) { attempt_->set_pace(gigabytes_per_second); }
   void forget_padding() { attempt_->forget_padding(); }
   void close() { attempt_->close(); }

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <thread>
@@ -60,6 +61,12 @@ bool checkpoint_may_help(ErrorCode code) {
   }
 }
 
+// Another version may be published that fits, unless exactly this one was asked for.
+bool may_still_come(ErrorCode code, const VersionRequest& request) {
+  return code == ErrorCode::kDeadlineExceeded ||
+         (code == ErrorCode::kNoFittingSource && request.kind != VersionRequest::Kind::kExactly);
+}
+
 Deadline with_grace(Deadline deadline) {
   return Deadline(std::max(deadline.at(), std::chrono::steady_clock::now() + kReleaseGrace));
 }
@@ -106,8 +113,13 @@ Result<Fetched> Fetch::run(const FetchOrder& order, const std::atomic<bool>& can
   started_at_ = std::chrono::steady_clock::now();
   attempt_.set_pace(order.gigabytes_per_second);
   if (fallback_ != nullptr) fallback_->set_pace(order.gigabytes_per_second);
+  const Demand demand = both(options_.demand, order.request.demand);
+  TRANSFUSE_RETURN_IF_ERROR(attempt_.set_demand(demand));
+  if (fallback_ != nullptr) TRANSFUSE_RETURN_IF_ERROR(fallback_->set_demand(demand));
+  FetchOrder demanding = order;
+  demanding.request.demand = demand;
   Fetched fetched;
-  auto outcome = attempt_all(order, cancelled, report, fetched);
+  auto outcome = attempt_all(demanding, cancelled, report, fetched);
   const Stopwatch watch;
   const Deadline vote_by = with_grace(order.deadline);
   if (!outcome) {
@@ -142,12 +154,18 @@ Result<Lease> Fetch::acquire(const FetchOrder& order, const std::atomic<bool>& c
   request.round_ms = options_.round_ms;
   Deadline deadline = order.deadline;
   if (version_wait_ms_ > 0) deadline = deadline.earlier(Deadline::after_ms(version_wait_ms_));
+  std::optional<Error> unfit;
   while (true) {
     const Deadline slice = deadline.earlier(Deadline::after_ms(kAcquireSliceMs));
     auto lease = control_.acquire(member_, request, slice);
-    const bool in_vain = !lease && lease.error().code == ErrorCode::kDeadlineExceeded;
+    if (!lease && lease.error().code == ErrorCode::kNoFittingSource) unfit = lease.error();
+    const bool in_vain = !lease && may_still_come(lease.error().code, request);
     version_awaited_ = in_vain && deadline.passed();
-    if (!in_vain || version_awaited_) return lease;
+    if (!in_vain || version_awaited_) {
+      // That something is there which does not fit says more than that the time is over.
+      if (!lease && lease.error().code == ErrorCode::kDeadlineExceeded && unfit) return *unfit;
+      return lease;
+    }
     if (cancelled) return Error{ErrorCode::kCancelled, "the refit was cancelled by the caller"};
   }
 }
@@ -197,7 +215,8 @@ Result<void> Fetch::attempt_all(const FetchOrder& order, const std::atomic<bool>
       return attempt_checkpoint(order, cancelled, report, fetched);
     }
     // Peers have been given up for its sake too early, perhaps.
-    const bool again = error.code == ErrorCode::kDeadlineExceeded;
+    const bool again = error.code == ErrorCode::kDeadlineExceeded ||
+                       (error.code == ErrorCode::kNoFittingSource && version_awaited_);
     report.steps.push_back({error.code, "", error.message + (again ? ": retry" : ": give up")});
     report.steps.push_back({version.error().code, fmt::format("checkpoint {}", path),
                             "not used: " + version.error().message});

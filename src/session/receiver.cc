@@ -41,7 +41,7 @@ Result<void> check_options(const ReceiverOptions& options) {
         ErrorCode::kInvalidArgument,
         fmt::format("receiver '{}': a checkpoint needs a path; found an empty one", options.name)};
   }
-  return {};
+  return check_demand(fmt::format("receiver '{}'", options.name), options.demand);
 }
 
 }  // namespace

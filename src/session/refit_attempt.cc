@@ -78,8 +78,8 @@ Result<Layout> RefitAttempt::layout_of(const Digest& digest, Deadline deadline) 
 // Compiles only when the set of source layouts changed.
 Result<void> RefitAttempt::plan_for(const Lease& lease, Deadline deadline, RefitReport& report) {
   std::vector<Digest> digests;
-  digests.reserve(lease.sources.size());
-  for (const MemberInfo& source : lease.sources) digests.push_back(source.layout);
+  digests.reserve(candidates_.size());
+  for (const Candidate& source : candidates_) digests.push_back(source.info.layout);
   std::ranges::sort(digests);
   digests.erase(std::ranges::unique(digests).begin(), digests.end());
   if (copies_ && digests == source_digests_) return {};
@@ -94,7 +94,12 @@ Result<void> RefitAttempt::plan_for(const Lease& lease, Deadline deadline, Refit
         {ErrorCode::kLayoutMismatch, "",
          fmt::format("the sources' layouts changed (version {}): replan", lease.version)});
   }
-  TRANSFUSE_ASSIGN_OR_RETURN(Plan plan, compile(target_, sources, options_.plan));
+  auto compiled = compile(target_, sources, options_.plan);
+  if (!compiled) {
+    return admission_.explain(std::move(compiled).error(), target_, sources,
+                              [&](const Digest& digest) { return layout_of(digest, deadline); });
+  }
+  Plan plan = std::move(*compiled);
   report.planned = true;
   layouts_ = std::move(sources);  // forget layouts that nobody has any more
   source_digests_ = std::move(digests);
@@ -234,6 +239,23 @@ Result<void> RefitAttempt::ready_sources(Deadline deadline, RefitReport& report)
   }
 }
 
+// The candidates: sources of the lease that fit what is demanded.
+Result<void> RefitAttempt::admit(const Lease& lease, Deadline deadline, RefitReport& report) {
+  TRANSFUSE_RETURN_IF_ERROR(admission_.admit(
+      lease, [&](const Digest& digest) { return sources_.layout(digest, deadline); }, report));
+  candidates_.clear();
+  for (const MemberInfo& source : admission_.admitted()) {
+    Candidate& candidate = candidates_.emplace_back();
+    candidate.info = source;
+    for (const auto& link : links_) {
+      if (link->info().id == source.id && link->info().incarnation == source.incarnation) {
+        candidate.link = link.get();
+      }
+    }
+  }
+  return {};
+}
+
 Result<void> RefitAttempt::prepare(const Lease& lease, Deadline deadline, RefitReport& report) {
   const TimePoint start = std::chrono::steady_clock::now();
   version_ = lease.version;
@@ -245,16 +267,8 @@ Result<void> RefitAttempt::prepare(const Lease& lease, Deadline deadline, RefitR
     });
     return !listed || !link->alive();
   });
-  candidates_.clear();
-  for (const MemberInfo& source : lease.sources) {
-    Candidate& candidate = candidates_.emplace_back();
-    candidate.info = source;
-    for (const auto& link : links_) {
-      if (link->info().id == source.id && link->info().incarnation == source.incarnation) {
-        candidate.link = link.get();
-      }
-    }
-  }
+  candidates_.clear();  // their links may be gone
+  TRANSFUSE_RETURN_IF_ERROR(admit(lease, deadline, report));
   TRANSFUSE_RETURN_IF_ERROR(plan_for(lease, deadline, report));
   first_run_of_.clear();
   std::ranges::fill(landed_, uint8_t{0});

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "plan/copies.h"
+#include "session/admission.h"
 #include "session/source_link.h"
 #include "session/transfer.h"
 #include "transfuse/receiver.h"
@@ -38,6 +39,10 @@ class RefitAttempt {
   // parameters hold no version.
   Result<void> transfer(Deadline deadline, const std::atomic<bool>& cancelled, RefitReport& report);
 
+  // Of later attempts. kInvalidArgument: see check_demand().
+  Result<void> set_demand(const Demand& demand) {
+    return admission_.set_demand("receiver '" + options_.name + "'", demand);
+  }
   // Of bytes written by later transfers; 0: as fast as possible.
   void set_pace(double gigabytes_per_second) { gigabytes_per_second_ = gigabytes_per_second; }
   // Something else wrote the target memory: its padding is filled again.
@@ -59,6 +64,7 @@ class RefitAttempt {
     std::optional<Error> excluded;  // not asked again in this attempt
   };
 
+  Result<void> admit(const Lease& lease, Deadline deadline, RefitReport& report);
   Result<void> plan_for(const Lease& lease, Deadline deadline, RefitReport& report);
   Result<Layout> layout_of(const Digest& digest, Deadline deadline);
   Result<void> choose_sources();
@@ -94,6 +100,7 @@ class RefitAttempt {
   AttemptProgress& progress_;
 
   // From cycle to cycle.
+  Admission admission_;
   std::vector<Layout> layouts_;                     // of sources, by digest
   std::vector<std::unique_ptr<SourceLink>> links_;  // to live incarnations
   std::optional<CopyTable> copies_;

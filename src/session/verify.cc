@@ -16,6 +16,7 @@
 #include "base/random.h"
 #include "plan/copies.h"
 #include "session/source_link.h"
+#include "session/whole_layout.h"
 #include "transfuse/control.h"
 #include "transfuse/deadline.h"
 #include "transfuse/layout.h"
@@ -54,11 +55,13 @@ class Verification {
       : transport_(transport), control_(control), member_(member), deadline_(deadline) {}
 
   Result<void> compare(const MemberInfo& target, TargetVerdict& verdict);
+  Result<VersionRevision> revision(const VersionRequest& request);
 
  private:
   // The fingerprint of every parameter of `probe`, from `members` (each read at
   // MemberInfo::generation, or at whatever even generation it has if that is zero).
   Result<std::vector<uint64_t>> fingerprints(const Layout& probe, std::vector<MemberInfo> members);
+  Result<Digest> content_of(const std::vector<MemberInfo>& sources);
 
   Transport& transport_;
   Control& control_;
@@ -161,6 +164,44 @@ Result<void> Verification::compare(const MemberInfo& target, TargetVerdict& verd
   return {};
 }
 
+Result<VersionRevision> Verification::revision(const VersionRequest& request) {
+  TRANSFUSE_ASSIGN_OR_RETURN(const Lease lease, control_.acquire(member_, request, deadline_));
+  auto computed = content_of(lease.sources);
+  auto released = control_.release(lease.id, {}, deadline_);
+  if (!computed) return Unexpected{std::move(computed).error()};
+  TRANSFUSE_RETURN_IF_ERROR(std::move(released));
+  VersionRevision out{.version = lease.version, .computed = *computed, .stated = {}};
+  out.stated = lease.sources.front().revision;
+  const auto alike = [&](const MemberInfo& source) { return source.revision == out.stated; };
+  if (!std::ranges::all_of(lease.sources, alike)) out.stated = {};
+  return out;
+}
+
+Result<Digest> Verification::content_of(const std::vector<MemberInfo>& sources) {
+  std::vector<Layout> layouts;
+  for (const MemberInfo& source : sources) {
+    TRANSFUSE_ASSIGN_OR_RETURN(Layout layout, control_.get_layout(source.layout, deadline_));
+    layouts.push_back(std::move(layout));
+  }
+  TRANSFUSE_ASSIGN_OR_RETURN(const Layout whole, whole_layout(layouts));
+  TRANSFUSE_RETURN_IF_ERROR(control_.put_layout(whole));
+  // A parameter has the name of its tensor: their orders are one.
+  TRANSFUSE_ASSIGN_OR_RETURN(const auto sums, fingerprints(whole, sources));
+  return content_revision(whole.tensors(), sums);
+}
+
+// A member without parameters, which may hold leases and ask for sums.
+Result<MemberId> join_as_verifier(Control& control, std::string_view model, const Layout& nothing) {
+  TRANSFUSE_RETURN_IF_ERROR(control.put_layout(nothing));
+  Registration registration;
+  registration.role = MemberRole::kTarget;
+  registration.model = model;
+  registration.incarnation = random_identity();
+  registration.name = fmt::format("verify-{:016x}", registration.incarnation);
+  registration.layout = nothing.digest();
+  return control.join(registration);
+}
+
 }  // namespace
 
 bool VerifyReport::matches() const {
@@ -172,15 +213,8 @@ Result<VerifyReport> verify_model(Transport& transport, Control& control, std::s
   VerifyReport report;
   report.model = model;
   TRANSFUSE_ASSIGN_OR_RETURN(const auto members, control.members(model));
-  TRANSFUSE_ASSIGN_OR_RETURN(const Layout nothing, LayoutBuilder().build());
-  TRANSFUSE_RETURN_IF_ERROR(control.put_layout(nothing));
-  Registration registration;
-  registration.role = MemberRole::kTarget;
-  registration.model = model;
-  registration.incarnation = random_identity();
-  registration.name = fmt::format("verify-{:016x}", registration.incarnation);
-  registration.layout = nothing.digest();
-  TRANSFUSE_ASSIGN_OR_RETURN(const MemberId self, control.join(registration));
+  const Layout nothing;
+  TRANSFUSE_ASSIGN_OR_RETURN(const MemberId self, join_as_verifier(control, model, nothing));
   for (const MemberInfo& member : members) {
     // Another verification holds no parameters.
     if (member.role != MemberRole::kTarget || member.layout == nothing.digest()) continue;
@@ -196,6 +230,18 @@ Result<VerifyReport> verify_model(Transport& transport, Control& control, std::s
   }
   TRANSFUSE_RETURN_IF_ERROR(control.leave(self));
   return report;
+}
+
+Result<VersionRevision> version_revision(Transport& transport, Control& control,
+                                         std::string_view model, uint64_t version,
+                                         Deadline deadline) {
+  TRANSFUSE_ASSIGN_OR_RETURN(const MemberId self, join_as_verifier(control, model, Layout()));
+  VersionRequest request;
+  if (version != 0) request = {.kind = VersionRequest::Kind::kExactly, .version = version};
+  auto revision = Verification(transport, control, self, deadline).revision(request);
+  auto left = control.leave(self);
+  if (revision && !left) return Unexpected{std::move(left).error()};
+  return revision;
 }
 
 std::string VerifyReport::to_json() const {

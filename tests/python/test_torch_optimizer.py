@@ -48,6 +48,16 @@ def test_with_every_2_each_second_step_is_a_version(world):
     assert publisher.version == 2, "detach publishes what was written"
 
 
+def test_the_trainer_says_of_every_version_which_step_it_is(world):
+    model, optimizer, publisher, _, receiver = world
+    steps = iter((10, 20))
+    with torch_optimizer.attach(optimizer, publisher, metadata=lambda: {"step": next(steps)}):
+        for expected in ("10", "20"):
+            step(model, optimizer)
+            report = receiver.refit(require={"step": int(expected)}, timeout_s=30)
+            assert report.metadata == {"step": expected}
+
+
 def test_after_detach_steps_publish_nothing(world):
     model, optimizer, publisher, _, _ = world
     attached = torch_optimizer.attach(optimizer, publisher)
