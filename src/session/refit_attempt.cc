@@ -42,7 +42,8 @@ RefitAttempt::RefitAttempt(Transport& transport, Control& control, const Layout&
       options_(options),
       member_(member),
       target_data_(target_data.begin(), target_data.end()),
-      transfer_(transport) {
+      transfer_(transport),
+      admission_(options.demand) {
   TRANSFUSE_CHECK(target_data_.size() == target_.parameters().size());
 }
 
