@@ -14,6 +14,7 @@
 
 #include "control/lease_table.h"
 #include "transfuse/deadline.h"
+#include "transfuse/digest.h"
 #include "transfuse/result.h"
 #include "transfuse/versions.h"
 

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "rpc/member_process.h"
 #include "rpc/rpc.h"

@@ -5,6 +5,8 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 #include "transfuse/control.h"
@@ -21,6 +23,7 @@ class Admission {
  public:
   using GetLayout = std::function<Result<Layout>(const Digest&)>;
 
+  explicit Admission(Demand demand) : demand_(std::move(demand)) {}
   // kInvalidArgument: see check_demand().
   Result<void> set_demand(std::string_view whose, Demand demand);
 

@@ -12,7 +12,16 @@
 #include <utility>
 #include <vector>
 
+#include "session/known_weights.h"
 #include "session/refit_world.h"
+#include "transfuse/control.h"
+#include "transfuse/deadline.h"
+#include "transfuse/layout.h"
+#include "transfuse/metadata.h"
+#include "transfuse/publisher.h"
+#include "transfuse/receiver.h"
+#include "transfuse/result.h"
+#include "transfuse/transport.h"
 #include "transfuse/verify.h"
 
 namespace transfuse {
@@ -77,7 +86,8 @@ class DemandingRefit : public ::testing::Test {
   static std::string steps(const RefitReport& report) {
     std::string text;
     for (const RefitStep& step : report.steps) {
-      text += std::string(error_code_name(step.code)) + " " + step.source + " " + step.what + "\n";
+      text.append(error_code_name(step.code)).append(" ").append(step.source).append(" ");
+      text.append(step.what).append("\n");
     }
     return text;
   }

@@ -43,7 +43,8 @@ RefitAttempt::RefitAttempt(Transport& transport, SourceDirectory& sources, const
       member_(member),
       target_data_(target_data.begin(), target_data.end()),
       transfer_(transport),
-      progress_(progress) {
+      progress_(progress),
+      admission_(options.demand) {
   TRANSFUSE_CHECK(target_data_.size() == target_.parameters().size());
 }
 

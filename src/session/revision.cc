@@ -18,6 +18,7 @@
 #include "session/copies.h"
 #include "session/copy_threads.h"
 #include "session/whole_layout.h"
+#include "transfuse/copy.h"
 #include "transfuse/layout.h"
 #include "transfuse/plan.h"
 #include "transfuse/publisher.h"
