@@ -68,6 +68,7 @@ from transfuse._transfuse import (
     parse_model_config,
     parse_parallel_spec,
     plan_key,
+    read_catalog,
     shadow_bytes,
     snapshot_bytes,
 )
@@ -91,11 +92,13 @@ from transfuse.errors import (
     UnsupportedError,
     VersionGoneError,
 )
-from transfuse.session import Control, Publisher, Receiver, Stage
+from transfuse.session import Checkpoint, Control, Publisher, Receiver, Stage
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Checkpoint",
+    "read_catalog",
     "Stage",
     "shadow_bytes",
     "StageState",

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import enum
+from typing import overload
 
 
 class ErrorCode(enum.Enum):
@@ -535,13 +536,25 @@ class ParallelSpec:
 
 def parse_parallel_spec(text: str) -> ParallelSpec: ...
 
+@overload
 def make_layouts(config: ModelConfig, spec: ParallelSpec) -> list[Layout]:
     """One layout per rank, in the family's own rank order."""
 
+@overload
+def make_layouts(catalog: Sequence[TensorSpec], spec: ParallelSpec, dtype: Dtype | None = None) -> list[Layout]:
+    """
+    For a model of which nothing is known but its tensors: hf, or fsdp without tp. `dtype` is of all parameters; None: each as in the catalog.
+    """
+
+@overload
 def make_layout(config: ModelConfig, spec: ParallelSpec, rank: int) -> Layout:
     """
     The layout of one rank, counted within the spec (never the world rank).
     """
+
+@overload
+def make_layout(catalog: Sequence[TensorSpec], spec: ParallelSpec, rank: int, dtype: Dtype | None = None) -> Layout:
+    """The same for one rank, counted within the spec."""
 
 class PlacementKind(enum.Enum):
     """How a DTensor lies on one mesh axis."""
@@ -569,6 +582,16 @@ class Placement:
 def dtensor_box(global_shape: Sequence[int], placements: Sequence[Placement], mesh_shape: Sequence[int], coordinate: Sequence[int]) -> Box:
     """
     The box of a DTensor that the process at a mesh coordinate holds, possibly empty.
+    """
+
+class NativeCheckpoint:
+    """See transfuse.Checkpoint."""
+
+    def __init__(self, path: str, *, spec: str, config_json: str, version: int) -> None: ...
+
+def read_catalog(path: str, spec: str = 'hf') -> list[TensorSpec]:
+    """
+    The tensors of a model, from a checkpoint's own headers and index: hf, or fsdp without tp.
     """
 
 class NativeArena:
@@ -668,6 +691,9 @@ class RefitReport:
 
     @property
     def planned(self) -> bool: ...
+
+    @property
+    def checkpoint(self) -> str: ...
 
     @property
     def gigabytes_per_second(self) -> float: ...
@@ -977,7 +1003,7 @@ def shadow_bytes(layout: Layout) -> int:
 class NativeReceiver:
     """See transfuse.Receiver."""
 
-    def __init__(self, layout: Layout, parameters: dict[str, object], *, name: str, model: str, verify: Verify, chunk_bytes: int, spread: int, no_progress_ms: int, max_attempts: int, into: ReceiveInto, keep_previous: bool, group: str, group_size: int, round_ms: int, job: str, address: str | None, token: str | None, threads: int | None, allow_any_tracer: bool | None) -> None: ...
+    def __init__(self, layout: Layout, parameters: dict[str, object], *, name: str, model: str, verify: Verify, chunk_bytes: int, spread: int, no_progress_ms: int, max_attempts: int, into: ReceiveInto, keep_previous: bool, group: str, group_size: int, round_ms: int, checkpoint: NativeCheckpoint | None, checkpoint_wait_ms: int, job: str, address: str | None, token: str | None, threads: int | None, allow_any_tracer: bool | None) -> None: ...
 
     def refit(self, *, exactly: int | None, at_least: int | None, timeout_ms: int) -> RefitReport: ...
 

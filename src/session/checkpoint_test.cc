@@ -2,17 +2,13 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <array>
 #include <atomic>
-#include <bit>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
-#include <ios>
 #include <memory>
-#include <nlohmann/json.hpp>
 #include <string>
 #include <thread>
 #include <utility>
@@ -20,6 +16,7 @@
 
 #include "session/known_weights.h"
 #include "session/refit_world.h"
+#include "session/stored_weights.h"
 #include "transfuse/checkpoint.h"
 #include "transfuse/control.h"
 #include "transfuse/deadline.h"
@@ -34,32 +31,6 @@ namespace transfuse::testing {
 namespace {
 
 using ::testing::HasSubstr;
-
-constexpr const char* kConfig = R"({"model_type": "qwen3", "hidden_size": 24,
-  "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 8,
-  "num_key_value_heads": 2, "head_dim": 6, "vocab_size": 101, "tie_word_embeddings": false,
-  "torch_dtype": "bfloat16"})";
-
-// The parameters of one rank as a safetensors file, written without any code of src/files.
-void write_rank(const std::filesystem::path& path, Parameters& parameters, uint64_t recorded) {
-  nlohmann::ordered_json header;
-  header["__metadata__"] = {{"format", "pt"}};
-  if (recorded > 0) header["__metadata__"]["transfuse.version"] = std::to_string(recorded);
-  const std::vector<Dims> shapes = parameter_shapes(parameters.layout());
-  std::string data;
-  for (size_t i = 0; i < shapes.size(); ++i) {
-    const ParameterSpec& spec = parameters.layout().parameters()[i];
-    const auto bytes = parameters.buffers()[i];
-    header[spec.name] = {{"dtype", spec.dtype == Dtype::kF32 ? "F32" : "BF16"},
-                         {"shape", shapes[i].values()},
-                         {"data_offsets", {data.size(), data.size() + bytes.size()}}};
-    data.append(reinterpret_cast<const char*>(bytes.data()), bytes.size());
-  }
-  const std::string text = header.dump();
-  const auto length = std::bit_cast<std::array<char, 8>>(uint64_t{text.size()});
-  std::ofstream(path, std::ios::binary)
-      << std::string(length.begin(), length.end()) << text << data;
-}
 
 class CheckpointRefit : public ::testing::TestWithParam<ReceiveInto> {
  protected:
@@ -80,7 +51,7 @@ class CheckpointRefit : public ::testing::TestWithParam<ReceiveInto> {
                    uint64_t recorded) const {
     const std::filesystem::path path = folder_ / name;
     std::filesystem::create_directory(path);
-    std::ofstream(path / "config.json") << kConfig;
+    std::ofstream(path / "config.json") << kSmallConfig;
     const auto ranks = layouts(spec);
     for (size_t rank = 0; rank < ranks.size(); ++rank) {
       Parameters parameters(ranks[rank]);
@@ -391,7 +362,7 @@ TEST(CheckpointStage, AFileThatIsCutMidwayIsATornReadAndTheParametersStay) {
   std::string pattern = (std::filesystem::temp_directory_path() / "transfuse-XXXXXX").string();
   ASSERT_NE(mkdtemp(pattern.data()), nullptr);
   const std::filesystem::path file = std::filesystem::path(pattern) / "model.safetensors";
-  std::ofstream(std::filesystem::path(pattern) / "config.json") << kConfig;
+  std::ofstream(std::filesystem::path(pattern) / "config.json") << kSmallConfig;
   Parameters weights(layouts("hf")[0]);
   weights.write(7);
   write_rank(file, weights, 7);
