@@ -1,4 +1,4 @@
-"""A checkpoint that the safetensors package wrote, as the last source of a refit, and as a catalog."""
+"""A checkpoint of the safetensors package: the last source of a refit, and a catalog."""
 
 from __future__ import annotations
 
