@@ -53,6 +53,7 @@ void bind_layout(nb::module_& m);
 void bind_plan(nb::module_& m);
 void bind_model(nb::module_& m);
 void bind_expert_map(nb::module_& m);  // after bind_model
+void bind_checkpoint(nb::module_& m);
 void bind_arena(nb::module_& m);
 void bind_report(nb::module_& m);
 void bind_session(nb::module_& m);

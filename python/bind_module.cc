@@ -13,6 +13,7 @@ NB_MODULE(_transfuse, m) {
   transfuse::python::bind_plan(m);
   transfuse::python::bind_model(m);
   transfuse::python::bind_expert_map(m);
+  transfuse::python::bind_checkpoint(m);
   transfuse::python::bind_arena(m);
   transfuse::python::bind_report(m);
   transfuse::python::bind_session(m);

@@ -52,6 +52,7 @@ void bind_refit(nb::module_& m) {
       .def_ro("verified_bytes", &RefitReport::verified_bytes)
       .def_ro("attempts", &RefitReport::attempts)
       .def_ro("planned", &RefitReport::planned)
+      .def_ro("checkpoint", &RefitReport::checkpoint)
       .def_ro("gigabytes_per_second", &RefitReport::gigabytes_per_second)
       .def_ro("routes", &RefitReport::routes)
       .def_ro("steps", &RefitReport::steps)

@@ -20,6 +20,7 @@
 #include "memory.h"
 #include "operation.h"
 #include "session.h"
+#include "transfuse/checkpoint.h"
 #include "transfuse/control.h"
 #include "transfuse/deadline.h"
 #include "transfuse/layout.h"
@@ -285,6 +286,7 @@ void bind_receiver(nb::module_& m) {
              std::string name, std::string model, Verify verify, uint64_t chunk_bytes,
              uint64_t spread, int64_t no_progress_ms, uint32_t max_attempts, ReceiveInto into,
              bool keep_previous, std::string group, uint32_t group_size, int64_t round_ms,
+             std::optional<Checkpoint> checkpoint, int64_t checkpoint_wait_ms,
              const Demand& demand, std::string job, std::optional<std::string> address,
              std::optional<std::string> token, std::optional<uint32_t> threads,
              std::optional<bool> allow_any_tracer) {
@@ -302,14 +304,17 @@ void bind_receiver(nb::module_& m) {
             options.group_size = group_size;
             options.round_ms = round_ms;
             options.demand = demand;
+            options.checkpoint = std::move(checkpoint);
+            options.checkpoint_wait_ms = checkpoint_wait_ms;
             new (self) PythonReceiver(session_options(std::move(job), std::move(address),
                                                       std::move(token), threads, allow_any_tracer),
                                       layout, parameters, true, std::move(options));
           },
           "layout"_a, "parameters"_a, nb::kw_only(), "name"_a, "model"_a, "verify"_a,
           "chunk_bytes"_a, "spread"_a, "no_progress_ms"_a, "max_attempts"_a, "into"_a,
-          "keep_previous"_a, "group"_a, "group_size"_a, "round_ms"_a, "demand"_a, "job"_a,
-          "address"_a.none(), "token"_a.none(), "threads"_a.none(), "allow_any_tracer"_a.none())
+          "keep_previous"_a, "group"_a, "group_size"_a, "round_ms"_a, "checkpoint"_a.none(),
+          "checkpoint_wait_ms"_a, "demand"_a, "job"_a, "address"_a.none(), "token"_a.none(),
+          "threads"_a.none(), "allow_any_tracer"_a.none())
       .def("refit", &PythonReceiver::refit, nb::kw_only(), "exactly"_a.none(), "at_least"_a.none(),
            "demand"_a, "timeout_ms"_a)
       .def("stage", &PythonReceiver::stage, nb::kw_only(), "exactly"_a.none(), "at_least"_a.none(),

@@ -77,6 +77,7 @@ from transfuse._transfuse import (
     parse_parallel_spec,
     plan_key,
     revision,
+    read_catalog,
     shadow_bytes,
     snapshot_bytes,
     with_expert_map,
@@ -106,7 +107,7 @@ from transfuse.errors import (
     VersionGoneError,
 )
 from transfuse.guard import PointerGuard, PointerMovedError
-from transfuse.session import Control, Publisher, Receiver, Stage
+from transfuse.session import Checkpoint, Control, Publisher, Receiver, Stage
 
 __version__ = "0.1.0"
 
@@ -119,6 +120,8 @@ __all__ = [
     "PointerMovedError",
     "TensorWay",
     "capture",
+    "Checkpoint",
+    "read_catalog",
     "Stage",
     "shadow_bytes",
     "StageState",

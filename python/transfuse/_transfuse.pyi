@@ -876,6 +876,9 @@ class RefitReport:
     def planned(self) -> bool: ...
 
     @property
+    def checkpoint(self) -> str: ...
+
+    @property
     def gigabytes_per_second(self) -> float: ...
 
     @property

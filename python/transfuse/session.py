@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -13,6 +15,7 @@ from transfuse._transfuse import (
     GroupInfo,
     Layout,
     MemberInfo,
+    NativeCheckpoint,
     NativeControl,
     NativePublisher,
     NativeReceiver,
@@ -61,6 +64,18 @@ def _choice(what: str, value: _T | str, names: Mapping[str, _T]) -> _T:
         message = f"{what}: expected one of {', '.join(names)}, found {value!r}"
         raise InvalidArgumentError(message)
     return names[value]
+
+
+def _native_checkpoint(checkpoint: Checkpoint) -> NativeCheckpoint:
+    if checkpoint.version is not None and checkpoint.version < 1:
+        message = f"checkpoint: expected a version from 1, found {checkpoint.version}"
+        raise InvalidArgumentError(message)
+    return NativeCheckpoint(
+        os.fspath(checkpoint.path),
+        spec=checkpoint.spec,
+        config_json=checkpoint.config or "",
+        version=checkpoint.version or 0,
+    )
 
 
 def _milliseconds(seconds: float) -> int:
@@ -236,6 +251,22 @@ class Stage:
         self._native.cancel()
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights on disk, of one version, that a receiver may fall back to.
+
+    `path` is a folder in the layout `spec` (for "hf" also a file); `config` the text of the model's
+    config.json (None: that of the folder; without one "hf" and "fsdp:dp=N" are read by their own
+    headers). `version` is the number of the weights in it; None: the one that every file records
+    under "transfuse.version" in its metadata.
+    """
+
+    path: str | os.PathLike[str]
+    spec: str = "hf"
+    config: str | None = None
+    version: int | None = None
+
+
 class Receiver:
     """Brings versions into the parameters of this process, proved.
 
@@ -268,6 +299,12 @@ class Receiver:
     requirements. A refit waits for a version that fits; NoFittingSourceError names who is there and
     why it does not fit. The ranks of a group demand the same.
 
+    `checkpoint` is the last source: it is read when no peer can serve what is asked for, and the
+    report says so (`report.checkpoint`, `report.steps`). A version of peers is waited for
+    `checkpoint_wait_s` at most, and peers have half of a refit's time. Nothing goes back to older
+    weights unless exactly those were asked for; in a group only ranks that hold no version fall
+    back.
+
     Use it from one thread at a time; cancel() and Stage.progress from any.
     """
 
@@ -298,6 +335,8 @@ class Receiver:
         require: Mapping[str, Condition] | None = None,
         require_tensors: Mapping[str, Mapping[str, Condition]] | None = None,
         revision: Digest | str | None = None,
+        checkpoint: Checkpoint | None = None,
+        checkpoint_wait_s: float = 2.0,
         job: str = DEFAULT_JOB,
         address: str | None = None,
         token: str | None = None,
@@ -324,6 +363,8 @@ class Receiver:
             group_size=group_size,
             round_ms=_milliseconds(round_s),
             demand=demand_of(kinds, require, require_tensors, revision),
+            checkpoint=None if checkpoint is None else _native_checkpoint(checkpoint),
+            checkpoint_wait_ms=_milliseconds(checkpoint_wait_s),
             job=job,
             address=address,
             token=token,

@@ -1,14 +1,12 @@
 // A checkpoint that holds one version of a model, open to be read by a refit.
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <span>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "files/side.h"

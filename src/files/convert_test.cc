@@ -106,6 +106,33 @@ TEST_F(Convert, OtherNamesOfAFrameworkAreReadWithoutBeingTold) {
   }
 }
 
+TEST_F(Convert, OlderNamesOfAnEnginesExpertsAreRead) {
+  write_hf("start", model(moe_config_json()));
+  auto out = request("hf", "start", "vllm:tp=2", "ranks");
+  out.config_json = moe_config_json();
+  ASSERT_TRUE(convert_checkpoint(out));
+  for (const char* rank : {"rank0.safetensors", "rank1.safetensors"}) {
+    const std::string file = read_file(folder_ / "ranks" / rank);
+    uint64_t length = 0;
+    std::copy_n(file.data(), sizeof length, reinterpret_cast<char*>(&length));
+    std::string header = file.substr(8, length);
+    const std::string newer = ".experts.routed_experts.w";
+    ASSERT_NE(header.find(newer), std::string::npos);
+    for (size_t at = header.find(newer); at != std::string::npos; at = header.find(newer)) {
+      header.replace(at, newer.size(), ".experts.w");
+    }
+    write_file(folder_ / "ranks" / rank, safetensors(header, file.substr(8 + length)));
+  }
+  auto back = request("vllm:tp=2", "ranks", "hf", "end");
+  back.config_json = moe_config_json();
+  const auto report = convert_checkpoint(back);
+  ASSERT_TRUE(report) << report.error().to_string();
+  for (const HandMade& tensor : model(moe_config_json())) {
+    EXPECT_EQ(tensor_bytes(folder_ / "end" / "model.safetensors", tensor.name), tensor.bytes)
+        << tensor.name;
+  }
+}
+
 TEST_F(Convert, ExpertsOfAnEngineAreAStackInItsFiles) {
   write_hf("start", model(moe_config_json()));
   auto step = request("hf", "start", "vllm:tp=2", "ranks");

@@ -91,6 +91,34 @@ std::string with_options(std::string_view text, std::string_view options) {
   return fmt::format("{}{}{}", text, text.find(':') == std::string_view::npos ? ':' : ',', options);
 }
 
+// Experts as vLLM named them before 0.33, and SGLang does, where `stored` has such names.
+Result<Layout> with_older_names(const Layout& layout, const StoredByName& stored) {
+  constexpr std::string_view kNewer = ".routed_experts.";
+  const auto older_name = [&](const std::string& name) {
+    const size_t at = name.find(kNewer);
+    if (at == std::string::npos) return name;
+    const std::string older = fmt::format("{}.{}", std::string_view(name).substr(0, at),
+                                          std::string_view(name).substr(at + kNewer.size()));
+    return stored.contains(older) ? older : name;
+  };
+  LayoutBuilder builder;
+  std::vector<uint32_t> parameters;
+  for (const ParameterSpec& parameter : layout.parameters()) {
+    parameters.push_back(builder.parameter({.name = older_name(parameter.name),
+                                            .dtype = parameter.dtype,
+                                            .element_count = parameter.element_count}));
+  }
+  for (const Tile& tile : layout.tiles()) {
+    builder.tile(builder.tensor(layout.tensors()[tile.tensor]), tile.box,
+                 parameters[tile.parameter], tile.element_offset, tile.element_strides);
+  }
+  for (const Fill& fill : layout.fills()) {
+    builder.fill(parameters[fill.parameter], fill.element_offset, fill.length,
+                 fill.element_strides);
+  }
+  return builder.build();
+}
+
 // The layout of the spec whose names the file has; the plain one where none fits.
 Result<Layout> layout_as_named(const KnownModel& model, std::string_view text, int64_t rank,
                                std::span<const OpenFile> files) {
@@ -102,7 +130,8 @@ Result<Layout> layout_as_named(const KnownModel& model, std::string_view text, i
     if (!other) continue;  // this framework has no such names, or they are chosen already
     if (same_names(*other, stored)) return *other;
   }
-  return with_stacked_experts(layout, files);
+  TRANSFUSE_ASSIGN_OR_RETURN(const Layout older, with_older_names(layout, stored));
+  return with_stacked_experts(older, files);
 }
 
 struct StackPlace {

@@ -9,7 +9,6 @@
 #include <cerrno>
 #include <cstdint>
 #include <string>
-#include <string_view>
 
 #include "base/file_identity.h"
 #include "files/safetensors.h"

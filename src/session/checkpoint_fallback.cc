@@ -3,7 +3,6 @@
 
 #include <fmt/format.h>
 
-#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -17,6 +16,7 @@
 
 #include "base/affinity.h"
 #include "files/checkpoint_source.h"
+#include "files/side.h"
 #include "session/refit_attempt.h"
 #include "session/source_link.h"
 #include "transfuse/control.h"

@@ -2,17 +2,13 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <array>
 #include <atomic>
-#include <bit>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
-#include <ios>
 #include <memory>
-#include <nlohmann/json.hpp>
 #include <string>
 #include <thread>
 #include <utility>
@@ -20,6 +16,7 @@
 
 #include "session/known_weights.h"
 #include "session/refit_world.h"
+#include "session/stored_weights.h"
 #include "transfuse/checkpoint.h"
 #include "transfuse/control.h"
 #include "transfuse/deadline.h"
@@ -34,32 +31,6 @@ namespace transfuse::testing {
 namespace {
 
 using ::testing::HasSubstr;
-
-constexpr const char* kConfig = R"({"model_type": "qwen3", "hidden_size": 24,
-  "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 8,
-  "num_key_value_heads": 2, "head_dim": 6, "vocab_size": 101, "tie_word_embeddings": false,
-  "torch_dtype": "bfloat16"})";
-
-// The parameters of one rank as a safetensors file, written without any code of src/files.
-void write_rank(const std::filesystem::path& path, Parameters& parameters, uint64_t recorded) {
-  nlohmann::ordered_json header;
-  header["__metadata__"] = {{"format", "pt"}};
-  if (recorded > 0) header["__metadata__"]["transfuse.version"] = std::to_string(recorded);
-  const std::vector<Dims> shapes = parameter_shapes(parameters.layout());
-  std::string data;
-  for (size_t i = 0; i < shapes.size(); ++i) {
-    const ParameterSpec& spec = parameters.layout().parameters()[i];
-    const auto bytes = parameters.buffers()[i];
-    header[spec.name] = {{"dtype", spec.dtype == Dtype::kF32 ? "F32" : "BF16"},
-                         {"shape", shapes[i].values()},
-                         {"data_offsets", {data.size(), data.size() + bytes.size()}}};
-    data.append(reinterpret_cast<const char*>(bytes.data()), bytes.size());
-  }
-  const std::string text = header.dump();
-  const auto length = std::bit_cast<std::array<char, 8>>(uint64_t{text.size()});
-  std::ofstream(path, std::ios::binary)
-      << std::string(length.begin(), length.end()) << text << data;
-}
 
 class CheckpointRefit : public ::testing::TestWithParam<ReceiveInto> {
  protected:
@@ -80,7 +51,7 @@ class CheckpointRefit : public ::testing::TestWithParam<ReceiveInto> {
                    uint64_t recorded) const {
     const std::filesystem::path path = folder_ / name;
     std::filesystem::create_directory(path);
-    std::ofstream(path / "config.json") << kConfig;
+    std::ofstream(path / "config.json") << kSmallConfig;
     const auto ranks = layouts(spec);
     for (size_t rank = 0; rank < ranks.size(); ++rank) {
       Parameters parameters(ranks[rank]);
@@ -386,41 +357,96 @@ TEST_P(CheckpointRefit, ARankThatIsAloneWithACheckpointMayNotServe) {
   EXPECT_FALSE(first->receiver->check_group());
 }
 
-// While it is read, slowly.
-TEST(CheckpointStage, AFileThatIsCutMidwayIsATornReadAndTheParametersStay) {
-  std::string pattern = (std::filesystem::temp_directory_path() / "transfuse-XXXXXX").string();
-  ASSERT_NE(mkdtemp(pattern.data()), nullptr);
-  const std::filesystem::path file = std::filesystem::path(pattern) / "model.safetensors";
-  std::ofstream(std::filesystem::path(pattern) / "config.json") << kConfig;
-  Parameters weights(layouts("hf")[0]);
-  weights.write(7);
-  write_rank(file, weights, 7);
-  const auto transport = value_or_fail(open_local_transport({.threads = 2}), "transport");
-  const auto control = open_local_control();
-  ReceiverOptions options;
-  options.into = ReceiveInto::kShadow;
-  options.plan.chunk_bytes = 256;
-  options.checkpoint = Checkpoint{.path = pattern};
-  options.checkpoint_wait_ms = 1;
-  Engine engine(*transport, *control, layouts("vllm")[0], "engine0", options);
-  ASSERT_TRUE(engine.refit());
-  ASSERT_TRUE(
-      engine.receiver->stage({}, Deadline::after_ms(20000), {.max_gigabytes_per_second = 1e-5}));
-  while (engine.receiver->staged().landed_bytes == 0 &&
-         engine.receiver->staged().state == StageState::kMoving) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+// Something happens to the file while it is read, slowly.
+class CheckpointStage : public ::testing::TestWithParam<Verify> {
+ protected:
+  void SetUp() override {
+    std::string pattern = (std::filesystem::temp_directory_path() / "transfuse-XXXXXX").string();
+    ASSERT_NE(mkdtemp(pattern.data()), nullptr);
+    folder_ = pattern;
+    file_ = folder_ / "model.safetensors";
+    std::ofstream(folder_ / "config.json") << kSmallConfig;
+    write(file_, 7);
+    transport_ = value_or_fail(open_local_transport({.threads = 2}), "transport");
+    control_ = open_local_control();
+    ReceiverOptions options;
+    options.into = ReceiveInto::kShadow;
+    options.verify = GetParam();
+    options.plan.chunk_bytes = 256;
+    options.checkpoint = Checkpoint{.path = folder_.string()};
+    options.checkpoint_wait_ms = 1;
+    engine_ =
+        std::make_unique<Engine>(*transport_, *control_, layouts("vllm")[0], "engine0", options);
+    ASSERT_TRUE(engine_->refit());
   }
-  ASSERT_EQ(engine.receiver->staged().state, StageState::kMoving);
-  std::filesystem::resize_file(file, 4000);
-  const auto staged = engine.receiver->wait_staged(Deadline::after_ms(30000));
+  void TearDown() override { std::filesystem::remove_all(folder_); }
+
+  static void write(const std::filesystem::path& path, uint64_t version) {
+    Parameters weights(layouts("hf")[0]);
+    weights.write(version);
+    write_rank(path, weights, version);
+  }
+  // Returns when some of it has come, and the rest has not.
+  void stage_half() const {
+    ASSERT_TRUE(engine_->receiver->stage({}, Deadline::after_ms(60000),
+                                         {.max_gigabytes_per_second = 4e-5}));
+    while (engine_->receiver->staged().state == StageState::kMoving &&
+           engine_->receiver->staged().landed_bytes < 4096) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    ASSERT_EQ(engine_->receiver->staged().state, StageState::kMoving);
+  }
+  Result<StageProgress> outcome() const {
+    return engine_->receiver->wait_staged(Deadline::after_ms(60000));
+  }
+  std::string steps() const {
+    std::string text;
+    for (const RefitStep& step : engine_->receiver->last_report().steps) text += step.what + "\n";
+    return text;
+  }
+  void expect_next_version_whole() const {
+    const auto staged = outcome();
+    ASSERT_TRUE(staged) << staged.error().to_string();
+    EXPECT_EQ(staged->version, 8u);
+    EXPECT_THAT(steps(), HasSubstr("while it was read"));
+    EXPECT_THAT(steps(), HasSubstr("open the checkpoint again"));
+    ASSERT_TRUE(engine_->receiver->commit(Deadline::after_ms(10000)));
+    EXPECT_EQ(engine_->parameters.wrong_elements(8), 0);
+  }
+
+  std::filesystem::path folder_;
+  std::filesystem::path file_;
+  std::unique_ptr<Transport> transport_;
+  std::unique_ptr<Control> control_;
+  std::unique_ptr<Engine> engine_;
+};
+INSTANTIATE_TEST_SUITE_P(Verification, CheckpointStage,
+                         ::testing::Values(Verify::kFull, Verify::kOff), [](const auto& test) {
+                           return test.param == Verify::kFull ? "Full" : "Off";
+                         });
+
+TEST_P(CheckpointStage, AFileThatIsCutMidwayIsATornReadAndTheParametersStay) {
+  stage_half();
+  std::filesystem::resize_file(file_, 4000);
+  const auto staged = outcome();
   ASSERT_FALSE(staged);
   EXPECT_EQ(staged.error().code, ErrorCode::kCorrupt) << "opened again, it is truncated";
-  std::string text;
-  for (const RefitStep& step : engine.receiver->last_report().steps) text += step.what + "\n";
-  EXPECT_THAT(text, HasSubstr("cut while it was read"));
-  EXPECT_EQ(engine.receiver->version(), 7u);
-  EXPECT_EQ(engine.parameters.wrong_elements(7), 0);
-  std::filesystem::remove_all(pattern);
+  EXPECT_THAT(steps(), HasSubstr("cut while it was read"));
+  EXPECT_EQ(engine_->receiver->version(), 7u);
+  EXPECT_EQ(engine_->parameters.wrong_elements(7), 0);
+}
+
+TEST_P(CheckpointStage, I8_AFileThatIsWrittenMidwayIsReadAgainFromTheBegin) {
+  stage_half();
+  write(file_, 8);
+  expect_next_version_whole();
+}
+
+TEST_P(CheckpointStage, I8_AFileThatIsReplacedMidwayIsReadAgainFromTheBegin) {
+  stage_half();
+  write(folder_ / "next", 8);
+  std::filesystem::rename(folder_ / "next", file_);
+  expect_next_version_whole();
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 #include <span>
 #include <utility>
 #include <vector>
+#include "session/source_link.h"
 #include "session/stopwatch.h"
 #include "session/transfer.h"
 #include "transfuse/control.h"
