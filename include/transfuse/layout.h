@@ -20,8 +20,8 @@ inline constexpr int kDtypeCount = 9;
 uint32_t dtype_size_bytes(Dtype dtype);
 std::string_view dtype_name(Dtype dtype);  // "f32", "bf16", "f8e4m3", ...
 Result<Dtype> parse_dtype(std::string_view name);
-// True if a refit may read `source` and write `target`: equal, or f32 -> bf16/f16 (round to nearest
-// even).
+// True if a refit may read `source` and write `target`: equal, f32 -> bf16/f16 (round to nearest
+// even), or bf16/f16 -> f32 (exact).
 bool castable(Dtype source, Dtype target);
 
 // Up to kMaxRank numbers, one per dimension. A value type without allocation.

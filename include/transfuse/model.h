@@ -14,7 +14,7 @@ namespace transfuse {
 // What a family's catalog and layouts need to know of a config.json. All counts; see shared symbols
 // in docs/layouts.md.
 struct ModelConfig {
-  std::string architecture;  // "llama", "qwen2", "qwen3", "qwen3_moe"
+  std::string architecture;  // "model_type": "llama", "deepseek_v3", ...
   int64_t hidden_size = 0;
   int64_t intermediate_size = 0;
   int64_t moe_intermediate_size = 0;  // 0: dense
@@ -25,7 +25,21 @@ struct ModelConfig {
   int64_t vocab_size = 0;
   int64_t num_experts = 0;  // 0: dense
   bool tie_word_embeddings = false;
-  Dtype dtype = Dtype::kBF16;
+  Dtype dtype = Dtype::kBF16;  // of most tensors; some families have others beside them
+  // 0 or false where a family has no such thing.
+  int64_t dense_layers = 0;     // "first_k_dense_replace": before the first layer with experts
+  int64_t shared_experts = 0;   // "n_shared_experts": their widths together are one MLP's
+  int64_t mtp_layers = 0;       // "num_nextn_predict_layers", after the decoder's
+  bool attention_bias = false;  // on q, k and v
+  bool qk_norm = false;         // "use_qk_norm"
+  bool noaux_routing = false;   // "topk_method" is "noaux_tc"
+  int64_t q_lora_rank = 0;      // this and the next four: multi-head latent attention
+  int64_t kv_lora_rank = 0;
+  int64_t qk_nope_head_dim = 0;
+  int64_t qk_rope_head_dim = 0;
+  int64_t v_head_dim = 0;
+  int64_t scale_block_rows = 0;     // f8 weights with one f32 scale for so many rows ...
+  int64_t scale_block_columns = 0;  // ... and columns
 };
 
 // Fails with kInvalidArgument naming the field, or kUnsupported naming the architecture and what
@@ -35,15 +49,20 @@ Result<ModelConfig> parse_model_config(std::string_view json);
 // The tensors of the published checkpoint, by HF name.
 Result<Catalog> make_catalog(const ModelConfig& config);
 
+// "mtp=all", "mtp=shared", "mtp=none": what is held of layers that predict further tokens;
+// "shared": not their copies of the embedding and the output.
+enum class MtpTensors : uint8_t { kAll, kShared, kNone };
+
 // Parallelism of one side as the CLI spells it: "hf", "fsdp:dp=2,tp=2", "vllm:tp=4,ep",
 // "megatron:tp=2,pp=2,ep=4". Values are sizes, not ranks. docs/layouts.md, "Specs", says which
 // option means what to which family.
 struct ParallelSpec {
   std::string family;  // "hf", "fsdp", "vllm", "megatron"
   int64_t tp = 1;
-  int64_t dp = 1;              // shards (FSDP) of one replica; Megatron: replicas of a stage
-  int64_t replicas = 1;        // of everything (HSDP)
-  Dtype dtype = Dtype::kBF16;  // of the parameters; "dtype=f32"
+  int64_t dp = 1;        // shards (FSDP) of one replica; Megatron: replicas of a stage
+  int64_t replicas = 1;  // of everything (HSDP)
+  // Of the parameters; "dtype=f32". Those of tensors with a dtype of their own keep it.
+  Dtype dtype = Dtype::kBF16;
   int64_t pp = 1;
   int64_t vpp = 1;                   // chunks of layers a pipeline stage
   int64_t cp = 1;                    // context parallelism: repeats dense weights
@@ -58,6 +77,8 @@ struct ParallelSpec {
   bool up_before_gate = false;       // vLLM "w13=up_gate": the halves swapped
   bool separate_norms = false;       // Megatron "norms=separate": not inside the linear after them
   bool sequential_experts = false;   // Megatron "experts=sequential": one module per expert
+  bool stacked_experts = false;      // HF, FSDP "experts=stacked": as transformers 5 holds them
+  MtpTensors mtp = MtpTensors::kAll;
   // Megatron: the embedding (the loss) counts as a layer of the first (the last) chunk.
   bool account_for_embedding = false;
   bool account_for_loss = false;

@@ -3,6 +3,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -17,43 +19,89 @@ Split split_of(Role role) {
   switch (role) {
     case Role::kEmbedding:
     case Role::kOutput:
+    case Role::kMtpEmbedding:
+    case Role::kMtpOutput:
       return Split::kVocabulary;
     case Role::kQuery:
     case Role::kKey:
     case Role::kValue:
+    case Role::kQueryUp:
+    case Role::kKeyValueUp:
       return Split::kHeads;
     case Role::kGate:
     case Role::kUp:
+    case Role::kSharedGate:
+    case Role::kSharedUp:
+    case Role::kMtpProjection:
       return Split::kColumn;
     case Role::kAttentionOutput:
     case Role::kDown:
+    case Role::kSharedDown:
       return Split::kRow;
     case Role::kFinalNorm:
     case Role::kAttentionNorm:
+    case Role::kLatentAttentionNorm:
+    case Role::kAfterAttentionNorm:
     case Role::kQueryNorm:
     case Role::kKeyNorm:
+    case Role::kQueryDown:
+    case Role::kQueryDownNorm:
+    case Role::kKeyValueDown:
+    case Role::kKeyValueDownNorm:
     case Role::kMlpNorm:
+    case Role::kExpertsNorm:
+    case Role::kAfterMlpNorm:
     case Role::kRouter:
+    case Role::kRouterBias:
+    case Role::kMtpEmbeddingNorm:
+    case Role::kMtpHiddenNorm:
+    case Role::kMtpFinalNorm:
       return Split::kReplicated;
   }
   check_failed(__FILE__, __LINE__, "a Role outside the enum");
 }
 
+Piece whole_piece(const ModelTensor& tensor) {
+  const Dims& shape = tensor.content == Content::kScale ? tensor.weight_shape : tensor.shape;
+  Piece piece{.role = tensor.role, .expert = tensor.expert, .shape = shape, .origin = {}};
+  piece.row_count = shape[0];
+  for (int d = 0; d < tensor.shape.rank(); ++d) piece.origin.push_back(0);
+  return piece;
+}
+
+TensorSpec Model::published(const ModelTensor& tensor) const {
+  return {tensor.name, tensor.dtype.value_or(config.dtype), tensor.shape};
+}
+
+Dtype held_dtype(const ModelTensor& tensor, const ParallelSpec& spec) {
+  return tensor.dtype.value_or(spec.dtype);
+}
+
+bool is_held(const Model& model, const ModelTensor& tensor, const ParallelSpec& spec) {
+  if (!model.is_mtp(tensor) || spec.mtp == MtpTensors::kAll) return true;
+  const bool copy = tensor.role == Role::kMtpEmbedding || tensor.role == Role::kMtpOutput;
+  return spec.mtp == MtpTensors::kShared && !copy;
+}
+
+std::string renamed(std::string name, std::span<const Rename> renames) {
+  for (const Rename& rename : renames) {
+    const size_t at = name.find(rename.from);
+    if (at != std::string::npos) name.replace(at, rename.from.size(), rename.to);
+  }
+  return name;
+}
+
 Result<Model> make_model(const ModelConfig& config) {
   TRANSFUSE_RETURN_IF_ERROR(check_model_config(config));
   TRANSFUSE_ASSIGN_OR_RETURN(const ModelFamily* family, find_model_family(config.architecture));
-  Model model{.config = config, .family = family, .tensors = family->tensors(config)};
-  TRANSFUSE_CHECK(static_cast<int64_t>(model.tensors.size()) == family->tensor_count(config));
-  return model;
+  return Model{.config = config, .family = family, .tensors = family->tensors(config)};
 }
 
 Result<Catalog> make_catalog(const ModelConfig& config) {
-  TRANSFUSE_ASSIGN_OR_RETURN(Model model, make_model(config));
+  TRANSFUSE_ASSIGN_OR_RETURN(const Model model, make_model(config));
   Catalog catalog;
   catalog.reserve(model.tensors.size());
-  for (ModelTensor& tensor : model.tensors) {
-    catalog.push_back(TensorSpec{std::move(tensor.name), config.dtype, tensor.shape});
-  }
+  for (const ModelTensor& tensor : model.tensors) catalog.push_back(model.published(tensor));
   return catalog;
 }
 

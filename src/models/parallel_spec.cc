@@ -56,12 +56,17 @@ struct WordOption {
   bool ParallelSpec::* field;
   std::string_view off;
   std::string_view on;
+  std::string_view framework = {};  // where only one has these words
 };
-constexpr std::array<WordOption, 4> kWords = {
+constexpr std::array<WordOption, 6> kWords = {
     {{"placement", &ParallelSpec::round_robin, "linear", "round_robin"},
      {"w13", &ParallelSpec::up_before_gate, "gate_up", "up_gate"},
      {"norms", &ParallelSpec::separate_norms, "te", "separate"},
-     {"experts", &ParallelSpec::sequential_experts, "grouped", "sequential"}}};
+     {"experts", &ParallelSpec::sequential_experts, "grouped", "sequential", "megatron"},
+     {"experts", &ParallelSpec::stacked_experts, "single", "stacked", "hf"},
+     {"experts", &ParallelSpec::stacked_experts, "single", "stacked", "fsdp"}}};
+
+constexpr std::array<std::string_view, 3> kMtpWords = {"all", "shared", "none"};  // MtpTensors
 
 constexpr std::array<std::string_view, 2> kEverywhere = {"replicas", "dtype"};
 
@@ -75,6 +80,10 @@ bool contains(std::span<const std::string_view> names, std::string_view name) {
 
 bool has(const Framework& framework, std::string_view option) {
   return contains(kEverywhere, option) || contains(framework.options, option);
+}
+
+bool has(const Framework& framework, const WordOption& word) {
+  return has(framework, word.name) && (word.framework.empty() || word.framework == framework.name);
 }
 
 Unexpected no_such_option(const Framework& framework, std::string_view option) {
@@ -110,14 +119,24 @@ Result<void> set_layers(std::string_view value, ParallelSpec& spec) {
   return {};
 }
 
-Result<void> set_option(std::string_view key, std::string_view value, ParallelSpec& spec) {
+Result<void> set_mtp(std::string_view value, ParallelSpec& spec) {
+  const auto at = std::ranges::find(kMtpWords, value);
+  if (at == kMtpWords.end()) {
+    return invalid(fmt::format("mtp={}: expected one of {}", value, fmt::join(kMtpWords, ", ")));
+  }
+  spec.mtp = static_cast<MtpTensors>(at - kMtpWords.begin());
+  return {};
+}
+
+Result<void> set_option(const Framework& framework, std::string_view key, std::string_view value,
+                        ParallelSpec& spec) {
   for (const SizeOption& option : kSizes) {
     if (option.name != key) continue;
     TRANSFUSE_ASSIGN_OR_RETURN(spec.*option.field, read_size(key, value, 1, option.most));
     return {};
   }
   for (const WordOption& option : kWords) {
-    if (option.name != key) continue;
+    if (option.name != key || !has(framework, option)) continue;
     if (value != option.on && value != option.off) {
       return invalid(fmt::format("{}={}: expected {} or {}", key, value, option.off, option.on));
     }
@@ -125,6 +144,7 @@ Result<void> set_option(std::string_view key, std::string_view value, ParallelSp
     return {};
   }
   if (key == "layers") return set_layers(value, spec);
+  if (key == "mtp") return set_mtp(value, spec);
   TRANSFUSE_CHECK(key == "dtype");
   TRANSFUSE_ASSIGN_OR_RETURN(spec.dtype, parse_dtype(value));
   return {};
@@ -148,7 +168,7 @@ Result<void> read_option(const Framework& framework, std::string_view option, Pa
     return invalid(fmt::format("\"{}\" in a {} spec: expected key=value", option, framework.name));
   }
   if (!has(framework, key)) return no_such_option(framework, key);
-  return set_option(key, option.substr(equals + 1), spec);
+  return set_option(framework, key, option.substr(equals + 1), spec);
 }
 
 // Specs are also made by hand.
@@ -163,9 +183,14 @@ Result<void> check_options(const Framework& framework, const ParallelSpec& spec)
     if (!has(framework, option.name)) return no_such_option(framework, option.name);
   }
   for (const WordOption& option : kWords) {
-    if (spec.*option.field && !has(framework, option.name)) {
-      return no_such_option(framework, option.name);
-    }
+    if (!(spec.*option.field)) continue;
+    const bool known = std::ranges::any_of(kWords, [&](const WordOption& other) {
+      return other.field == option.field && has(framework, other);
+    });
+    if (!known) return no_such_option(framework, option.name);
+  }
+  if (spec.mtp != MtpTensors::kAll && !has(framework, "mtp")) {
+    return no_such_option(framework, "mtp");
   }
   for (const FlagOption& flag : kFlags) {
     if (spec.*flag.field && !contains(framework.flags, flag.name)) {

@@ -10,7 +10,8 @@
 namespace transfuse {
 namespace {
 
-constexpr std::array<const ModelFamily*, 4> kFamilies = {&kLlama, &kQwen2, &kQwen3, &kQwen3Moe};
+constexpr std::array<const ModelFamily*, 8> kFamilies = {
+    &kLlama, &kQwen2, &kQwen3, &kQwen3Moe, &kMixtral, &kGemma3, &kGlm4Moe, &kDeepseekV3};
 constexpr std::array<const Framework*, 4> kFrameworks = {&kHf, &kFsdp, &kVllm, &kMegatron};
 
 template <typename Row>

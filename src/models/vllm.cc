@@ -8,9 +8,11 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "models/family.h"
+#include "models/slices.h"
 #include "transfuse/layout.h"
 #include "transfuse/model.h"
 #include "transfuse/result.h"
@@ -22,6 +24,22 @@ constexpr int64_t kVocabularyMultiple = 64;  // of vLLM's VocabParallelEmbedding
 constexpr std::array<std::string_view, 6> kOptions = {"tp",  "pp",        "dp",
                                                       "w13", "placement", "layers"};
 constexpr std::array<std::string_view, 1> kFlags = {"ep"};
+
+// Modules that hold several matrices one after another. What has no row here has its own.
+struct Fused {
+  Role role;
+  std::string_view module;
+  int64_t place;
+};
+constexpr std::array<Fused, 9> kFused = {{{Role::kQuery, "qkv_proj", 0},
+                                          {Role::kKey, "qkv_proj", 1},
+                                          {Role::kValue, "qkv_proj", 2},
+                                          {Role::kQueryDown, "fused_qkv_a_proj", 0},
+                                          {Role::kKeyValueDown, "fused_qkv_a_proj", 1},
+                                          {Role::kGate, "gate_up_proj", 0},
+                                          {Role::kUp, "gate_up_proj", 1},
+                                          {Role::kSharedGate, "gate_up_proj", 0},
+                                          {Role::kSharedUp, "gate_up_proj", 1}}};
 
 struct Share {
   int64_t rank = 0;
@@ -57,13 +75,15 @@ class VllmRank {
  public:
   VllmRank(const Model& model, const ParallelSpec& spec, const ParallelRanks& ranks)
       : model_(model),
+        traits_(model.family->vllm),
         spec_(spec),
         tp_{.rank = ranks.tp, .size = spec.tp},
         stage_(ranks.pp),
         expert_tp_{.rank = ranks.etp, .size = spec.expert_parallel ? 1 : spec.tp * spec.dp},
         expert_share_{
             .of = {.rank = ranks.ep, .size = spec.expert_parallel ? spec.tp * spec.dp : 1},
-            .round_robin = spec.round_robin} {}
+            .round_robin = spec.round_robin},
+        slices_(model) {}
 
   Result<Layout> build() {
     if (spec_.expert_parallel && model_.expert_count() == 0) {
@@ -73,12 +93,17 @@ class VllmRank {
     }
     TRANSFUSE_ASSIGN_OR_RETURN(const auto places, stages());
     for (const ModelTensor& tensor : model_.tensors) {
+      // Layers that predict further tokens are a model of their own.
+      if (model_.is_mtp(tensor)) continue;
+      if (traits_.lacks != nullptr && traits_.lacks(model_.config, tensor.role)) continue;
       const bool mine = tensor.layer >= 0
                             ? places[static_cast<size_t>(tensor.layer)].stage == stage_
                             : holds_outer(tensor);
-      if (mine) TRANSFUSE_RETURN_IF_ERROR(place(tensor));
+      if (!mine) continue;
+      TRANSFUSE_RETURN_IF_ERROR(
+          for_each_piece(tensor, [&](const Piece& piece) { return place(tensor, piece); }));
     }
-    return builder_.build();
+    return slices_.build();
   }
 
  private:
@@ -98,137 +123,127 @@ class VllmRank {
   }
 
   bool holds_outer(const ModelTensor& tensor) const {
-    if (model_.family->outer_tensors_on_every_stage) return true;
+    if (traits_.outer_tensors_on_every_stage) return true;
     const bool last = stage_ == spec_.pp - 1;
     if (tensor.role != Role::kEmbedding) return last;
     return stage_ == 0 || (last && model_.config.tie_word_embeddings);
   }
 
-  Result<void> place(const ModelTensor& tensor) {
-    if (tensor.expert >= 0) return place_expert(tensor);
-    switch (tensor.role) {
-      case Role::kEmbedding:
-      case Role::kOutput:
-        return place_vocabulary(tensor);
-      case Role::kQuery:
-      case Role::kKey:
-      case Role::kValue:
-        return place_qkv(tensor);
-      case Role::kGate:
-      case Role::kUp: {
-        TRANSFUSE_ASSIGN_OR_RETURN(const Box box, slice(tensor, 0, tp_));
-        const int64_t rows = box.length[0];
-        put(tensor, box, with_module(tensor.name, "gate_up_proj"), 2 * rows,
-            tensor.role == Role::kUp ? rows : 0);
-        return {};
-      }
-      case Role::kAttentionOutput:
-      case Role::kDown: {
-        TRANSFUSE_ASSIGN_OR_RETURN(const Box box, slice(tensor, 1, tp_));
-        put(tensor, box, tensor.name, box.length[0], 0);
-        return {};
-      }
-      default:
-        put(tensor, Box::whole(tensor.shape), tensor.name, tensor.shape[0], 0);
-        return {};
-    }
-  }
-
-  Result<void> place_vocabulary(const ModelTensor& tensor) {
-    const int64_t rows = tensor.shape[0];
-    const int64_t padded =
-        (rows + kVocabularyMultiple - 1) / kVocabularyMultiple * kVocabularyMultiple;
-    TRANSFUSE_ASSIGN_OR_RETURN(const int64_t held, divide(tensor, "padded rows", padded, tp_));
-    Box box = Box::whole(tensor.shape);
-    box.offset[0] = std::min(tp_.rank * held, rows);
-    box.length[0] = std::min((tp_.rank + 1) * held, rows) - box.offset[0];
-    const uint32_t parameter = put(tensor, box, tensor.name, held, 0);
-    const Dims length = {held - box.length[0], tensor.shape[1]};
-    builder_.fill(parameter, box.element_count(), length, row_major_strides(length));
+  Result<void> place(const ModelTensor& tensor, const Piece& piece) {
+    if (piece.expert >= 0) return place_expert(tensor, piece);
+    TRANSFUSE_ASSIGN_OR_RETURN(const Slice slice, cut(tensor, piece, tp_));
+    const auto fused = std::ranges::find(kFused, piece.role, &Fused::role);
+    const bool own = fused == kFused.end();
+    const Destination to =
+        destination(tensor, piece, own ? tensor.name : with_module(tensor.name, fused->module),
+                    own ? 0 : fused->place);
+    TRANSFUSE_RETURN_IF_ERROR(slices_.add(to, tensor, piece, slice));
+    if (split_of(piece.role) == Split::kVocabulary) add_padding(to, piece, slice);
     return {};
   }
 
-  Result<void> place_qkv(const ModelTensor& tensor) {
-    const ModelConfig& c = model_.config;
-    TRANSFUSE_ASSIGN_OR_RETURN(const Share q, heads("num_attention_heads", c.num_attention_heads));
-    TRANSFUSE_ASSIGN_OR_RETURN(const Share kv, heads("num_key_value_heads", c.num_key_value_heads));
-    const bool is_query = tensor.role == Role::kQuery;
-    Box box = Box::whole(tensor.shape);
-    box.offset[0] = (is_query ? q : kv).rank * c.head_dim;
-    box.length[0] = (is_query ? q : kv).size * c.head_dim;
-    const int64_t before = is_query ? 0 : q.size + (tensor.role == Role::kValue ? kv.size : 0);
-    put(tensor, box, with_module(tensor.name, "qkv_proj"), (q.size + 2 * kv.size) * c.head_dim,
-        before * c.head_dim);
-    return {};
+  Destination destination(const ModelTensor& tensor, const Piece& piece, std::string name,
+                          int64_t place) const {
+    const bool f32 = std::ranges::find(traits_.f32_roles, piece.role) != traits_.f32_roles.end();
+    return {.parameter = renamed(std::move(name), traits_.renames),
+            .dtype = f32 ? Dtype::kF32 : held_dtype(tensor, spec_),
+            .place = place};
   }
 
-  // The first head that this rank holds of `count`, and how many. Fewer heads than ranks: one,
-  // which several ranks repeat.
-  Result<Share> heads(const char* field, int64_t count) const {
-    if (count % tp_.size == 0) {
-      return Share{.rank = tp_.rank * (count / tp_.size), .size = count / tp_.size};
+  // What this rank holds of a matrix, of which each of `share.size` ranks has a part.
+  Result<Slice> cut(const ModelTensor& tensor, const Piece& piece, Share share) const {
+    Slice slice = whole_slice(piece);
+    const int64_t rows = piece.shape[0];
+    switch (split_of(piece.role)) {
+      case Split::kReplicated:
+        return slice;
+      case Split::kVocabulary: {
+        TRANSFUSE_ASSIGN_OR_RETURN(const Range padded,
+                                   part_of(tensor, "padded rows", padded_rows(rows), share));
+        slice.rows = {std::min(padded.begin, rows), std::min(padded.end, rows)};
+        return slice;
+      }
+      case Split::kColumn: {
+        TRANSFUSE_ASSIGN_OR_RETURN(slice.rows, part_of(tensor, "rows", rows, share));
+        return slice;
+      }
+      case Split::kHeads: {
+        TRANSFUSE_ASSIGN_OR_RETURN(slice.rows, heads(piece));
+        return slice;
+      }
+      case Split::kRow: {
+        if (tensor.content == Content::kBias) return slice;
+        TRANSFUSE_ASSIGN_OR_RETURN(slice.columns,
+                                   part_of(tensor, "columns", piece.shape[1], share));
+        return slice;
+      }
     }
-    if (tp_.size % count == 0) return Share{.rank = tp_.rank / (tp_.size / count), .size = 1};
+    check_failed(__FILE__, __LINE__, "a Split outside the enum");
+  }
+
+  static int64_t padded_rows(int64_t rows) {
+    return (rows + kVocabularyMultiple - 1) / kVocabularyMultiple * kVocabularyMultiple;
+  }
+
+  void add_padding(Destination to, const Piece& piece, const Slice& slice) {
+    const int64_t held = padded_rows(piece.shape[0]) / tp_.size;
+    to.place = 1;
+    slices_.add_zeros(to, held - slice.rows.count());
+  }
+
+  // Keys and values have fewer heads than queries: where those are fewer than ranks, several ranks
+  // repeat one.
+  Result<Range> heads(const Piece& piece) const {
+    const bool repeats = piece.role == Role::kKey || piece.role == Role::kValue;
+    const int64_t count =
+        repeats ? model_.config.num_key_value_heads : model_.config.num_attention_heads;
+    const int64_t head_rows = piece.shape[0] / count;
+    if (count % tp_.size == 0) return share_of(piece.shape[0], tp_.rank, tp_.size);
+    if (repeats && tp_.size % count == 0) {
+      const int64_t head = tp_.rank / (tp_.size / count);
+      return Range{head * head_rows, (head + 1) * head_rows};
+    }
     return Error{ErrorCode::kInvalidArgument,
-                 fmt::format("vllm tp={}: expected a multiple or a divisor of {} = {}", tp_.size,
-                             field, count)};
+                 fmt::format("vllm tp={}: expected a {}divisor of {} = {}", tp_.size,
+                             repeats ? "multiple or a " : "",
+                             repeats ? "num_key_value_heads" : "num_attention_heads", count)};
   }
 
   // One matrix into the stack of all experts of this rank.
-  Result<void> place_expert(const ModelTensor& tensor) {
-    const int64_t experts = model_.expert_count();
-    const int64_t local = expert_share_.local(tensor.expert, experts);
+  Result<void> place_expert(const ModelTensor& tensor, const Piece& piece) {
+    const int64_t local = expert_share_.local(piece.expert, model_.expert_count());
     if (local < 0) return {};
-    const bool down = tensor.role == Role::kDown;
-    TRANSFUSE_ASSIGN_OR_RETURN(const Box box, slice(tensor, down ? 1 : 0, expert_tp_));
-    const int64_t rows = box.length[0];
-    const int64_t expert_rows = down ? rows : 2 * rows;
-    const bool second = !down && (tensor.role == Role::kUp) != spec_.up_before_gate;
-    const size_t stem = tensor.name.find(".experts.");
+    const bool down = piece.role == Role::kDown;
+    TRANSFUSE_ASSIGN_OR_RETURN(const Slice slice, cut(tensor, piece, expert_tp_));
+    const bool second = !down && (piece.role == Role::kUp) != spec_.up_before_gate;
+    const std::string_view stem =
+        std::string_view(tensor.name).substr(0, tensor.name.find(".experts."));
+    const char* content = tensor.content == Content::kBias    ? "bias"
+                          : tensor.content == Content::kScale ? "weight_scale_inv"
+                                                              : "weight";
     const std::string name =
-        fmt::format("{}.experts.routed_experts.{}", std::string_view(tensor.name).substr(0, stem),
-                    down ? "w2_weight" : "w13_weight");
-    put(tensor, box, name, expert_share_.count(experts) * expert_rows,
-        local * expert_rows + (second ? rows : 0));
-    return {};
+        fmt::format("{}.experts.routed_experts.{}_{}", stem, down ? "w2" : "w13", content);
+    return slices_.add(destination(tensor, piece, name, 2 * local + (second ? 1 : 0)), tensor,
+                       piece, slice);
   }
 
-  Result<int64_t> divide(const ModelTensor& tensor, const char* what, int64_t count,
-                         Share share) const {
-    if (count % share.size != 0) {
-      return Error{ErrorCode::kInvalidArgument,
-                   fmt::format("vllm tp={}{} does not divide the {} {} of {}", spec_.tp,
-                               share.size == spec_.tp ? "" : fmt::format(" x dp={}", spec_.dp),
-                               count, what, tensor.name)};
-    }
-    return count / share.size;
-  }
-
-  Result<Box> slice(const ModelTensor& tensor, int dim, Share share) const {
-    Box box = Box::whole(tensor.shape);
-    TRANSFUSE_ASSIGN_OR_RETURN(
-        box.length[dim], divide(tensor, dim == 0 ? "rows" : "columns", tensor.shape[dim], share));
-    box.offset[dim] = share.rank * box.length[dim];
-    return box;
-  }
-
-  // `box` from row `first_row` of a parameter of `rows` rows, each as long as the box's.
-  uint32_t put(const ModelTensor& tensor, const Box& box, const std::string& parameter,
-               int64_t rows, int64_t first_row) {
-    const int64_t width = box.length.rank() > 1 ? box.length[1] : 1;
-    const uint32_t p = builder_.parameter({parameter, spec_.dtype, rows * width});
-    builder_.tile(builder_.tensor({tensor.name, model_.config.dtype, tensor.shape}), box, p,
-                  first_row * width);
-    return p;
+  Result<Range> part_of(const ModelTensor& tensor, const char* what, int64_t count,
+                        Share share) const {
+    if (count % share.size == 0) return share_of(count, share.rank, share.size);
+    return Error{ErrorCode::kInvalidArgument,
+                 fmt::format("vllm tp={}{} does not divide the {} {} of {}", spec_.tp,
+                             share.size == spec_.tp ? "" : fmt::format(" x dp={}", spec_.dp), count,
+                             what, tensor.name)};
   }
 
   const Model& model_;
+  const EngineTraits& traits_;
   const ParallelSpec& spec_;
   const Share tp_;
   const int64_t stage_;
   const Share expert_tp_;
   const ExpertShare expert_share_;
-  LayoutBuilder builder_;
+  Slices slices_;
 };
 
 // tp fastest, then stages, then dp. Experts see all tp and dp ranks of a stage as one group.

@@ -100,14 +100,14 @@ TEST(Plan, I1_OverlapIsReportedWithTensorAndBox) {
 
 TEST(Plan, I1_ADtypeWithoutACastIsReportedForThatPairOfParametersAlone) {
   const Layout target =
-      layout_of({{.shape = {4}, .box = {{0}, {2}}, .dtype = Dtype::kF32},
+      layout_of({{.shape = {4}, .box = {{0}, {2}}, .dtype = Dtype::kF16},
                  {.shape = {4}, .box = {{2}, {2}}, .dtype = Dtype::kBF16, .parameter = "q"}});
   const auto findings = diagnose(target, std::vector{whole({4}, Dtype::kBF16)});
   ASSERT_EQ(findings.size(), 1u);
   EXPECT_EQ(findings[0].kind, FindingKind::kDtype);
   EXPECT_EQ(findings[0].tensor, "t");
   EXPECT_EQ(findings[0].box, (Box{{0}, {2}}));
-  EXPECT_THAT(findings[0].reason, HasSubstr("expects f32"));
+  EXPECT_THAT(findings[0].reason, HasSubstr("expects f16"));
   EXPECT_TRUE(diagnose(target, std::vector{whole({4}, Dtype::kF32)}).empty());
 }
 

@@ -23,63 +23,188 @@ bool ends_with_any(const std::string& name, const std::vector<std::string>& ends
   return false;
 }
 
-}  // namespace
+int64_t blocks(int64_t count, int64_t block) {
+  return count / block + (count % block != 0 ? 1 : 0);
+}
 
-StateDict hf_state(const ModelConfig& c) {
-  StateDict out;
-  int32_t next = 1;
-  const auto add = [&](const std::string& name, const std::vector<int64_t>& shape) {
+// The published checkpoint of a model, tensor by tensor; every element has a value of its own.
+class Checkpoint {
+ public:
+  explicit Checkpoint(const ModelConfig& config) : c_(config) {}
+
+  StateDict make() {
+    add("model.embed_tokens.weight", {c_.vocab_size, c_.hidden_size});
+    add("model.norm.weight", {c_.hidden_size});
+    if (!c_.tie_word_embeddings) add("lm_head.weight", {c_.vocab_size, c_.hidden_size});
+    for (int64_t n = 0; n < c_.num_hidden_layers; ++n) add_layer(n);
+    for (int64_t n = c_.num_hidden_layers; n < c_.num_hidden_layers + c_.mtp_layers; ++n) {
+      const std::string p = "model.layers." + std::to_string(n) + ".";
+      add_layer(n);
+      for (const char* norm : {"enorm", "hnorm", "shared_head.norm"}) {
+        add(p + norm + ".weight", {c_.hidden_size});
+      }
+      add(p + "eh_proj.weight", {c_.hidden_size, 2 * c_.hidden_size});
+      add(p + "embed_tokens.weight", {c_.vocab_size, c_.hidden_size});
+      add(p + "shared_head.head.weight", {c_.vocab_size, c_.hidden_size});
+    }
+    return std::move(out_);
+  }
+
+ private:
+  void add(const std::string& name, const std::vector<int64_t>& shape) {
     Tensor tensor = Tensor::zeros(shape);
-    for (int32_t& value : tensor.data) value = next++;
-    out.emplace(name, std::move(tensor));
-  };
-  const bool moe = c.architecture == "qwen3_moe";
-  const int64_t h = c.hidden_size;
-  const int64_t q = c.num_attention_heads * c.head_dim;
-  const int64_t kv = c.num_key_value_heads * c.head_dim;
-  add("model.embed_tokens.weight", {c.vocab_size, h});
-  add("model.norm.weight", {h});
-  if (!c.tie_word_embeddings) add("lm_head.weight", {c.vocab_size, h});
-  for (int64_t n = 0; n < c.num_hidden_layers; ++n) {
+    for (int32_t& value : tensor.data) value = next_++;
+    TRANSFUSE_CHECK(out_.emplace(name, std::move(tensor)).second);
+  }
+  // A quantised one has scales.
+  void linear(const std::string& name, int64_t rows, int64_t columns) {
+    add(name + ".weight", {rows, columns});
+    if (c_.scale_block_rows == 0) return;
+    add(name + ".weight_scale_inv",
+        {blocks(rows, c_.scale_block_rows), blocks(columns, c_.scale_block_columns)});
+  }
+  void mlp(const std::string& prefix, int64_t width) {
+    const bool mixtral = c_.architecture == "mixtral";
+    linear(prefix + (mixtral ? "w1" : "gate_proj"), width, c_.hidden_size);
+    linear(prefix + (mixtral ? "w3" : "up_proj"), width, c_.hidden_size);
+    linear(prefix + (mixtral ? "w2" : "down_proj"), c_.hidden_size, width);
+  }
+
+  void add_layer(int64_t n) {
     const std::string p = "model.layers." + std::to_string(n) + ".";
-    add(p + "input_layernorm.weight", {h});
-    add(p + "post_attention_layernorm.weight", {h});
+    const std::string& family = c_.architecture;
+    add(p + "input_layernorm.weight", {c_.hidden_size});
+    add(p + "post_attention_layernorm.weight", {c_.hidden_size});
+    if (family == "gemma3_text") {
+      add(p + "pre_feedforward_layernorm.weight", {c_.hidden_size});
+      add(p + "post_feedforward_layernorm.weight", {c_.hidden_size});
+    }
+    if (family == "deepseek_v3") {
+      add_latent_attention(p + "self_attn.");
+    } else {
+      add_attention(p + "self_attn.");
+    }
+    if (!has_experts(c_, n)) return mlp(p + "mlp.", c_.intermediate_size);
+    const std::string moe = p + (family == "mixtral" ? "block_sparse_moe." : "mlp.");
+    add(moe + "gate.weight", {c_.num_experts, c_.hidden_size});
+    if (family == "glm4_moe" || family == "deepseek_v3") {
+      add(moe + "gate.e_score_correction_bias", {c_.num_experts});
+      mlp(moe + "shared_experts.", c_.moe_intermediate_size * c_.shared_experts);
+    }
+    for (int64_t x = 0; x < c_.num_experts; ++x) {
+      mlp(moe + "experts." + std::to_string(x) + ".", c_.moe_intermediate_size);
+    }
+  }
+
+  void add_attention(const std::string& p) {
+    const int64_t q = c_.num_attention_heads * c_.head_dim;
+    const int64_t kv = c_.num_key_value_heads * c_.head_dim;
     for (const auto& [name, rows] :
          std::vector<std::pair<const char*, int64_t>>{{"q", q}, {"k", kv}, {"v", kv}}) {
-      const std::string linear = fmt::format("{}self_attn.{}_proj", p, name);
-      add(linear + ".weight", {rows, h});
-      if (c.architecture == "qwen2") add(linear + ".bias", {rows});
+      const std::string linear = fmt::format("{}{}_proj", p, name);
+      add(linear + ".weight", {rows, c_.hidden_size});
+      if (has_qkv_bias(c_)) add(linear + ".bias", {rows});
     }
-    add(p + "self_attn.o_proj.weight", {h, q});
-    if (c.architecture.starts_with("qwen3")) {
-      add(p + "self_attn.q_norm.weight", {c.head_dim});
-      add(p + "self_attn.k_norm.weight", {c.head_dim});
+    add(p + "o_proj.weight", {c_.hidden_size, q});
+    if (has_qk_norm(c_)) {
+      add(p + "q_norm.weight", {c_.head_dim});
+      add(p + "k_norm.weight", {c_.head_dim});
     }
-    if (moe) add(p + "mlp.gate.weight", {c.num_experts, h});
-    for (int64_t x = 0; x < (moe ? c.num_experts : 1); ++x) {
-      const std::string mlp = p + (moe ? "mlp.experts." + std::to_string(x) + "." : "mlp.");
-      const int64_t width = moe ? c.moe_intermediate_size : c.intermediate_size;
-      add(mlp + "gate_proj.weight", {width, h});
-      add(mlp + "up_proj.weight", {width, h});
-      add(mlp + "down_proj.weight", {h, width});
+  }
+
+  void add_latent_attention(const std::string& p) {
+    const int64_t heads = c_.num_attention_heads;
+    linear(p + "q_a_proj", c_.q_lora_rank, c_.hidden_size);
+    add(p + "q_a_layernorm.weight", {c_.q_lora_rank});
+    linear(p + "q_b_proj", heads * (c_.qk_nope_head_dim + c_.qk_rope_head_dim), c_.q_lora_rank);
+    linear(p + "kv_a_proj_with_mqa", c_.kv_lora_rank + c_.qk_rope_head_dim, c_.hidden_size);
+    add(p + "kv_a_layernorm.weight", {c_.kv_lora_rank});
+    linear(p + "kv_b_proj", heads * (c_.qk_nope_head_dim + c_.v_head_dim), c_.kv_lora_rank);
+    linear(p + "o_proj", c_.hidden_size, heads * c_.v_head_dim);
+  }
+
+  const ModelConfig& c_;
+  StateDict out_;
+  int32_t next_ = 1;
+};
+
+// What a module of transformers 5 holds: gate and up of an expert in one, all experts in one.
+StateDict stack_experts(const ModelConfig& c, const StateDict& hf) {
+  StateDict out;
+  for (const auto& [name, tensor] : hf) {
+    const size_t at = name.find(".experts.");
+    std::string module = name;
+    const size_t mixtral = module.find(".block_sparse_moe.");
+    if (mixtral != std::string::npos) module.replace(mixtral, 18, ".mlp.");
+    if (at == std::string::npos) {
+      out.emplace(module, tensor);
+      continue;
     }
+    const std::string expert = name.substr(0, name.find('.', at + 9) + 1);
+    if (expert != name.substr(0, at + 9) + "0.") continue;
+    const std::string stem = module.substr(0, module.find(".experts.") + 9);
+    const bool v4 = c.architecture == "mixtral";
+    std::vector<Tensor> gate_up;
+    std::vector<Tensor> down;
+    for (int64_t x = 0; x < c.num_experts; ++x) {
+      const std::string one = fmt::format("{}{}.", name.substr(0, at + 9), x);
+      const auto stacked = [](const Tensor& t) { return t.view({1, t.shape[0], t.shape[1]}); };
+      gate_up.push_back(stacked(cat({hf.at(one + (v4 ? "w1" : "gate_proj") + ".weight"),
+                                     hf.at(one + (v4 ? "w3" : "up_proj") + ".weight")},
+                                    0)));
+      down.push_back(stacked(hf.at(one + (v4 ? "w2" : "down_proj") + ".weight")));
+    }
+    out.insert_or_assign(stem + "gate_up_proj", cat(gate_up, 0));
+    out.insert_or_assign(stem + "down_proj", cat(down, 0));
   }
   return out;
 }
 
+// What the "mtp" of a spec leaves.
+StateDict without_mtp(const ModelConfig& c, const StateDict& hf, const ParallelSpec& spec) {
+  StateDict out;
+  for (const auto& [name, tensor] : hf) {
+    const bool mtp =
+        name.starts_with("model.layers.") && std::stoll(name.substr(13)) >= c.num_hidden_layers;
+    const bool copy = ends_with_any(name, {".embed_tokens.weight", ".shared_head.head.weight"});
+    if (mtp && (spec.mtp == MtpTensors::kNone || (spec.mtp == MtpTensors::kShared && copy))) {
+      continue;
+    }
+    out.emplace(name, tensor);
+  }
+  return out;
+}
+
+}  // namespace
+
+bool has_qkv_bias(const ModelConfig& c) {
+  return c.architecture == "qwen2" || (c.architecture == "glm4_moe" && c.attention_bias);
+}
+bool has_qk_norm(const ModelConfig& c) {
+  return c.architecture.starts_with("qwen3") || c.architecture == "gemma3_text" ||
+         (c.architecture == "glm4_moe" && c.qk_norm);
+}
+bool has_experts(const ModelConfig& c, int64_t layer) {
+  return c.num_experts > 0 && layer >= c.dense_layers;
+}
+
+StateDict hf_state(const ModelConfig& c) { return Checkpoint(c).make(); }
+
 // parallelize_module cuts first (columns of row-wise linears, rows of the others), fully_shard then
 // cuts dim 0 of what is left. Mesh (dp, tp).
-StateDict fsdp_state(const StateDict& hf, const ParallelSpec& spec, int64_t rank) {
+StateDict fsdp_state(const ModelConfig& config, const StateDict& hf, const ParallelSpec& spec,
+                     int64_t rank) {
   const int64_t tp_rank = rank % spec.tp;
   const int64_t dp_rank = rank / spec.tp % spec.dp;
   StateDict out;
-  for (const auto& [name, tensor] : hf) {
+  for (const auto& [name, tensor] : spec.stacked_experts ? stack_experts(config, hf) : hf) {
+    const std::string module = name.substr(0, name.rfind('.') + 1);
     Tensor local = tensor;
-    if (ends_with_any(name, {"o_proj.weight", "down_proj.weight"})) {
+    if (ends_with_any(module, {".o_proj.", ".down_proj.", ".w2."})) {
       local = local.chunk(spec.tp, tp_rank, 1);
-    } else if (ends_with_any(name, {"q_proj.weight", "k_proj.weight", "v_proj.weight", ".bias",
-                                    "gate_proj.weight", "up_proj.weight", "embed_tokens.weight",
-                                    "lm_head.weight"})) {
+    } else if (ends_with_any(module, {".q_proj.", ".k_proj.", ".v_proj.", ".q_b_proj.",
+                                      ".kv_b_proj.", ".gate_proj.", ".up_proj.", ".w1.", ".w3.",
+                                      ".eh_proj.", ".head.", ".embed_tokens.", "lm_head."})) {
       local = local.chunk(spec.tp, tp_rank, 0);
     }
     out.emplace(name, local.chunk(spec.dp, dp_rank, 0));
@@ -140,7 +265,11 @@ class VllmWorker {
   void load_one(const std::string& name, const Tensor& tensor) {
     if (name.starts_with("model.layers.")) {
       const int64_t layer = std::stoll(name.substr(13));
-      if (layer < start_layer_ || layer >= end_layer_) return;  // PPMissingLayer
+      if (layer < start_layer_ || layer >= end_layer_) return;  // PPMissingLayer, or a draft model
+    }
+    if (c_.architecture == "deepseek_v3" && !c_.noaux_routing &&
+        name.ends_with("e_score_correction_bias")) {
+      return;
     }
     if (name.find(".experts.") != std::string::npos) return load_expert(name, tensor);
     if (ends_with_any(name, {"embed_tokens.weight", "lm_head.weight", "model.norm.weight"})) {
@@ -153,18 +282,37 @@ class VllmWorker {
       std::string fused = name;
       return load_qkv(fused.replace(at, part.size(), ".qkv_proj."), *shard, tensor);
     }
+    const bool scale = name.ends_with("_scale_inv");
     for (const int64_t shard : {0, 1}) {
       const std::string part = shard == 0 ? ".gate_proj." : ".up_proj.";
       const size_t at = name.find(part);
       if (at == std::string::npos) continue;
       std::string fused = name;
-      const int64_t size = tensor.shape[0] / spec_.tp;
+      const int64_t size = per_rank(tensor.shape[0]);
       parameter(fused.replace(at, part.size(), ".gate_up_proj."), {2 * size, tensor.shape[1]})
           .copy_into(0, shard * size, tensor.narrow(0, tp_rank_ * size, size));
       return;
     }
-    if (ends_with_any(name, {"o_proj.weight", "down_proj.weight"})) {
-      const int64_t size = tensor.shape[1] / spec_.tp;
+    const std::string module = name.substr(0, name.rfind('.') + 1);
+    for (const bool first : {true, false}) {
+      const std::string part = first ? ".q_a_proj." : ".kv_a_proj_with_mqa.";
+      if (!module.ends_with(part)) continue;
+      const int64_t unit = scale ? c_.scale_block_rows : 1;
+      const int64_t q_rows = blocks(c_.q_lora_rank, unit);
+      const int64_t rows = q_rows + blocks(c_.kv_lora_rank + c_.qk_rope_head_dim, unit);
+      std::string fused = name;
+      parameter(fused.replace(module.size() - part.size(), part.size(), ".fused_qkv_a_proj."),
+                {rows, tensor.shape[1]})
+          .copy_into(0, first ? 0 : q_rows, tensor);
+      return;
+    }
+    if (ends_with_any(module, {".q_b_proj.", ".kv_b_proj."})) {
+      const int64_t size = per_rank(tensor.shape[0]);
+      parameter(name, {size, tensor.shape[1]}) = tensor.narrow(0, tp_rank_ * size, size);
+      return;
+    }
+    if (ends_with_any(module, {".o_proj.", ".down_proj."})) {
+      const int64_t size = per_rank(tensor.shape[1]);
       parameter(name, {tensor.shape[0], size})
           .copy_into(0, 0, tensor.narrow(1, tp_rank_ * size, size));
       return;
@@ -172,9 +320,15 @@ class VllmWorker {
     parameter(name, tensor.shape) = tensor;
   }
 
-  // The dense models skip what a stage does not use; Qwen3MoeModel makes all of it everywhere.
+  int64_t per_rank(int64_t count) const {
+    TRANSFUSE_CHECK(count % spec_.tp == 0);
+    return count / spec_.tp;
+  }
+
+  // Most models skip what a stage does not use; some make all of it everywhere.
   void load_outer(const std::string& name, const Tensor& tensor) {
-    const bool everywhere = c_.architecture == "qwen3_moe";
+    const bool everywhere = c_.architecture == "qwen3_moe" || c_.architecture == "mixtral" ||
+                            c_.architecture == "gemma3_text";
     const bool last = pp_rank_ == spec_.pp - 1;
     const bool first = pp_rank_ == 0;
     const bool embedding = name == "model.embed_tokens.weight";
@@ -248,20 +402,22 @@ class VllmWorker {
     const auto map = expert_map(ep ? flat_size : 1, ep ? flat_rank : 0, count);
     const int64_t local = map[static_cast<size_t>(expert)];
     if (local < 0) return;
-    const int64_t width = c_.moe_intermediate_size / tp_size;
+    const bool down = ends_with_any(name.substr(0, name.rfind('.')), {".down_proj", ".w2"});
+    const int dim = down ? 1 : 0;
+    const int64_t width = tensor.shape[static_cast<size_t>(dim)] / tp_size;
+    TRANSFUSE_CHECK(width * tp_size == tensor.shape[static_cast<size_t>(dim)]);
+    const Tensor shard = tensor.narrow(dim, tp_rank * width, width);
     const std::string prefix = name.substr(0, at) + ".experts.routed_experts.";
-    const auto into = [&](Tensor& stack, int64_t row, const Tensor& value) {
+    const std::string suffix = "_" + name.substr(name.rfind('.') + 1);
+    const auto into = [&](Tensor& stack, int64_t row) {
       Tensor one = stack.narrow(0, local, 1).view({stack.shape[1], stack.shape[2]});
-      one.copy_into(0, row, value);
+      one.copy_into(0, row, shard);
       stack.copy_into(0, local, one.view({1, stack.shape[1], stack.shape[2]}));
     };
-    if (name.ends_with("down_proj.weight")) {
-      return into(parameter(prefix + "w2_weight", {count, c_.hidden_size, width}), 0,
-                  tensor.narrow(1, tp_rank * width, width));
-    }
-    const bool second = name.ends_with("up_proj.weight") != spec_.up_before_gate;
-    into(parameter(prefix + "w13_weight", {count, 2 * width, c_.hidden_size}), second ? width : 0,
-         tensor.narrow(0, tp_rank * width, width));
+    if (down) return into(parameter(prefix + "w2" + suffix, {count, shard.shape[0], width}), 0);
+    const bool is_up = ends_with_any(name.substr(0, name.rfind('.')), {".up_proj", ".w3"});
+    into(parameter(prefix + "w13" + suffix, {count, 2 * width, shard.shape[1]}),
+         is_up != spec_.up_before_gate ? width : 0);
   }
 
   const ModelConfig& c_;
@@ -283,10 +439,11 @@ StateDict vllm_state(const ModelConfig& config, const StateDict& hf, const Paral
 
 StateDict rank_state(const ModelConfig& config, const StateDict& hf, const ParallelSpec& spec,
                      int64_t rank) {
-  if (spec.family == "fsdp") return fsdp_state(hf, spec, rank);
   if (spec.family == "vllm") return vllm_state(config, hf, spec, rank);
   if (spec.family == "megatron") return megatron_state(config, hf, spec, rank);
-  return hf;
+  const StateDict held = without_mtp(config, hf, spec);
+  if (spec.family == "fsdp") return fsdp_state(config, held, spec, rank);
+  return spec.stacked_experts ? stack_experts(config, held) : held;
 }
 
 }  // namespace transfuse::frameworks

@@ -58,6 +58,7 @@ class MegatronProcess {
           // The first and the last stage each hold the shared weight.
           set("output_layer.weight", vocabulary(embedding));
         }
+        load_mtp(first);
       }
       for (int64_t local = 0; local < layers_to_build(chunk); ++local) {
         load_layer("decoder.layers." + std::to_string(local) + ".", layer_offset(chunk) + local);
@@ -133,24 +134,33 @@ class MegatronProcess {
 
   // Each rank's part of gate and of up, one after the other.
   Tensor gated(const std::string& mlp, int64_t size, int64_t rank) const {
-    return cat({hf_.at(mlp + "gate_proj.weight").chunk(size, rank, 0),
-                hf_.at(mlp + "up_proj.weight").chunk(size, rank, 0)},
+    const bool mixtral = c_.architecture == "mixtral";
+    return cat({hf_.at(mlp + (mixtral ? "w1" : "gate_proj") + ".weight").chunk(size, rank, 0),
+                hf_.at(mlp + (mixtral ? "w3" : "up_proj") + ".weight").chunk(size, rank, 0)},
                0);
+  }
+  Tensor down(const std::string& mlp, int64_t size, int64_t rank) const {
+    const bool mixtral = c_.architecture == "mixtral";
+    return hf_.at(mlp + (mixtral ? "w2" : "down_proj") + ".weight").chunk(size, rank, 1);
   }
 
   void load_layer(const std::string& to, int64_t global) {
     const std::string from = "model.layers." + std::to_string(global) + ".";
     const std::string attention = from + "self_attn.";
-    const bool moe = c_.architecture == "qwen3_moe";
+    const bool moe = has_experts(c_, global);
+    const bool gemma = c_.architecture == "gemma3_text";
+    const bool latent = c_.architecture == "deepseek_v3";
     const bool fused_norms = !spec_.separate_norms;
-    set(to + (fused_norms ? "self_attention.linear_qkv.layer_norm_weight"
-                          : "input_layernorm.weight"),
+    set(to + (fused_norms && !latent ? "self_attention.linear_qkv.layer_norm_weight"
+                                     : "input_layernorm.weight"),
         hf_.at(from + "input_layernorm.weight"));
-    set(to + "self_attention.linear_qkv.weight", qkv(attention, "weight"));
-    if (c_.architecture == "qwen2") {
-      set(to + "self_attention.linear_qkv.bias", qkv(attention, "bias"));
+    if (latent) {
+      load_latent_attention(to + "self_attention.", attention);
+    } else {
+      set(to + "self_attention.linear_qkv.weight", qkv(attention, "weight"));
     }
-    if (c_.architecture.starts_with("qwen3")) {
+    if (has_qkv_bias(c_)) set(to + "self_attention.linear_qkv.bias", qkv(attention, "bias"));
+    if (has_qk_norm(c_)) {
       set(to + "self_attention.q_layernorm.weight", hf_.at(attention + "q_norm.weight"));
       set(to + "self_attention.k_layernorm.weight", hf_.at(attention + "k_norm.weight"));
     }
@@ -159,15 +169,46 @@ class MegatronProcess {
     // In a layer of experts the norm cannot be fused: it comes before the router too.
     set(to +
             (fused_norms && !moe ? "mlp.linear_fc1.layer_norm_weight" : "pre_mlp_layernorm.weight"),
-        hf_.at(from + "post_attention_layernorm.weight"));
-    if (moe) return load_experts(to + "mlp.", from + "mlp.");
+        hf_.at(from + (gemma ? "pre_feedforward" : "post_attention") + "_layernorm.weight"));
+    if (gemma) {
+      set(to + "self_attention.linear_proj.post_layernorm.weight",
+          hf_.at(from + "post_attention_layernorm.weight"));
+      set(to + "mlp.linear_fc2.post_layernorm.weight",
+          hf_.at(from + "post_feedforward_layernorm.weight"));
+    }
+    if (moe) {
+      return load_experts(to + "mlp.",
+                          from + (c_.architecture == "mixtral" ? "block_sparse_moe." : "mlp."));
+    }
     set(to + "mlp.linear_fc1.weight", gated(from + "mlp.", spec_.tp, tp_rank_));
-    set(to + "mlp.linear_fc2.weight",
-        hf_.at(from + "mlp.down_proj.weight").chunk(spec_.tp, tp_rank_, 1));
+    set(to + "mlp.linear_fc2.weight", down(from + "mlp.", spec_.tp, tp_rank_));
+  }
+
+  // The linears down are duplicated by TransformerEngine's, column parallel without it.
+  void load_latent_attention(const std::string& to, const std::string& from) {
+    for (const char* x : {"q", "kv"}) {
+      const bool q = std::string(x) == "q";
+      const Tensor& down = hf_.at(from + (q ? "q_a_proj.weight" : "kv_a_proj_with_mqa.weight"));
+      set(fmt::format("{}linear_{}_down_proj.weight", to, x),
+          spec_.separate_norms ? down.chunk(spec_.tp, tp_rank_, 0) : down);
+      set(fmt::format("{}linear_{}_up_proj.weight", to, x),
+          hf_.at(from + (q ? "q_b_proj.weight" : "kv_b_proj.weight")).chunk(spec_.tp, tp_rank_, 0));
+      set(spec_.separate_norms ? fmt::format("{}{}_layernorm.weight", to, x)
+                               : fmt::format("{}linear_{}_up_proj.layer_norm_weight", to, x),
+          hf_.at(from + (q ? "q_a_layernorm.weight" : "kv_a_layernorm.weight")));
+    }
   }
 
   void load_experts(const std::string& to, const std::string& from) {
     set(to + "router.weight", hf_.at(from + "gate.weight"));
+    const auto bias = hf_.find(from + "gate.e_score_correction_bias");
+    if (bias != hf_.end()) set(to + "router.expert_bias", bias->second);
+    if (c_.shared_experts > 0) {
+      set(to + "shared_experts.linear_fc1.weight",
+          gated(from + "shared_experts.", spec_.tp, tp_rank_));
+      set(to + "shared_experts.linear_fc2.weight",
+          down(from + "shared_experts.", spec_.tp, tp_rank_));
+    }
     const int64_t held = c_.num_experts / spec_.ep;
     for (int64_t local = 0; local < held; ++local) {
       const std::string expert = fmt::format("{}experts.{}.", from, ep_rank_ * held + local);
@@ -177,7 +218,24 @@ class MegatronProcess {
                    : fmt::format("{}experts.{}.weight{}", to, linear, local);
       };
       set(name("linear_fc1"), gated(expert, etp_size_, etp_rank_));
-      set(name("linear_fc2"), hf_.at(expert + "down_proj.weight").chunk(etp_size_, etp_rank_, 1));
+      set(name("linear_fc2"), down(expert, etp_size_, etp_rank_));
+    }
+  }
+
+  // On the last stage, which has an embedding for them. The output is the model's.
+  void load_mtp(bool has_embedding) {
+    if (c_.mtp_layers == 0 || spec_.mtp == MtpTensors::kNone) return;
+    if (!has_embedding) {
+      set("embedding.word_embeddings.weight", vocabulary(hf_.at("model.embed_tokens.weight")));
+    }
+    for (int64_t k = 0; k < c_.mtp_layers; ++k) {
+      const std::string to = fmt::format("mtp.layers.{}.", k);
+      const std::string from = fmt::format("model.layers.{}.", c_.num_hidden_layers + k);
+      set(to + "enorm.weight", hf_.at(from + "enorm.weight"));
+      set(to + "hnorm.weight", hf_.at(from + "hnorm.weight"));
+      set(to + "eh_proj.weight", hf_.at(from + "eh_proj.weight").chunk(spec_.tp, tp_rank_, 0));
+      set(to + "final_layernorm.weight", hf_.at(from + "shared_head.norm.weight"));
+      load_layer(to + "mtp_model_layer.", c_.num_hidden_layers + k);
     }
   }
 

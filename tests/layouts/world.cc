@@ -55,7 +55,7 @@ void set_fills(const Layout& layout, StateDict& state, int32_t value) {
 
 World make_world(const ModelConfig& config, const StateDict& hf, const std::string& text) {
   ParallelSpec spec = parse_parallel_spec(text).value();
-  spec.dtype = Dtype::kI32;
+  spec.dtype = Dtype::kF32;  // engines hold some tensors so; the values are whole numbers
   World world{.name = text, .layouts = make_layouts(config, spec).value(), .states = {}};
   for (int64_t rank = 0; rank < spec.rank_count(); ++rank) {
     world.states.push_back(rank_state(config, hf, spec, rank));
