@@ -21,6 +21,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe import moe_utils
@@ -33,6 +34,8 @@ from transfuse.demo.rl.megatron_trainer import CudaIsCpu
 torch.Tensor.cuda = lambda self, *_, **__: self
 torch.cuda.current_device = lambda: "cpu"
 moe_utils.te_general_gemm = None  # 0.16 forgets to say that it is missing
+if not isinstance(multi_latent_attention.TELinear, type):  # asked for with isinstance()
+    multi_latent_attention.TELinear = type("Missing", (), {})
 CudaRNGStatesTracker.fork = lambda *_, **__: contextlib.nullcontext()
 
 
