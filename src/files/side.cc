@@ -27,8 +27,8 @@ namespace transfuse {
 namespace {
 
 // Other names that files of a framework may have: options that a spec can end with.
-constexpr std::array<std::string_view, 3> kOtherNames = {"norms=separate", "experts=sequential",
-                                                         "norms=separate,experts=sequential"};
+constexpr std::array<std::string_view, 4> kOtherNames = {
+    "norms=separate", "experts=sequential", "norms=separate,experts=sequential", "experts=stacked"};
 
 struct Stored {
   const StoredTensor* tensor = nullptr;

@@ -91,6 +91,7 @@ Result<ParallelSpec> completed(const ModelConfig& config, const ParallelSpec& sp
   ParallelSpec out = spec;
   bool separate = false;
   bool fused = false;
+  bool predicts_further = false;
   for (const LiveTensor& tensor : module.tensors) {
     const std::string_view name = without_chunk(tensor.name);
     if (name.find(".experts.local_experts.") != std::string_view::npos) {
@@ -100,6 +101,7 @@ Result<ParallelSpec> completed(const ModelConfig& config, const ParallelSpec& sp
     }
     separate = separate || name.ends_with(".input_layernorm.weight");
     fused = fused || name.ends_with(".layer_norm_weight");
+    predicts_further = predicts_further || name.starts_with("mtp.");
     const bool vocabulary =
         name == "embedding.word_embeddings.weight" || name == "output_layer.weight";
     if (!vocabulary || tensor.shape.rank() != 2) continue;
@@ -112,6 +114,7 @@ Result<ParallelSpec> completed(const ModelConfig& config, const ParallelSpec& sp
     }
   }
   out.separate_norms = separate && !fused;
+  if (!predicts_further) out.mtp = MtpTensors::kNone;
   if (static_cast<int64_t>(module.layers.size()) != spec.vpp) {
     return mismatch(fmt::format("model chunks of this rank: expected vpp = {}, found {}", spec.vpp,
                                 module.layers.size()));
