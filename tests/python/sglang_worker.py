@@ -22,12 +22,19 @@ os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 # What is imported at the top of SGLang's modules and only used to run or to serve a model.
 FOR_DEVICES = (
     "IPython av cutlass dill flashinfer interegular loguru nvtx outlines pynvml quack sgl_kernel "
-    "soundfile torchao torchvision triton triton_kernels xgrammar"
+    "torchao torchvision triton triton_kernels xgrammar"
 ).split()
 
 
-class Nothing:
-    """Stands for any class or function."""
+class NamesAtWill(type):
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Nothing
+
+
+class Nothing(metaclass=NamesAtWill):
+    """Stands for any class, function or constant."""
 
     def __init__(self, *args: Any, **options: Any) -> None: ...
     def __call__(self, *args: Any, **options: Any) -> Any:
