@@ -46,6 +46,14 @@ FAMILIES = {
 }
 
 
+# Of 3 layers with 8 experts and 4 copies.
+MAP = [
+    [7, 6, 5, 4, 3, 2, 1, 0, 7, 7, 7, 0],
+    [0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 6, 7],
+    [3, 1, 4, 1, 5, 2, 6, 5, 3, 5, 0, 7],
+]
+
+
 def write_model(folder, family, *, layers=3, tied=False):
     """A folder as SGLang reads it, and its weights: every element has a value of its own."""
     name, more = FAMILIES[family]
@@ -87,10 +95,12 @@ def write_model(folder, family, *, layers=3, tied=False):
         ("qwen3", False, {"tp": 8, "dp": 2}),
         ("qwen3", True, {"tp": 2, "pp": 2}),
         ("qwen3", True, {"tp": 4, "dp": 2}),
+        ("qwen3", False, {"tp": 4, "dp": 2, "lm_head": "attention"}),
         ("qwen3_moe", False, {"tp": 2}),
         ("qwen3_moe", False, {"tp": 4, "ep": 2}),
         ("qwen3_moe", False, {"tp": 4, "ep": 4, "dp": 2, "pp": 2}),
         ("qwen3_moe", False, {"tp": 4, "ep": 4, "redundant": 4}),
+        ("qwen3_moe", False, {"tp": 4, "ep": 2, "redundant": 4, "expert_map": MAP}),
         ("mixtral", False, {"tp": 2, "ep": 2}),
         ("mixtral", False, {"tp": 4, "pp": 2}),
         ("gemma3_text", True, {"tp": 2}),
@@ -105,8 +115,10 @@ def test_a_plan_puts_everything_where_load_weights_puts_it(
     children, execute, tmp_path, family, tied, world
 ):
     config, weights = write_model(tmp_path, family, tied=tied)
-    options = ["dtype=f32", *(f"{key}={value}" for key, value in world.items())]
-    spec = transfuse.parse_parallel_spec("sglang:" + ",".join(options))
+    options = [f"{key}={value}" for key, value in world.items() if key != "expert_map"]
+    spec = transfuse.parse_parallel_spec("sglang:" + ",".join(["dtype=f32", *options]))
+    if "expert_map" in world:
+        spec = transfuse.with_expert_map(spec, transfuse.ExpertMap(world["expert_map"]))
     targets = transfuse.make_layouts(config, spec)
     request = {"folder": str(tmp_path), "world": world, "size": len(targets)}
     children.start("sglang_worker.py", json.dumps(request))
