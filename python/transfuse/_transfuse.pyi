@@ -781,9 +781,34 @@ def dtensor_box(global_shape: Sequence[int], placements: Sequence[Placement], me
     The box of a DTensor that the process at a mesh coordinate holds, possibly empty.
     """
 
+<<<<<<< HEAD
 def flat_range_boxes(shape: Sequence[int], begin: int, end: int) -> list[Box]:
     """
     The boxes of elements begin to end of a row-major tensor, in the order of the elements.
+=======
+class ExpertMap:
+    """
+    Which logical expert every physical place of an engine holds (EPLB): one list a layer, of all decoder layers or of those with experts.
+    """
+
+    def __init__(self, physical_to_logical: Sequence[Sequence[int]], version: int = 0) -> None: ...
+
+    @property
+    def physical_to_logical(self) -> list[list[int]]: ...
+
+    @property
+    def version(self) -> int:
+        """The engine's own count."""
+
+def parse_expert_map(json: str) -> ExpertMap:
+    """
+    Reads {'version': 3, 'physical_to_logical_map': [[0, 1, ...], ...]}, or the list alone.
+    """
+
+def with_expert_map(spec: ParallelSpec, expert_map: ExpertMap) -> ParallelSpec:
+    """
+    The spec of an engine whose experts lie as the map says. make_layout refuses a map that does not fit the model.
+>>>>>>> sglang
     """
 
 class NativeArena:

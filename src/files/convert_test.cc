@@ -1,6 +1,7 @@
 // Conversions between layouts on disk, and all the ways in which they may not happen.
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sched.h>
 #include <sys/file.h>
@@ -14,6 +15,7 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -35,6 +37,7 @@ namespace transfuse::testing {
 namespace {
 
 using Convert = FilesTest;
+using ::testing::HasSubstr;
 
 void expect_same_tensors(const std::string& folder, const std::vector<HandMade>& tensors) {
   for (const HandMade& tensor : tensors) {
@@ -151,6 +154,52 @@ TEST_F(Convert, ExpertsOfAnEngineAreAStackInItsFiles) {
     }
   }
   EXPECT_EQ(stacks, 4);
+}
+
+TEST_F(Convert, CopiesOfExpertsByAMapFillTheStacksOfAnEngineAndComeBackOnce) {
+  const auto tensors = model(moe_config_json());
+  write_hf("start", tensors);
+  const std::string map = (folder_ / "map.json").string();
+  std::ofstream(map)
+      << R"({"version": 5, "physical_to_logical_map": [[2, 0, 0, 1], [1, 1, 2, 0]]})";
+  for (const std::string& engine : {"sglang:tp=4,ep=2,redundant=1,expert_map=" + map,
+                                    "vllm:tp=2,ep,redundant=1,expert_map=" + map}) {
+    auto write = request("hf", "start", engine, "ranks");
+    auto read = request(engine, "ranks", "hf", "end");
+    for (ConvertRequest* step : {&write, &read}) {
+      step->config_json = moe_config_json();
+      step->replace_target = true;
+      const auto report = convert_checkpoint(*step);
+      ASSERT_TRUE(report) << engine << ": " << report.error().to_string();
+    }
+    expect_same_tensors((folder_ / "end").string(), tensors);
+    const auto listing = list_checkpoint((folder_ / "ranks").string());
+    ASSERT_TRUE(listing);
+    for (const StoredTensor& tensor : listing->tensors) {
+      if (!tensor.name.ends_with("w13_weight")) continue;
+      EXPECT_EQ(tensor.shape[0], 2) << tensor.name;
+    }
+  }
+}
+
+TEST_F(Convert, ExpertMapsThatCannotBeReadAreNamed) {
+  write_hf("start", model(moe_config_json()));
+  const std::string map = (folder_ / "map.json").string();
+  auto step = request("hf", "start", "sglang:expert_map=" + map, "ranks");
+  step.config_json = moe_config_json();
+  const auto missing = convert_checkpoint(step);
+  ASSERT_FALSE(missing);
+  EXPECT_EQ(missing.error().code, ErrorCode::kNotFound);
+  EXPECT_THAT(missing.error().message, HasSubstr(map));
+  for (const auto& [json, text] : {std::pair{"[[0, 1", "expected a list of layers"},
+                                   std::pair{"[[0, 1, 1], [0, 1, 2]]", "holds expert 2"}}) {
+    std::ofstream(map) << json;
+    const auto bad = convert_checkpoint(step);
+    ASSERT_FALSE(bad) << json;
+    EXPECT_EQ(bad.error().code, ErrorCode::kInvalidArgument);
+    EXPECT_THAT(bad.error().message, HasSubstr(text));
+    EXPECT_FALSE(std::filesystem::exists(folder_ / "ranks"));
+  }
 }
 
 TEST_F(Convert, RankFilesHoldWhatTheFrameworkWouldAndPaddingIsZero) {

@@ -15,7 +15,7 @@
 
 #include "base/affinity.h"
 #include "copy/copy.h"
-#include "session/copies.h"
+#include "plan/copies.h"
 #include "session/copy_threads.h"
 #include "session/whole_layout.h"
 #include "transfuse/copy.h"

@@ -6,7 +6,7 @@
 #include <functional>
 #include <memory>
 
-#include "session/copies.h"
+#include "plan/copies.h"
 #include "session/copy_threads.h"
 #include "transfuse/layout.h"
 #include "transfuse/result.h"

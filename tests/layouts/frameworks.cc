@@ -389,6 +389,23 @@ class VllmWorker {
     return map;
   }
 
+  // The places of an expert on this rank, of `count` there.
+  std::vector<int64_t> places_of(int64_t layer, int64_t expert, int64_t ep_size, int64_t ep_rank,
+                                 int64_t& count) const {
+    std::vector<int64_t> places;
+    if (spec_.redundant == 0 && spec_.expert_map.physical_to_logical.empty()) {
+      const auto map = expert_map(ep_size, ep_rank, count);
+      if (map[static_cast<size_t>(expert)] >= 0) places = {map[static_cast<size_t>(expert)]};
+      return places;
+    }
+    const auto physical = physical_experts(c_, spec_, layer);
+    count = static_cast<int64_t>(physical.size()) / ep_size;
+    for (int64_t local = 0; local < count; ++local) {
+      if (physical[static_cast<size_t>(ep_rank * count + local)] == expert) places.push_back(local);
+    }
+    return places;
+  }
+
   // FusedMoE.weight_loader; tensor parallelism of the experts is flattened over dp.
   void load_expert(const std::string& name, const Tensor& tensor) {
     const size_t at = name.find(".experts.");
@@ -399,9 +416,8 @@ class VllmWorker {
     const int64_t tp_size = ep ? 1 : flat_size;
     const int64_t tp_rank = ep ? 0 : flat_rank;
     int64_t count = 0;
-    const auto map = expert_map(ep ? flat_size : 1, ep ? flat_rank : 0, count);
-    const int64_t local = map[static_cast<size_t>(expert)];
-    if (local < 0) return;
+    const auto places = places_of(std::stoll(name.substr(13)), expert, ep ? flat_size : 1,
+                                  ep ? flat_rank : 0, count);
     const bool down = ends_with_any(name.substr(0, name.rfind('.')), {".down_proj", ".w2"});
     const int dim = down ? 1 : 0;
     const int64_t width = tensor.shape[static_cast<size_t>(dim)] / tp_size;
@@ -409,10 +425,13 @@ class VllmWorker {
     const Tensor shard = tensor.narrow(dim, tp_rank * width, width);
     const std::string prefix = name.substr(0, at) + ".experts.routed_experts.";
     const std::string suffix = "_" + name.substr(name.rfind('.') + 1);
+    if (places.empty()) return;
     const auto into = [&](Tensor& stack, int64_t row) {
-      Tensor one = stack.narrow(0, local, 1).view({stack.shape[1], stack.shape[2]});
-      one.copy_into(0, row, shard);
-      stack.copy_into(0, local, one.view({1, stack.shape[1], stack.shape[2]}));
+      for (const int64_t local : places) {
+        Tensor one = stack.narrow(0, local, 1).view({stack.shape[1], stack.shape[2]});
+        one.copy_into(0, row, shard);
+        stack.copy_into(0, local, one.view({1, stack.shape[1], stack.shape[2]}));
+      }
     };
     if (down) return into(parameter(prefix + "w2" + suffix, {count, shard.shape[0], width}), 0);
     const bool is_up = ends_with_any(name.substr(0, name.rfind('.')), {".up_proj", ".w3"});
@@ -437,8 +456,23 @@ StateDict vllm_state(const ModelConfig& config, const StateDict& hf, const Paral
   return VllmWorker(config, spec, rank).load(hf);
 }
 
+// build_initial_global_physical_to_logical_map, or what the engine says now.
+std::vector<int64_t> physical_experts(const ModelConfig& config, const ParallelSpec& spec,
+                                      int64_t layer) {
+  const auto& map = spec.expert_map.physical_to_logical;
+  if (!map.empty()) {
+    const auto missing = static_cast<size_t>(config.num_hidden_layers) - map.size();
+    return map[static_cast<size_t>(layer) - missing];
+  }
+  std::vector<int64_t> physical;
+  for (int64_t x = 0; x < config.num_experts; ++x) physical.push_back(x);
+  for (int64_t i = 0; i < spec.redundant; ++i) physical.push_back(i % config.num_experts);
+  return physical;
+}
+
 StateDict rank_state(const ModelConfig& config, const StateDict& hf, const ParallelSpec& spec,
                      int64_t rank) {
+  if (spec.family == "sglang") return sglang_state(config, hf, spec, rank);
   if (spec.family == "vllm") return vllm_state(config, hf, spec, rank);
   if (spec.family == "megatron") return megatron_state(config, hf, spec, rank);
   const StateDict held = without_mtp(config, hf, spec);

@@ -20,6 +20,7 @@ struct World {
 };
 // Elements are counted up as i32, whatever their dtype is, so that each has a value of its own.
 // Aborts where there are no such layouts.
+World make_world(const ModelConfig& config, const StateDict& hf, ParallelSpec spec);
 World make_world(const ModelConfig& config, const StateDict& hf, const std::string& spec);
 
 // What is wrong between a rank's layout and its state: names, sizes, every element of every tile

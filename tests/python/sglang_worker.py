@@ -22,12 +22,19 @@ os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 # What is imported at the top of SGLang's modules and only used to run or to serve a model.
 FOR_DEVICES = (
     "IPython av cutlass dill flashinfer interegular loguru nvtx outlines pynvml quack sgl_kernel "
-    "soundfile torchao torchvision triton triton_kernels xgrammar"
+    "torchao torchvision triton triton_kernels xgrammar"
 ).split()
 
 
-class Nothing:
-    """Stands for any class or function."""
+class NamesAtWill(type):
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Nothing
+
+
+class Nothing(metaclass=NamesAtWill):
+    """Stands for any class, function or constant."""
 
     def __init__(self, *args: Any, **options: Any) -> None: ...
     def __call__(self, *args: Any, **options: Any) -> Any:
@@ -71,12 +78,10 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 sys.meta_path.append(StandIns())
 
-import sglang.srt.layers.dp_attention  # noqa: E402
 from sglang.srt.eplb import expert_location  # noqa: E402
+from sglang.srt.layers.dp_attention import initialize_dp_attention  # noqa: E402
 from sglang.srt.runtime_context import (  # noqa: E402
     SpawnRanks,
-    get_context,
-    get_flags,
     get_parallel,
     publish,
     reset_context,
@@ -107,22 +112,43 @@ def group(rank, size):
     )
 
 
-def build(folder, world, rank):
+def build(model_class, config, folder, world, rank):
+    """The model as `rank` has it."""
     reset_context()
     args = ServerArgs(
         model_path=str(folder),
         device="cpu",
         skip_tokenizer_init=True,
+        dtype="float32",
         tp_size=world.get("tp", 1),
         pp_size=world.get("pp", 1),
-        dp_size=world.get("dp", 1),
         ep_size=world.get("ep", 1),
+        attn_dp_size=world.get("dp", 1),
+        enable_dp_lm_head=world.get("lm_head") == "attention",
         ep_num_redundant_experts=world.get("redundant", 0),
-        dtype="float32",
         disable_shared_experts_fusion=True,
     )
     publish(args, role="test", ranks=SpawnRanks(world_rank=rank))
-    return args
+    initialize_dp_attention(args)
+    parallel = get_parallel()
+    names = ("tp", "pp", "attn_tp", "attn_cp", "moe_ep", "moe_tp")
+    ranks = {n: (getattr(parallel, f"{n}_rank"), getattr(parallel, f"{n}_size")) for n in names}
+    parallel.override_permanently(**{f"{n}_group": group(*at) for n, at in ranks.items()})
+    if hasattr(model_class, "get_model_config_for_expert_location"):
+        place_experts(model_class, config, ranks["moe_ep"][0], world.get("expert_map"))
+    return model_class(config)
+
+
+def place_experts(model_class, config, ep_rank, expert_map):
+    location = expert_location.ExpertLocationMetadata
+    expert_location.ModelConfigForExpertLocation.from_model_config = staticmethod(
+        lambda _: model_class.get_model_config_for_expert_location(config)
+    )
+    if expert_map is None:
+        metadata = location.init_trivial(None, ep_rank)
+    else:
+        metadata = location.init_by_mapping(None, expert_map, ep_rank)
+    expert_location.set_global_expert_location_metadata(metadata)
 
 
 def main():
@@ -132,18 +158,12 @@ def main():
     config = AutoConfig.from_pretrained(folder)
     module, name = CLASSES[config.model_type]
     model_class = getattr(importlib.import_module(f"sglang.srt.models.{module}"), name)
+    if hasattr(sys.modules[model_class.__module__], "get_rope_wrapper"):
+        # Without weights, and on a CPU made for published models' settings only.
+        sys.modules[model_class.__module__].get_rope_wrapper = lambda *a, **o: torch.nn.Identity()
     torch.set_default_dtype(torch.float32)
     for rank in range(request["size"]):
-        build(folder, request["world"], rank)
-        parallel = get_parallel()
-        names = ("tp", "pp", "attn_tp", "attn_cp", "moe_ep", "moe_tp")
-        parallel.override_permanently(
-            **{
-                f"{n}_group": group(getattr(parallel, f"{n}_rank"), getattr(parallel, f"{n}_size"))
-                for n in names
-            }
-        )
-        model = model_class(config)
+        model = build(model_class, config, folder, request["world"], rank)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
