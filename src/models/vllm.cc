@@ -91,6 +91,7 @@ class VllmRank {
                    fmt::format("vllm ep: expected a model with experts, found {} without",
                                model_.config.architecture)};
     }
+    TRANSFUSE_RETURN_IF_ERROR(check_class());
     TRANSFUSE_ASSIGN_OR_RETURN(const auto places, stages());
     for (const ModelTensor& tensor : model_.tensors) {
       // Layers that predict further tokens are a model of their own.
@@ -100,13 +101,45 @@ class VllmRank {
                             ? places[static_cast<size_t>(tensor.layer)].stage == stage_
                             : holds_outer(tensor);
       if (!mine) continue;
-      TRANSFUSE_RETURN_IF_ERROR(
-          for_each_piece(tensor, [&](const Piece& piece) { return place(tensor, piece); }));
+      TRANSFUSE_RETURN_IF_ERROR(for_each_piece(
+          tensor, [&](const Piece& piece) { return place_matrices(tensor, piece); }));
     }
     return slices_.build();
   }
 
  private:
+  // What the family's own class cannot do.
+  Result<void> check_class() const {
+    const ModelConfig& c = model_.config;
+    if (!traits_.ties && c.tie_word_embeddings) {
+      return unsupported(
+          fmt::format("its {} has an output of its own, found \"tie_word_embeddings\"",
+                      model_.family->model_class));
+    }
+    if (!traits_.repeats_heads && c.num_key_value_heads % spec_.tp != 0) {
+      return unsupported(
+          fmt::format("its {} does not repeat heads: expected tp to divide "
+                      "\"num_key_value_heads\", which is {}",
+                      model_.family->model_class, c.num_key_value_heads));
+    }
+    if (!traits_.equal_expert_ranges) return {};
+    const bool even = !spec_.expert_parallel || c.num_experts % expert_share_.of.size == 0;
+    if (!even || spec_.round_robin || spec_.up_before_gate) {
+      return unsupported(
+          fmt::format("its {} gives every rank an equal range of the {} experts, gate and up in "
+                      "turns: expected {}",
+                      model_.family->model_class, c.num_experts,
+                      even ? "neither placement=round_robin nor w13=up_gate"
+                           : fmt::format("their number to be a multiple of tp x dp = {}",
+                                         expert_share_.of.size)));
+    }
+    return {};
+  }
+
+  Error unsupported(const std::string& message) const {
+    return {ErrorCode::kUnsupported, fmt::format("vllm tp={}: {}", spec_.tp, message)};
+  }
+
   // N / P layers each; the spare ones go to the stages before the last, the nearest first.
   Result<std::vector<StagePlace>> stages() const {
     if (!spec_.layers.empty()) {
@@ -123,10 +156,20 @@ class VllmRank {
   }
 
   bool holds_outer(const ModelTensor& tensor) const {
-    if (traits_.outer_tensors_on_every_stage) return true;
     const bool last = stage_ == spec_.pp - 1;
+    if (tensor.role == Role::kFinalNorm && traits_.final_norm_on_last_stage) return last;
+    if (traits_.outer_tensors_on_every_stage) return true;
     if (tensor.role != Role::kEmbedding) return last;
     return stage_ == 0 || (last && model_.config.tie_word_embeddings);
+  }
+
+  // All matrices that take turns stay as they are but those of the convolution, which do so once.
+  Result<void> place_matrices(const ModelTensor& tensor, const Piece& piece) {
+    if (piece.role != Role::kLinearConv) return place(tensor, piece);
+    for (const Piece& matrix : apart(tensor, piece)) {
+      TRANSFUSE_RETURN_IF_ERROR(place(tensor, matrix));
+    }
+    return {};
   }
 
   Result<void> place(const ModelTensor& tensor, const Piece& piece) {
@@ -136,7 +179,7 @@ class VllmRank {
     const bool own = fused == kFused.end();
     const Destination to =
         destination(tensor, piece, own ? tensor.name : with_module(tensor.name, fused->module),
-                    own ? 0 : fused->place);
+                    own ? piece.turn : fused->place);
     TRANSFUSE_RETURN_IF_ERROR(slices_.add(to, tensor, piece, slice));
     if (split_of(piece.role) == Split::kVocabulary) add_padding(to, piece, slice);
     return {};
@@ -164,7 +207,11 @@ class VllmRank {
         return slice;
       }
       case Split::kColumn: {
-        TRANSFUSE_ASSIGN_OR_RETURN(slice.rows, part_of(tensor, "rows", rows, share));
+        const int64_t together = rows_together(tensor, piece);
+        TRANSFUSE_ASSIGN_OR_RETURN(
+            slice.rows,
+            part_of(tensor, together > 1 ? "groups of rows" : "rows", rows / together, share));
+        slice.rows = {slice.rows.begin * together, slice.rows.end * together};
         return slice;
       }
       case Split::kHeads: {
@@ -218,13 +265,19 @@ class VllmRank {
     const bool second = !down && (piece.role == Role::kUp) != spec_.up_before_gate;
     const std::string_view stem =
         std::string_view(tensor.name).substr(0, tensor.name.find(".experts."));
-    const char* content = tensor.content == Content::kBias    ? "bias"
-                          : tensor.content == Content::kScale ? "weight_scale_inv"
-                                                              : "weight";
+    const char* content = tensor.content == Content::kBias          ? "bias"
+                          : tensor.content == Content::kScale       ? "weight_scale_inv"
+                          : tensor.content == Content::kPackedScale ? "weight_scale"
+                                                                    : "weight";
     const std::string name =
         fmt::format("{}.experts.routed_experts.{}_{}", stem, down ? "w2" : "w13", content);
-    return slices_.add(destination(tensor, piece, name, 2 * local + (second ? 1 : 0)), tensor,
-                       piece, slice);
+    const Destination to = destination(tensor, piece, name, 2 * local + (second ? 1 : 0));
+    // The bias is added to a sum over the ranks.
+    if (down && tensor.content == Content::kBias && expert_tp_.rank > 0) {
+      slices_.add_zeros(to, slice.rows.count(), 1);
+      return {};
+    }
+    return slices_.add(to, tensor, piece, slice);
   }
 
   Result<Range> part_of(const ModelTensor& tensor, const char* what, int64_t count,
