@@ -15,6 +15,7 @@ StateDict hf_state(const ModelConfig& config);
 // What the families have.
 bool has_qkv_bias(const ModelConfig& config);
 bool has_qk_norm(const ModelConfig& config);
+bool is_linear(const ModelConfig& config, int64_t layer);  // attention
 bool has_experts(const ModelConfig& config, int64_t layer);
 
 // `spec` is read as plain numbers; `rank` counts as the framework's launcher would count it.
