@@ -31,7 +31,10 @@ void bind_config(nb::module_& m) {
       .def_ro("vocab_size", &ModelConfig::vocab_size)
       .def_ro("num_experts", &ModelConfig::num_experts)
       .def_ro("tie_word_embeddings", &ModelConfig::tie_word_embeddings)
-      .def_ro("dtype", &ModelConfig::dtype);
+      .def_ro("dtype", &ModelConfig::dtype)
+      .def_ro("dense_layers", &ModelConfig::dense_layers)
+      .def_ro("shared_experts", &ModelConfig::shared_experts)
+      .def_ro("mtp_layers", &ModelConfig::mtp_layers);
   m.def(
       "parse_model_config", [](std::string_view json) { return take(parse_model_config(json)); },
       "json"_a, "Reads the text of an HF config.json.");

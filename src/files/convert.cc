@@ -69,16 +69,29 @@ FileEntry entry_of(const Layout& layout, std::span<const Dims> shapes, uint32_t 
   return {.name = spec.name, .dtype = spec.dtype, .shape = shapes[parameter]};
 }
 
+// Parameters in the order of the catalog tensors that they begin with.
+std::vector<uint32_t> in_catalog_order(const Layout& layout, const Catalog& catalog) {
+  std::vector<uint32_t> order;
+  std::vector<bool> listed(layout.parameters().size(), false);
+  for (const TensorSpec& tensor : catalog) {
+    const auto held = layout.find_tensor(tensor.name);
+    if (!held) continue;
+    for (const Tile& tile : layout.tiles_of(*held)) {
+      if (!listed[tile.parameter]) order.push_back(tile.parameter);
+      listed[tile.parameter] = true;
+    }
+  }
+  return order;
+}
+
 // The parameters of an hf folder in the order of the catalog, cut where a file is full.
 std::vector<PlannedFile> plan_shards(const Layout& layout, const Catalog& catalog,
                                      uint64_t shard_bytes) {
   const std::vector<Dims> shapes = parameter_shapes(layout);
   std::vector<PlannedFile> files(1);
   uint64_t held = 0;
-  for (const TensorSpec& tensor : catalog) {
-    const auto parameter = layout.find_parameter(tensor.name);
-    if (!parameter) continue;
-    FileEntry entry = entry_of(layout, shapes, *parameter);
+  for (const uint32_t parameter : in_catalog_order(layout, catalog)) {
+    FileEntry entry = entry_of(layout, shapes, parameter);
     if (held > 0 && held + entry.size_bytes() > shard_bytes) {
       files.emplace_back();
       held = 0;

@@ -185,7 +185,7 @@ TEST_F(Convert, ShardsAreIndexedAndReadBack) {
   expect_same_tensors((folder_ / "one").string(), tensors);
 }
 
-TEST_F(Convert, FloatsAreRoundedWhereTheTargetIsNarrower) {
+TEST_F(Convert, FloatsAreRoundedWhereTheTargetIsNarrowerAndWidenExactly) {
   const auto tensors = model(config_json("float32"), 4);
   write_hf("start", tensors);
   auto narrow = request("hf", "start", "vllm:tp=2,dtype=bf16", "ranks");
@@ -208,10 +208,20 @@ TEST_F(Convert, FloatsAreRoundedWhereTheTargetIsNarrower) {
       ASSERT_EQ(rounded, nan ? 0x7FC0 : (bits >> 16) + up) << tensor.name << " " << i;
     }
   }
-  // Nothing widens.
   back.from = "vllm:tp=2,dtype=bf16";
   back.to = "hf:dtype=f32";
   back.target = (folder_ / "wide").string();
+  ASSERT_TRUE(convert_checkpoint(back));
+  for (const HandMade& tensor : tensors) {
+    const std::string half = tensor_bytes(folder_ / "end" / "model.safetensors", tensor.name);
+    const std::string wide = tensor_bytes(folder_ / "wide" / "model.safetensors", tensor.name);
+    ASSERT_EQ(wide.size(), half.size() * 2);
+    for (size_t i = 0; i < half.size(); i += 2) {
+      ASSERT_EQ(wide.substr(2 * i, 4), std::string(2, '\0') + half.substr(i, 2)) << tensor.name;
+    }
+  }
+  back.to = "hf:dtype=f16";
+  back.target = (folder_ / "other").string();
   EXPECT_EQ(convert_checkpoint(back).error().code, ErrorCode::kLayoutMismatch);
 }
 

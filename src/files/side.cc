@@ -27,8 +27,8 @@ namespace transfuse {
 namespace {
 
 // Other names that files of a framework may have: options that a spec can end with.
-constexpr std::array<std::string_view, 3> kOtherNames = {"norms=separate", "experts=sequential",
-                                                         "norms=separate,experts=sequential"};
+constexpr std::array<std::string_view, 4> kOtherNames = {
+    "norms=separate", "experts=sequential", "norms=separate,experts=sequential", "experts=stacked"};
 
 struct Stored {
   const StoredTensor* tensor = nullptr;
@@ -101,8 +101,9 @@ Result<Layout> layout_as_named(const ModelConfig& config, const ParallelSpec& sp
   for (const std::string_view options : kOtherNames) {
     const auto other_spec = parse_side(config, with_options(text, options));
     if (!other_spec) continue;  // this framework has no such names, or they are chosen already
-    TRANSFUSE_ASSIGN_OR_RETURN(const Layout other, make_layout(config, *other_spec, rank));
-    if (same_names(other, stored)) return other;
+    const auto other = make_layout(config, *other_spec, rank);
+    if (!other) continue;  // this model has nothing of that kind
+    if (same_names(*other, stored)) return *other;
   }
   return with_stacked_experts(layout, files);
 }

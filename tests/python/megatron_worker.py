@@ -13,8 +13,9 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe import moe_utils
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 # Megatron asks for its device by these names; here that is the CPU.
@@ -24,35 +25,78 @@ moe_utils.te_general_gemm = None  # 0.16 forgets to say that it is missing
 CudaRNGStatesTracker.fork = lambda *_, **__: contextlib.nullcontext()
 
 
-def transformer_config(model, world):
-    moe = model.get("num_experts", 0) > 0
-    experts = (
-        {
-            "num_moe_experts": model["num_experts"],
-            "moe_ffn_hidden_size": model["moe_intermediate_size"],
-            "moe_router_topk": 2,
-            "moe_grouped_gemm": False,
-            "moe_router_pre_softmax": False,
-            "moe_router_load_balancing_type": "none",
-            "moe_token_dispatcher_type": "allgather",
-        }
-        if moe
-        else {}
+class LatentCore(DotProductAttention):
+    """Megatron's attention without TransformerEngine knows one width of heads; this has no weights
+    either, and takes values that are narrower than keys."""
+
+    def __init__(self, *args, k_channels=None, v_channels=None, **kwargs):
+        super().__init__(*args, **kwargs)
+
+    def forward(self, query, key, value, attention_mask, **_):
+        scores = torch.einsum("qbnd,kbnd->bnqk", query, key) * query.shape[-1] ** -0.5
+        weights = scores.masked_fill(attention_mask, float("-inf")).softmax(-1)
+        return torch.einsum("bnqk,kbnd->qbnd", weights, value).flatten(2)
+
+
+def experts_of(model):
+    count = next(
+        (model[n] for n in ("num_experts", "num_local_experts", "n_routed_experts") if n in model), 0
     )
+    if count == 0:
+        return {}
+    routed = "n_routed_experts" in model
+    dense = model.get("first_k_dense_replace", 0)
+    width = model.get("moe_intermediate_size", model["intermediate_size"])
+    shared = width * model.get("n_shared_experts", 0)
+    return {
+        "num_moe_experts": count,
+        "moe_ffn_hidden_size": width,
+        "moe_shared_expert_intermediate_size": shared or None,
+        "moe_layer_freq": [0] * dense + [1] * (model["num_hidden_layers"] - dense),
+        "moe_router_score_function": "sigmoid" if routed else "softmax",
+        "moe_router_enable_expert_bias": routed,
+        "moe_router_topk": 2,
+        "moe_grouped_gemm": False,
+        "moe_router_pre_softmax": False,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "allgather",
+    }
+
+
+def attention_of(model):
+    """Latent attention has a configuration of its own."""
+    if "kv_lora_rank" not in model:
+        return TransformerConfig, {"kv_channels": model["head_dim"]}
+    return MLATransformerConfig, {
+        "multi_latent_attention": True,
+        "q_lora_rank": model["q_lora_rank"],
+        "kv_lora_rank": model["kv_lora_rank"],
+        "qk_head_dim": model["qk_nope_head_dim"],
+        "qk_pos_emb_head_dim": model["qk_rope_head_dim"],
+        "v_head_dim": model["v_head_dim"],
+        "rope_type": "rope",
+        "rotary_base": 10000,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.0,
+    }
+
+
+def transformer_config(model, world):
+    config_class, attention = attention_of(model)
+    model_type = model["model_type"]
     vpp = world.get("vpp", 1)
-    return TransformerConfig(
+    return config_class(
         num_layers=model["num_hidden_layers"],
         hidden_size=model["hidden_size"],
         ffn_hidden_size=model["intermediate_size"],
         num_attention_heads=model["num_attention_heads"],
         num_query_groups=model["num_key_value_heads"],
-        kv_channels=model["head_dim"],
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
-        add_qkv_bias=model["model_type"] == "qwen2",
-        qk_layernorm=model["model_type"].startswith("qwen3"),
+        add_qkv_bias=model_type == "qwen2" or model.get("attention_bias", False),
+        qk_layernorm=model_type.startswith(("qwen3", "deepseek")) or model.get("use_qk_norm", False),
         tensor_model_parallel_size=world.get("tp", 1),
         pipeline_model_parallel_size=world.get("pp", 1),
         virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
@@ -74,7 +118,8 @@ def transformer_config(model, world):
         hidden_dropout=0.0,
         attention_dropout=0.0,
         layernorm_epsilon=1e-5,
-        **experts,
+        **attention,
+        **experts_of(model),
     )
 
 
@@ -93,6 +138,8 @@ def chunks_of(model, world):
             qk_l2_norm=False,
             vp_stage=chunk if vpp > 1 else None,
         )
+        for layer in spec.layer_specs if "kv_lora_rank" in model else []:
+            layer.submodules.self_attention.submodules.core_attention = LatentCore
         yield GPTModel(
             config,
             spec,
@@ -102,8 +149,17 @@ def chunks_of(model, world):
             post_process=pp_rank == last and chunk == vpp - 1,
             share_embeddings_and_output_weights=model["tie_word_embeddings"],
             position_embedding_type="rope",
+            rotary_percent=model.get("partial_rotary_factor", 1.0),
             vp_stage=chunk if vpp > 1 else None,
         )
+
+
+def held_by(chunk):
+    """Parameters, and the bias of the router, which is a persistent buffer."""
+    yield from chunk.named_parameters()
+    for name, buffer in chunk.named_buffers():
+        if name.endswith(".expert_bias"):
+            yield name, buffer
 
 
 def rank_facts(model, world, rank, size):
@@ -121,8 +177,8 @@ def rank_facts(model, world, rank, size):
     shapes, layers = {}, {}
     for index, chunk in enumerate(chunks_of(model, world)):
         prefix = f"{index}:" if vpp > 1 else ""
-        for name, parameter in chunk.named_parameters():
-            shapes[prefix + name] = list(parameter.shape)
+        for name, tensor in held_by(chunk):
+            shapes[prefix + name] = list(tensor.shape)
         for local, layer in enumerate(chunk.decoder.layers):
             layers[f"{prefix}decoder.layers.{local}."] = layer.layer_number - 1
     ranks = {
@@ -143,7 +199,7 @@ def run_model(model, folder):
     given = torch.load(folder / "in.pt")
     [chunk] = chunks_of(model, {})
     with torch.no_grad():
-        for name, parameter in chunk.named_parameters():
+        for name, parameter in held_by(chunk):
             parameter.copy_(given["weights"].pop(name).view(parameter.shape))
         assert not given["weights"]
         tokens = given["tokens"]

@@ -14,24 +14,69 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vllm is not installed", allow_module_level=True)
 transformers = pytest.importorskip("transformers")
 
-FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}
+FAMILIES = {
+    "llama": ("Llama", {}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 8}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {"head_dim": 8, "num_experts": 6, "moe_intermediate_size": 16, "num_experts_per_tok": 2},
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2}),
+    "gemma3_text": ("Gemma3", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}),
+    "glm4_moe": (
+        "Glm4Moe",
+        {
+            "head_dim": 8,
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 6,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 2,
+            "first_k_dense_replace": 1,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "num_nextn_predict_layers": 1,
+        },
+    ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            "num_key_value_heads": 8,
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 6,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 6,
+            "topk_method": "noaux_tc",
+            "num_nextn_predict_layers": 1,
+        },
+    ),
+}
+CONFIGS = {"gemma3_text": "Gemma3TextConfig"}
 
 
 def write_model(folder, family, *, layers=3, tied=False):
     """A folder as vLLM reads it, and its weights: every element has a value of its own."""
-    experts = {"num_experts": 6, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
-    config = getattr(transformers, FAMILIES[family] + "Config")(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        vocab_size=100,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-        architectures=[FAMILIES[family] + "ForCausalLM"],
-        **({"head_dim": 8} if family.startswith("qwen3") else {}),
-        **(experts if family == "qwen3_moe" else {}),
+    name, more = FAMILIES[family]
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 100,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": tied,
+    }
+    config = getattr(transformers, CONFIGS.get(family, name + "Config"))(
+        **sizes | more, architectures=[name + "ForCausalLM"]
     )
     config.save_pretrained(folder)
     model = transfuse.parse_model_config((folder / "config.json").read_text())
@@ -59,6 +104,13 @@ def write_model(folder, family, *, layers=3, tied=False):
         ("qwen3_moe", True, {"tp": 2, "pp": 2, "ep": True}),
         ("qwen3_moe", False, {"tp": 2, "dp": 2}),
         ("qwen3_moe", False, {"tp": 2, "dp": 2, "ep": True}),
+        ("mixtral", False, {"tp": 4}),
+        ("mixtral", False, {"tp": 2, "pp": 2, "ep": True}),
+        ("gemma3_text", True, {"tp": 2, "pp": 2}),
+        ("glm4_moe", False, {"tp": 4}),
+        ("glm4_moe", False, {"tp": 2, "pp": 2, "ep": True}),
+        ("deepseek_v3", False, {"tp": 4}),
+        ("deepseek_v3", False, {"tp": 2, "pp": 2, "ep": True}),
     ],
     ids=str,
 )
