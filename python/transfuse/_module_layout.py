@@ -192,8 +192,8 @@ def _holding_of(live: Holding, name: str, shape: tuple[int, ...], tile: Tile) ->
     for d, (low, high, offset) in enumerate(zip(begin, end, live.box.offset, strict=True)):
         local = local.narrow(d, 0 if empty else low - offset, 0 if empty else high - low)
     local = local.reshape([0] * len(shape)) if empty else local.view(local.shape[outer:])
-    offset = [0 if empty else a - b for a, b in zip(begin, start, strict=True)]
-    box = Box(tuple(offset[outer:]), tuple(local.shape))
+    first = [0 if empty else a - b for a, b in zip(begin, start, strict=True)]
+    box = Box(tuple(first[outer:]), tuple(local.shape))
     return Holding(name, local, shape, box, live.name, live.local)
 
 

@@ -506,6 +506,15 @@ class ModelConfig:
     @property
     def dtype(self) -> Dtype: ...
 
+    @property
+    def dense_layers(self) -> int: ...
+
+    @property
+    def shared_experts(self) -> int: ...
+
+    @property
+    def mtp_layers(self) -> int: ...
+
 def parse_model_config(json: str) -> ModelConfig:
     """Reads the text of an HF config.json."""
 

@@ -27,7 +27,7 @@ def layout(
     Where a parameter lies follows from its own device mesh and this process's coordinate on it,
     never from the world rank. Parameters that are no DTensors are whole here. FSDP modules that are
     gathered at the moment are resharded first: what is published is the sharded storage. Tied
-    weights, `aliases`, `buffers`, `config` and the returned tensors are as in transfuse.hf.layout().
+    weights, `aliases`, `buffers`, `config` and the tensors returned: see transfuse.hf.layout().
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

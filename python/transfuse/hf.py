@@ -24,8 +24,9 @@ def layout(
     catalog. `aliases` offers them under all their names, for a target that holds them apart.
     `buffers` adds the persistent ones. With a `config` (transfuse.parse_model_config) the layout is
     by the names of the published checkpoint where the module has others: transformers 5 stacks the
-    experts of a layer in two tensors, `experts.gate_up_proj` and `experts.down_proj`. The returned tensors are flat views of the model's own
-    storage: pass them to Publisher or Receiver as `parameters`.
+    experts of a layer in two tensors, `experts.gate_up_proj` and `experts.down_proj`.
+    The returned tensors are flat views of the model's own storage: pass them to Publisher or
+    Receiver as `parameters`.
     """
     published = PublishedNames(config)
     holdings: list[Holding] = []

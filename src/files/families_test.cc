@@ -157,7 +157,7 @@ TEST_F(Families, ScalesOfEnginesAreStacksOfTheirOwnInTheirFiles) {
   ASSERT_NE(held, listing->tensors.end());
   EXPECT_EQ(held->dtype, Dtype::kF32);
   EXPECT_EQ(held->shape, (Dims{2, 8, 2}));  // of [2, 32, 16] in blocks of 4 x 8
-  step.to = "vllm:tp=4";           // a head's 6 rows of q_b are no whole blocks of 4
+  step.to = "vllm:tp=4";                    // a head's 6 rows of q_b are no whole blocks of 4
   step.target = (folder_ / "cut").string();
   const auto refused = convert_checkpoint(step);
   ASSERT_FALSE(refused);

@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
@@ -22,6 +23,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 torch.Tensor.cuda = lambda self, *_, **__: self
 torch.cuda.current_device = lambda: "cpu"
 moe_utils.te_general_gemm = None  # 0.16 forgets to say that it is missing
+if not isinstance(multi_latent_attention.TELinear, type):  # asked for with isinstance()
+    multi_latent_attention.TELinear = type("Missing", (), {})
 CudaRNGStatesTracker.fork = lambda *_, **__: contextlib.nullcontext()
 
 
@@ -40,7 +43,8 @@ class LatentCore(DotProductAttention):
 
 def experts_of(model):
     count = next(
-        (model[n] for n in ("num_experts", "num_local_experts", "n_routed_experts") if n in model), 0
+        (model[n] for n in ("num_experts", "num_local_experts", "n_routed_experts") if n in model),
+        0,
     )
     if count == 0:
         return {}
@@ -96,7 +100,8 @@ def transformer_config(model, world):
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
         add_qkv_bias=model_type == "qwen2" or model.get("attention_bias", False),
-        qk_layernorm=model_type.startswith(("qwen3", "deepseek")) or model.get("use_qk_norm", False),
+        qk_layernorm=model_type.startswith(("qwen3", "deepseek"))
+        or model.get("use_qk_norm", False),
         tensor_model_parallel_size=world.get("tp", 1),
         pipeline_model_parallel_size=world.get("pp", 1),
         virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,

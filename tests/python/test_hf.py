@@ -177,7 +177,9 @@ def test_stacked_experts_of_a_live_module_meet_the_catalog(execute, model_class,
     weights = numbered(transfuse.make_catalog(config))
     live = Stacked(weights, names, module)
     layout, parameters = hf.layout(live, config=config)
-    assert {t.name: t.shape for t in layout.tensors} == {n: tuple(w.shape) for n, w in weights.items()}
+    assert {t.name: t.shape for t in layout.tensors} == {
+        n: tuple(w.shape) for n, w in weights.items()
+    }
     spec = transfuse.parse_parallel_spec("hf:experts=stacked,dtype=f32")
     described = transfuse.make_layout(config, spec, 0)
     assert [(p.name, p.element_count) for p in layout.parameters] == [
