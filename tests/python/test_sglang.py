@@ -1,5 +1,5 @@
 """Layouts of SGLang specs against SGLang's own load_weights on every rank. Skipped where SGLang is
-not installed; its Python sources and what they import are enough, no device and no compiled part."""
+not installed; its Python sources and what they import are enough, no device, no compiled part."""
 
 from __future__ import annotations
 
