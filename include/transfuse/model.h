@@ -41,6 +41,14 @@ struct ModelConfig {
   int64_t v_head_dim = 0;
   int64_t scale_block_rows = 0;     // f8 weights with one f32 scale for so many rows ...
   int64_t scale_block_columns = 0;  // ... and columns
+  bool packed_experts = false;      // experts in mxfp4: 32 elements in 16 bytes and a scale
+  int64_t shared_expert_intermediate_size = 0;
+  int64_t linear_key_heads = 0;  // this and the next five: linear attention
+  int64_t linear_value_heads = 0;
+  int64_t linear_key_head_dim = 0;
+  int64_t linear_value_head_dim = 0;
+  int64_t linear_conv_kernel = 0;
+  std::vector<bool> linear_layers = {};  // "layer_types": which have it; empty: none
 };
 
 // Fails with kInvalidArgument naming the field, or kUnsupported naming the architecture and what
@@ -100,6 +108,7 @@ struct ParallelSpec {
   // Megatron: rows of the vocabulary with padding, of all ranks together; 0: by vocab_divisor.
   int64_t padded_vocab = 0;
   bool stacked_experts = false;      // HF, FSDP "experts=stacked": as transformers 5 holds them
+  bool out_norm_plus_one = false;    // Megatron "out_norm=plus_one": docs/layouts.md, "Arithmetic"
   MtpTensors mtp = MtpTensors::kAll;
   bool whole_dense = false;  // SGLang "dense=whole": MLPs without experts (moe_dense_tp_size=1)
   // SGLang "lm_head=attention": cut over the ranks of attention (enable_dp_lm_head).

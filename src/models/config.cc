@@ -68,11 +68,11 @@ Result<int64_t> required_size(const json& object, const char* field) {
 }
 
 // Some families may have none of something that others have.
-Result<int64_t> size_or_none(const json& object, const char* field) {
-  const json* value = find(object, field);
+Result<int64_t> size_or_none(const json& object, const SizeField& field) {
+  const json* value = find(object, field.name);
   if (value != nullptr && value->is_number_unsigned() && value->get<uint64_t>() == 0) return 0;
-  TRANSFUSE_ASSIGN_OR_RETURN(const auto size, optional_size(object, field));
-  return size.value_or(0);
+  TRANSFUSE_ASSIGN_OR_RETURN(const auto size, optional_size(object, field.name));
+  return size.value_or(field.fallback);
 }
 
 // The number of experts goes by several names: transformers 4 and 5 differ for some families.
@@ -191,10 +191,61 @@ Result<void> read_block_scales(const json& object, ModelConfig& c) {
   return {};
 }
 
+// "quantization_config" of experts in mxfp4.
+Result<void> read_packed_experts(const json& object, ModelConfig& c) {
+  const json* quantization = find(object, "quantization_config");
+  if (quantization == nullptr) return {};
+  const json* method = quantization->is_object() ? find(*quantization, "quant_method") : nullptr;
+  if (method == nullptr || *method != "mxfp4") {
+    return Error{
+        ErrorCode::kUnsupported,
+        fmt::format("config.json: field \"quantization_config\": \"quant_method\" is {}: {} "
+                    "is described for \"mxfp4\" only",
+                    method == nullptr ? "missing" : shown(*method), c.architecture)};
+  }
+  c.packed_experts = true;
+  return {};
+}
+
+// "layer_types" names every layer's attention; without it every interval-th is full.
+Result<void> read_layer_types(const json& object, const ModelFamily& family, ModelConfig& c) {
+  TRANSFUSE_ASSIGN_OR_RETURN(const auto interval, optional_size(object, "full_attention_interval"));
+  const json* types = find(object, "layer_types");
+  const int64_t every = interval.value_or(family.default_attention_interval);
+  if (c.num_hidden_layers > kMaxTensors) return {};  // refused with all other sizes
+  for (int64_t layer = 0; layer < c.num_hidden_layers; ++layer) {
+    c.linear_layers.push_back((layer + 1) % every != 0);
+  }
+  if (types == nullptr) return {};
+  const auto layers = static_cast<size_t>(c.num_hidden_layers);
+  if (!types->is_array() || types->size() != layers) {
+    return invalid(fmt::format("field \"layer_types\" is {}: expected one for each of {} layers",
+                               shown(*types), layers));
+  }
+  for (size_t layer = 0; layer < layers; ++layer) {
+    const json& type = (*types)[layer];
+    if (type != "linear_attention" && type != "full_attention") {
+      return invalid(
+          fmt::format("field \"layer_types\" has {} for layer {}: expected \"linear_attention\" or "
+                      "\"full_attention\"",
+                      shown(type), layer));
+    }
+    const bool linear = type == "linear_attention";
+    if (interval && linear != c.linear_layers[layer]) {
+      return invalid(
+          fmt::format("field \"layer_types\" has {} for layer {}, field "
+                      "\"full_attention_interval\" is {}",
+                      shown(type), layer, *interval));
+    }
+    c.linear_layers[layer] = linear;
+  }
+  return {};
+}
+
 Result<void> read_family_fields(const json& object, const ModelFamily& family, ModelConfig& c) {
   for (const SizeField& field : family.sizes) {
     TRANSFUSE_ASSIGN_OR_RETURN(c.*field.member, field.required ? required_size(object, field.name)
-                                                               : size_or_none(object, field.name));
+                                                               : size_or_none(object, field));
   }
   for (const SwitchField& field : family.switches) {
     if (field.on == "true") {
@@ -207,6 +258,10 @@ Result<void> read_family_fields(const json& object, const ModelFamily& family, M
   if (family.expert_count != nullptr) {
     TRANSFUSE_ASSIGN_OR_RETURN(c.num_experts, expert_count(object, family.expert_count));
   }
+  if (family.default_attention_interval > 0) {
+    TRANSFUSE_RETURN_IF_ERROR(read_layer_types(object, family, c));
+  }
+  if (family.packed_experts) return read_packed_experts(object, c);
   if (family.block_scales) return read_block_scales(object, c);
   return {};
 }
@@ -228,14 +283,36 @@ Result<void> check_fields(const ModelFamily& family, const ModelConfig& c) {
   const auto check = [&](const SizeField& field) -> Result<void> {
     const int64_t lowest = field.required ? 1 : 0;
     const int64_t value = c.*field.member;
-    if (value >= lowest && value <= kMaxSize) return {};
-    return invalid(
-        fmt::format("field \"{}\" is {}: expected {} to {}", field.name, value, lowest, kMaxSize));
+    if (value >= lowest && value <= field.most) return {};
+    return invalid(fmt::format("field \"{}\" is {}: expected {} to {}", field.name, value, lowest,
+                               field.most));
   };
   for (const SizeField& field : kCommonSizes) TRANSFUSE_RETURN_IF_ERROR(check(field));
   for (const SizeField& field : family.sizes) TRANSFUSE_RETURN_IF_ERROR(check(field));
   if (family.expert_count == nullptr) return {};
   return check({family.expert_count, &ModelConfig::num_experts});
+}
+
+Result<void> check_linear_attention(const ModelConfig& c) {
+  if (c.linear_layers.empty()) return {};
+  if (std::cmp_not_equal(c.linear_layers.size(), c.num_hidden_layers)) {
+    return invalid(fmt::format("field \"layer_types\" has {} layers, expected {}",
+                               c.linear_layers.size(), c.num_hidden_layers));
+  }
+  if (c.linear_value_heads % c.linear_key_heads != 0) {
+    return invalid(
+        fmt::format("field \"linear_num_value_heads\" is {}: expected a multiple of "
+                    "\"linear_num_key_heads\", which is {}",
+                    c.linear_value_heads, c.linear_key_heads));
+  }
+  for (const auto& [field, features] :
+       {std::pair{"linear_key_head_dim", c.linear_key_heads * c.linear_key_head_dim},
+        std::pair{"linear_value_head_dim", c.linear_value_heads * c.linear_value_head_dim}}) {
+    if (features <= kMaxSize / 4) continue;
+    return invalid(fmt::format("field \"{}\": expected at most {} features together, found {}",
+                               field, kMaxSize / 4, features));
+  }
+  return {};
 }
 
 }  // namespace
@@ -261,6 +338,13 @@ Result<void> check_model_config(const ModelConfig& c) {
     if (product <= kMaxSize) continue;
     return invalid(fmt::format("field \"{}\": expected at most {} features together, found {}",
                                name, kMaxSize, product));
+  }
+  TRANSFUSE_RETURN_IF_ERROR(check_linear_attention(c));
+  if (c.packed_experts && (c.hidden_size % 32 != 0 || c.moe_intermediate_size % 32 != 0)) {
+    return invalid(fmt::format(
+        "fields \"hidden_size\" ({}) and \"intermediate_size\" ({}): expected multiples "
+        "of 32, the elements that share a scale in mxfp4",
+        c.hidden_size, c.moe_intermediate_size));
   }
   if (c.dense_layers > c.num_hidden_layers) {
     return invalid(

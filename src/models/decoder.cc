@@ -25,11 +25,16 @@ Tensors qkv_attention(const ModelConfig& c, const DecoderTraits& traits) {
   const int64_t q_rows = c.num_attention_heads * c.head_dim;
   const int64_t kv_rows = c.num_key_value_heads * c.head_dim;
   Tensors out = {
-      {"q_proj.weight", {q_rows, h}, Role::kQuery},
+      {"q_proj.weight", {traits.output_gate ? 2 * q_rows : q_rows, h}, Role::kQuery},
       {"k_proj.weight", {kv_rows, h}, Role::kKey},
       {"v_proj.weight", {kv_rows, h}, Role::kValue},
       {"o_proj.weight", {h, q_rows}, Role::kAttentionOutput},
   };
+  if (traits.output_gate) out[0].turns = {c.head_dim, c.head_dim};
+  if (traits.sinks) out.push_back({"sinks", {c.num_attention_heads}, Role::kSinks});
+  if (traits.output_bias) {
+    out.push_back({"o_proj.bias", {h}, Role::kAttentionOutput, Content::kBias});
+  }
   if (traits.qkv_bias) {
     out.push_back({"q_proj.bias", {q_rows}, Role::kQuery, Content::kBias});
     out.push_back({"k_proj.bias", {kv_rows}, Role::kKey, Content::kBias});
@@ -58,9 +63,33 @@ Tensors latent_attention(const ModelConfig& c) {
   };
 }
 
-Tensors norms(const ModelConfig& c, const DecoderTraits& traits, bool experts) {
+// Gated delta rule: for every key head its query, its key, and its value heads' values and gates.
+Tensors linear_attention(const ModelConfig& c) {
   const int64_t h = c.hidden_size;
-  const Role before = traits.latent_attention ? Role::kLatentAttentionNorm : Role::kAttentionNorm;
+  const int64_t keys = c.linear_key_heads * c.linear_key_head_dim;
+  const int64_t values = c.linear_value_heads * c.linear_value_head_dim;
+  const int64_t heads = c.linear_value_heads / c.linear_key_heads;  // of values, a key head
+  const int64_t width = heads * c.linear_value_head_dim;
+  Tensors out = {
+      {"in_proj_qkvz.weight", {2 * keys + 2 * values, h}, Role::kLinearQkvz},
+      {"in_proj_ba.weight", {2 * c.linear_value_heads, h}, Role::kLinearBa},
+      {"conv1d.weight", {2 * keys + values, 1, c.linear_conv_kernel}, Role::kLinearConv},
+      {"A_log", {c.linear_value_heads}, Role::kLinearDecay},
+      {"dt_bias", {c.linear_value_heads}, Role::kLinearStep},
+      {"norm.weight", {c.linear_value_head_dim}, Role::kLinearNorm},
+      {"out_proj.weight", {h, values}, Role::kLinearOutput},
+  };
+  out[0].turns = {c.linear_key_head_dim, c.linear_key_head_dim, width, width};
+  out[1].turns = {heads, heads};
+  out[2].turns = {keys, keys, values};
+  return out;
+}
+
+Tensors norms(const ModelConfig& c, const DecoderTraits& traits, bool linear, bool experts) {
+  const int64_t h = c.hidden_size;
+  const Role before = linear                    ? Role::kLinearAttentionNorm
+                      : traits.latent_attention ? Role::kLatentAttentionNorm
+                                                : Role::kAttentionNorm;
   if (!traits.norms_after) {
     return {
         {"input_layernorm.weight", {h}, before},
@@ -113,13 +142,21 @@ class Decoder {
   }
 
  private:
-  static std::string prefix(int64_t layer) { return "model.layers." + std::to_string(layer) + "."; }
+  std::string prefix(int64_t layer) const {
+    const bool mtp = traits_.mtp_module && layer >= c_.num_hidden_layers;
+    return mtp ? "mtp.layers." + std::to_string(layer - c_.num_hidden_layers) + "."
+               : "model.layers." + std::to_string(layer) + ".";
+  }
 
   void add_layer(int64_t layer) {
     const bool experts = traits_.experts && layer >= c_.dense_layers;
-    append(prefix(layer), layer, norms(c_, traits_, experts));
-    append(prefix(layer) + "self_attn.", layer,
-           traits_.latent_attention ? latent_attention(c_) : qkv_attention(c_, traits_));
+    const auto at = static_cast<size_t>(layer);
+    const bool linear = at < c_.linear_layers.size() && c_.linear_layers[at];
+    append(prefix(layer), layer, norms(c_, traits_, linear, experts));
+    append(prefix(layer) + (linear ? "linear_attn." : "self_attn."), layer,
+           linear                     ? linear_attention(c_)
+           : traits_.latent_attention ? latent_attention(c_)
+                                      : qkv_attention(c_, traits_));
     if (experts) return add_experts(layer);
     append(prefix(layer) + "mlp.", layer,
            mlp(c_.hidden_size, c_.intermediate_size, DecoderTraits{}.expert_matrices, kMlpRoles));
@@ -127,6 +164,9 @@ class Decoder {
 
   void add_experts(int64_t layer) {
     const std::string module = prefix(layer) + std::string(traits_.experts_module) + ".";
+    if (traits_.stacked_experts != nullptr) {
+      return append(module, layer, traits_.stacked_experts(c_));
+    }
     append(module, layer, {{"gate.weight", {c_.num_experts, c_.hidden_size}, Role::kRouter}});
     if (traits_.router_bias) {
       append(module, layer,
@@ -141,6 +181,13 @@ class Decoder {
              mlp(c_.hidden_size, c_.moe_intermediate_size, traits_.expert_matrices, kMlpRoles),
              expert);
     }
+    if (traits_.shared_expert) {
+      append(module + "shared_expert.", layer,
+             mlp(c_.hidden_size, c_.shared_expert_intermediate_size,
+                 DecoderTraits{}.expert_matrices, kSharedRoles));
+      append(module, layer,
+             {{"shared_expert_gate.weight", {1, c_.hidden_size}, Role::kSharedRouter}});
+    }
     if (c_.shared_experts == 0) return;
     append(module + "shared_experts.", layer,
            mlp(c_.hidden_size, c_.shared_experts * c_.moe_intermediate_size,
@@ -150,6 +197,14 @@ class Decoder {
   // A layer that predicts a further token, from the embedding of one and the hidden state before.
   void add_mtp(int64_t layer) {
     const int64_t h = c_.hidden_size;
+    if (traits_.mtp_module) {
+      append("mtp.", layer,
+             {{"pre_fc_norm_embedding.weight", {h}, Role::kMtpEmbeddingNorm},
+              {"pre_fc_norm_hidden.weight", {h}, Role::kMtpHiddenNorm},
+              {"fc.weight", {h, 2 * h}, Role::kMtpProjection},
+              {"norm.weight", {h}, Role::kMtpFinalNorm}});
+      return add_layer(layer);
+    }
     append(prefix(layer), layer,
            {{"embed_tokens.weight", {c_.vocab_size, h}, Role::kMtpEmbedding},
             {"enorm.weight", {h}, Role::kMtpEmbeddingNorm},

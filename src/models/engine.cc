@@ -68,8 +68,7 @@ class Engine {
         continue;
       }
       TRANSFUSE_RETURN_IF_ERROR(for_each_piece(tensor, [&](const Piece& piece) {
-        return tensor.layer >= 0 ? place(tensor, piece, tensor.name, piece.role)
-                                 : place_outer(tensor, piece);
+        return tensor.layer >= 0 ? place_matrices(tensor, piece) : place_outer(tensor, piece);
       }));
     }
     return slices_.build();
@@ -79,8 +78,19 @@ class Engine {
   bool is_last_stage() const { return rank_.stage == rank_.pipeline.stages - 1; }
   bool holds_output() const { return is_last_stage() || rank_.output_on_every_stage; }
 
+  // All matrices that take turns stay as they are but those of the convolution, which do so once.
+  Result<void> place_matrices(const ModelTensor& tensor, const Piece& piece) {
+    if (piece.role != Role::kLinearConv) return place(tensor, piece, tensor.name, piece.role);
+    for (const Piece& matrix : apart(tensor, piece)) {
+      TRANSFUSE_RETURN_IF_ERROR(place(tensor, matrix, tensor.name, matrix.role));
+    }
+    return {};
+  }
+
   Result<void> place_outer(const ModelTensor& tensor, const Piece& piece) {
-    const bool everywhere = rank_.traits->outer_tensors_on_every_stage;
+    const bool everywhere =
+        rank_.traits->outer_tensors_on_every_stage &&
+        !(tensor.role == Role::kFinalNorm && rank_.traits->final_norm_on_last_stage);
     if (tensor.role != Role::kEmbedding) {
       const bool mine = tensor.role == Role::kOutput ? holds_output() : is_last_stage();
       return mine || everywhere ? place(tensor, piece, tensor.name, piece.role) : Result<void>();
@@ -104,8 +114,8 @@ class Engine {
     const bool own = fused == kFused.end();
     const std::string_view module =
         own || !fused->module.empty() ? (own ? "" : fused->module) : rank_.latent_module;
-    const Destination to =
-        destination(tensor, piece, own ? name : with_module(name, module), own ? 0 : fused->place);
+    const Destination to = destination(tensor, piece, own ? name : with_module(name, module),
+                                       own ? piece.turn : fused->place);
     TRANSFUSE_RETURN_IF_ERROR(slices_.add(to, tensor, piece, slice));
     if (is_padded(role)) add_padding(to, piece, slice, share);
     return {};
@@ -155,7 +165,11 @@ class Engine {
         return slice;
       }
       case Split::kColumn: {
-        TRANSFUSE_ASSIGN_OR_RETURN(slice.rows, part_of(tensor, "rows", rows, share));
+        const int64_t together = rows_together(tensor, piece);
+        TRANSFUSE_ASSIGN_OR_RETURN(
+            slice.rows,
+            part_of(tensor, together > 1 ? "groups of rows" : "rows", rows / together, share));
+        slice.rows = {slice.rows.begin * together, slice.rows.end * together};
         return slice;
       }
       case Split::kHeads: {
@@ -237,14 +251,21 @@ class Engine {
     TRANSFUSE_ASSIGN_OR_RETURN(const Slice slice, cut(tensor, piece, at.role, rank_.expert_tp));
     const bool second = !down && (at.role == Role::kUp) != spec_.up_before_gate;
     const std::string_view stem = std::string_view(tensor.name).substr(0, tensor.name.find(module));
-    const std::string_view content = tensor.content == Content::kBias    ? rank_.expert_bias
-                                     : tensor.content == Content::kScale ? "weight_scale_inv"
-                                                                         : "weight";
+    const std::string_view content = tensor.content == Content::kBias          ? rank_.expert_bias
+                                     : tensor.content == Content::kScale       ? "weight_scale_inv"
+                                     : tensor.content == Content::kPackedScale ? "weight_scale"
+                                                                               : "weight";
     Destination to = destination(
         tensor, piece,
         fmt::format("{}.{}.{}_{}", stem, rank_.experts_module, down ? "w2" : "w13", content),
         2 * at.local + (second ? 1 : 0));
-    if (tensor.content == Content::kBias) to.dtype = rank_.expert_bias_dtype.value_or(to.dtype);
+    const bool bias = tensor.content == Content::kBias;
+    if (bias) to.dtype = rank_.expert_bias_dtype.value_or(to.dtype);
+    // The bias is added to a sum over the ranks.
+    if (down && bias && rank_.expert_tp.rank > 0) {
+      slices_.add_zeros(to, slice.rows.count(), 1);
+      return {};
+    }
     return slices_.add(to, tensor, piece, slice);
   }
 

@@ -22,6 +22,7 @@ enum class Role : uint8_t {
   kOutput,  // lm_head
   kFinalNorm,
   kAttentionNorm,        // before attention
+  kLinearAttentionNorm,  // before linear attention
   kLatentAttentionNorm,  // before multi-head latent attention
   kAfterAttentionNorm,
   kQuery,
@@ -30,6 +31,14 @@ enum class Role : uint8_t {
   kQueryNorm,
   kKeyNorm,
   kAttentionOutput,
+  kSinks,        // one number a query head
+  kLinearQkvz,   // linear attention: queries, keys, values and output gates of every key head
+  kLinearBa,     // what each value head forgets and keeps, of every key head
+  kLinearConv,   // of queries, keys and values over neighbouring tokens
+  kLinearDecay,  // one number a value head, as is the next
+  kLinearStep,
+  kLinearNorm,
+  kLinearOutput,
   kQueryDown,  // latent attention: to the latent vector, its norm, and up to the heads
   kQueryDownNorm,
   kQueryUp,
@@ -42,11 +51,13 @@ enum class Role : uint8_t {
   kGate,  // of an MLP; of an expert where the tensor has one
   kUp,
   kDown,
+  kGateUp,  // gate and up of an expert row by row in turns
   kRouter,
   kRouterBias,  // corrects the choice of experts
   kSharedGate,  // of the experts that every token visits
   kSharedUp,
   kSharedDown,
+  kSharedRouter,
   kMtpEmbedding,  // of a layer that predicts a further token: copies of the model's own
   kMtpOutput,
   kMtpEmbeddingNorm,
@@ -67,9 +78,14 @@ Split split_of(Role role);
 
 enum class Content : uint8_t {
   kWeight,
-  kBias,   // one dimension
-  kScale,  // one number for every block of a weight
+  kBias,         // one dimension
+  kScale,        // one number for every block of a weight
+  kPackedScale,  // of a weight that holds several elements in one: rows and columns of its own
 };
+
+// Several matrices may take turns in the rows of a matrix, `turns` rows of each: an engine keeps
+// them as they are or takes them apart.
+using Turns = std::vector<int64_t>;
 
 // A logical matrix [output features, input features] or vector [output features], or consecutive
 // rows of one, and where it lies in a published tensor. Frameworks cut and concatenate logical
@@ -80,15 +96,21 @@ struct Piece {
   Dims shape;             // of the whole matrix; of a scale: of its weight
   int64_t first_row = 0;  // of the rows that lie here
   int64_t row_count = 0;
-  Dims origin;            // the tensor's index of (first_row, 0)
-  int row_dimension = 0;  // of the tensor, along which the matrix's rows follow each other
-  int column_dimension = 1;
+  Dims origin;               // the tensor's index of (first_row, 0)
+  int row_dimension = 0;     // of the tensor, along which the matrix's rows follow each other
+  int column_dimension = 1;  // later dimensions than both belong to the column
+  // Of one matrix out of those that take turns: its rows are `turn_rows` from `turn_begin` on of
+  // every `period` rows of the tensor. 0: they follow each other.
+  int64_t period = 0;
+  int64_t turn_begin = 0;
+  int64_t turn_rows = 0;
+  int64_t turn = 0;  // its number among them
 };
 
 // One tensor of a checkpoint and all that the frameworks need to know of it.
 struct ModelTensor {
   std::string name;  // as published
-  Dims shape;        // as published; a dimension in which matrices interleave may be split in two
+  Dims shape;        // as published
   Role role = Role::kFinalNorm;
   Content content = Content::kWeight;
   std::optional<Dtype> dtype = std::nullopt;  // nullopt: the model's
@@ -97,7 +119,12 @@ struct ModelTensor {
   Dims weight_shape = {};          // of a scale
   Dims block = {};                 // of a scale: rows and columns that share one
   std::vector<Piece> pieces = {};  // empty: the tensor is one matrix, of `role` and `expert`
+  Turns turns = {};                // in every piece; empty: a piece is one matrix
 };
+// The matrices that take turns in a piece, or the piece itself.
+std::vector<Piece> apart(const ModelTensor& tensor, const Piece& piece);
+// Rows of a piece that no cut may separate.
+int64_t rows_together(const ModelTensor& tensor, const Piece& piece);
 // The only piece of a tensor without any.
 Piece whole_piece(const ModelTensor& tensor);
 // Calls visit(piece) for every piece until one fails.
@@ -118,6 +145,8 @@ struct SizeField {
   const char* name;
   int64_t ModelConfig::* member;
   bool required = true;
+  int64_t fallback = 0;  // where it is missing
+  int64_t most = int64_t{1} << 30;
 };
 // True where the field has the value `on`.
 struct SwitchField {
@@ -135,7 +164,11 @@ struct Rename {
 struct EngineTraits {
   // Embedding, final norm and output are on every pipeline stage, not only where they are used.
   bool outer_tensors_on_every_stage = false;
-  std::span<const Role> f32_roles = {};  // held in f32 whatever the model's dtype is
+  bool final_norm_on_last_stage = false;  // all the same
+  bool ties = true;                       // has no output of its own where the config ties it
+  bool repeats_heads = true;              // of keys and values, where they are fewer than ranks
+  bool equal_expert_ranges = false;       // its loader has no other placement of experts
+  std::span<const Role> f32_roles = {};   // held in f32 whatever the model's dtype is
   std::span<const Rename> renames = {};
   // Tensors that the class does not have. Null: it has all.
   bool (*lacks)(const ModelConfig&, Role) = nullptr;
@@ -148,7 +181,10 @@ struct ModelFamily {
   bool default_tied = false;           // where config.json does not say "tie_word_embeddings"
   const char* expert_count = nullptr;  // the field; nullptr: a family without experts
   bool block_scales = false;           // "quantization_config" may say f8 weights with block scales
-  std::span<const SizeField> sizes;    // besides those that every family has
+  bool packed_experts = false;         // "quantization_config" may say mxfp4 experts
+  // Every so many layers one has full attention, the others have linear; 0: all have full.
+  int64_t default_attention_interval = 0;
+  std::span<const SizeField> sizes;  // besides those that every family has
   std::span<const SwitchField> switches = {};
   std::span<const RequiredValue> required_values;
   std::vector<ModelTensor> (*tensors)(const ModelConfig&) = nullptr;
@@ -163,6 +199,8 @@ extern const ModelFamily kMixtral;
 extern const ModelFamily kGemma3;
 extern const ModelFamily kGlm4Moe;
 extern const ModelFamily kDeepseekV3;
+extern const ModelFamily kGptOss;
+extern const ModelFamily kQwen3Next;
 
 std::span<const ModelFamily* const> model_families();
 // kUnsupported, with the families that work.

@@ -1,6 +1,7 @@
 // FSDP2 layouts: torch.chunk on dim 0, after tensor parallelism where there is some.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <string_view>
@@ -35,6 +36,11 @@ std::array<Placement, 2> placements(Split split, int64_t tp) {
 
 // A bias has no columns to cut.
 Split split_of_tensor(const ModelTensor& tensor) {
+  // torch's plans for tensor parallelism leave linear attention alone.
+  constexpr std::array<Role, 6> kWhole = {Role::kLinearQkvz, Role::kLinearBa,
+                                          Role::kLinearConv, Role::kLinearDecay,
+                                          Role::kLinearStep, Role::kLinearOutput};
+  if (std::ranges::find(kWhole, tensor.role) != kWhole.end()) return Split::kReplicated;
   const Split split = split_of(tensor.role);
   const bool columns = split == Split::kRow && tensor.content == Content::kBias;
   return columns ? Split::kReplicated : split;
@@ -64,6 +70,13 @@ Result<Layout> make(const Model& model, const ParallelSpec& spec, const Parallel
   for (const ModelTensor& tensor : model.tensors) {
     if (!is_held(model, tensor, spec)) continue;
     TRANSFUSE_RETURN_IF_ERROR(check_scales(tensor, spec.tp));
+    if (spec.tp > 1 && !tensor.pieces.empty()) {
+      return Error{
+          ErrorCode::kUnsupported,
+          fmt::format("fsdp tp={}: {} holds all experts of a layer: how tensor parallelism "
+                      "cuts it is not described, expected tp=1",
+                      spec.tp, tensor.name)};
+    }
     TRANSFUSE_ASSIGN_OR_RETURN(
         const Box box,
         dtensor_box(tensor.shape, placements(split_of_tensor(tensor), spec.tp), mesh, coordinate));

@@ -21,9 +21,10 @@
 namespace transfuse {
 namespace {
 
-constexpr std::array<std::string_view, 15> kOptions = {
+constexpr std::array<std::string_view, 16> kOptions = {
     "tp",   "pp",     "vpp",           "ep",    "etp",     "cp",           "dp", "first",
-    "last", "layers", "vocab_divisor", "norms", "experts", "padded_vocab", "mtp"};
+    "last", "layers", "vocab_divisor", "norms", "experts", "padded_vocab", "mtp",
+    "out_norm"};
 constexpr std::array<std::string_view, 2> kFlags = {"account_for_embedding", "account_for_loss"};
 
 Unexpected invalid(std::string message) {
@@ -146,10 +147,22 @@ struct Rule {
   std::string_view separate = {};  // empty: the same
   int64_t place = 0;
 };
-constexpr std::array<Rule, 29> kRules = {
+constexpr std::array<Rule, 40> kRules = {
     {{Role::kAttentionNorm, "self_attention.linear_qkv.layer_norm_weight",
       "input_layernorm.weight"},
      {Role::kLatentAttentionNorm, "input_layernorm.weight"},
+     {Role::kLinearAttentionNorm, "self_attention.in_proj.layer_norm_weight",
+      "input_layernorm.weight"},
+     {Role::kLinearQkvz, "self_attention.in_proj.weight"},
+     {Role::kLinearBa, "self_attention.in_proj.weight", {}, 4},
+     {Role::kLinearConv, "self_attention.conv1d.weight"},
+     {Role::kLinearDecay, "self_attention.A_log"},
+     {Role::kLinearStep, "self_attention.dt_bias"},
+     {Role::kLinearNorm, "self_attention.out_norm.weight_plus_one"},
+     {Role::kLinearOutput, "self_attention.out_proj.weight"},
+     {Role::kSinks, "self_attention.core_attention.softmax_offset"},
+     {Role::kSharedRouter, "mlp.shared_experts.gate_weight"},
+     {Role::kGateUp, "mlp.linear_fc1.weight"},
      {Role::kAfterAttentionNorm, "self_attention.linear_proj.post_layernorm.weight"},
      {Role::kQuery, "self_attention.linear_qkv.weight"},
      {Role::kKey, "self_attention.linear_qkv.weight"},
@@ -195,11 +208,17 @@ class MegatronRank {
         ranks_(ranks),
         tp_{.rank = ranks.tp, .size = spec.tp},
         etp_{.rank = ranks.etp, .size = expert_tp(spec), .option = "etp"},
+        output_gates_(std::ranges::any_of(model.tensors,
+                                          [](const ModelTensor& tensor) {
+                                            return tensor.role == Role::kQuery &&
+                                                   !tensor.turns.empty();
+                                          })),
         slices_(model) {}
 
   Result<Layout> build() {
     TRANSFUSE_RETURN_IF_ERROR(check_experts());
     TRANSFUSE_RETURN_IF_ERROR(check_heads());
+    TRANSFUSE_RETURN_IF_ERROR(check_values());
     if (model_.config.scale_block_rows > 0) {
       return Error{ErrorCode::kUnsupported,
                    fmt::format("megatron: {} with f8 weights and block scales is not described: "
@@ -215,7 +234,7 @@ class MegatronRank {
                                  ? nullptr
                                  : &places[static_cast<size_t>(tensor.layer)];
       if (at != nullptr && at->stage != ranks_.pp) continue;
-      TRANSFUSE_RETURN_IF_ERROR(for_each_piece(tensor, [&](const Piece& piece) {
+      TRANSFUSE_RETURN_IF_ERROR(for_each_matrix(tensor, [&](const Piece& piece) {
         if (at != nullptr) {
           return place(tensor, piece,
                        fmt::format("{}decoder.layers.{}.", chunk(at->chunk), at->layer));
@@ -227,6 +246,40 @@ class MegatronRank {
   }
 
  private:
+  // Nothing takes turns here.
+  template <typename Visit>
+  static Result<void> for_each_matrix(const ModelTensor& tensor, const Visit& visit) {
+    return for_each_piece(tensor, [&](const Piece& piece) -> Result<void> {
+      if (tensor.turns.empty()) return visit(piece);
+      for (const Piece& matrix : apart(tensor, piece)) TRANSFUSE_RETURN_IF_ERROR(visit(matrix));
+      return {};
+    });
+  }
+
+  // Megatron-Core holds what the checkpoint holds, but for what is said here.
+  Result<void> check_values() const {
+    if (model_.config.packed_experts) {
+      return Error{ErrorCode::kUnsupported,
+                   fmt::format("megatron: {} with mxfp4 experts is not described: Megatron-Core "
+                               "trains its bf16 form, whose config.json has no "
+                               "\"quantization_config\"",
+                               model_.config.architecture)};
+    }
+    for (const ModelTensor& tensor : model_.tensors) {
+      if (tensor.role == Role::kLinearNorm && !spec_.out_norm_plus_one) {
+        return Error{
+            ErrorCode::kUnsupported,
+            fmt::format("megatron: {} is held as self_attention.out_norm.weight, less 1 in every "
+                        "element: a refit moves elements and calculates none. With "
+                        "out_norm=plus_one the layout has a parameter "
+                        "self_attention.out_norm.weight_plus_one instead, which the caller fills "
+                        "from it (or, of a target, takes it from), and everything else",
+                        tensor.name)};
+      }
+    }
+    return {};
+  }
+
   Result<void> check_experts() const {
     const int64_t experts = model_.expert_count();
     if (experts == 0 && spec_.ep > 1) {
@@ -304,13 +357,17 @@ class MegatronRank {
     if (as == Role::kQuery || as == Role::kKey || as == Role::kValue) {
       return place_qkv(tensor, piece, name);
     }
-    return put(tensor, piece, name, rule->place, tp_);
+    return put(tensor, piece, name, rule->place + piece.turn, tp_);
   }
 
   Result<void> place_expert(const ModelTensor& tensor, const Piece& piece,
                             const std::string& prefix) {
     const int64_t held = model_.expert_count() / spec_.ep;
     if (piece.expert / held != ranks_.ep) return {};
+    if (tensor.content == Content::kBias && etp_.size > 1) {
+      return invalid(fmt::format("megatron etp={}: expected 1 with biases of experts, found {}",
+                                 etp_.size, tensor.name));
+    }
     const char* linear = piece.role == Role::kDown ? "linear_fc2" : "linear_fc1";
     const char* content = tensor.content == Content::kBias ? "bias" : "weight";
     const int64_t local = piece.expert % held;
@@ -318,20 +375,22 @@ class MegatronRank {
         spec_.sequential_experts
             ? fmt::format("{}mlp.experts.local_experts.{}.{}.{}", prefix, local, linear, content)
             : fmt::format("{}mlp.experts.{}.{}{}", prefix, linear, content, local);
-    return put(tensor, piece, name, piece.role == Role::kUp ? 1 : 0, etp_);
+    return put(tensor, piece, name, piece.role == Role::kUp ? 1 : piece.turn, etp_);
   }
 
-  // All query groups one after another, each [its queries | key | value], cut evenly over the ranks
-  // wherever that falls.
+  // All query groups one after another, each [its queries | their gates | key | value], cut evenly
+  // over the ranks wherever that falls.
   Result<void> place_qkv(const ModelTensor& tensor, const Piece& piece, const std::string& name) {
     const ModelConfig& c = model_.config;
     const int64_t queries = c.num_attention_heads / c.num_key_value_heads * c.head_dim;
-    const int64_t group_rows = queries + 2 * c.head_dim;
+    const int64_t group_rows = (output_gates_ ? 2 : 1) * queries + 2 * c.head_dim;
     TRANSFUSE_ASSIGN_OR_RETURN(const Range held, part_of(tensor, "rows of the linear_qkv",
                                                          c.num_key_value_heads * group_rows, tp_));
     const int64_t run = piece.role == Role::kQuery ? queries : c.head_dim;
-    const int64_t number = piece.role == Role::kQuery ? 0 : piece.role == Role::kKey ? 1 : 2;
-    const int64_t in_group = number == 0 ? 0 : queries + (number - 1) * c.head_dim;
+    const int64_t number = piece.role == Role::kQuery ? piece.turn
+                           : piece.role == Role::kKey ? 2
+                                                      : 3;
+    const int64_t in_group = number < 2 ? number * queries : group_rows - (4 - number) * c.head_dim;
     for (int64_t group = 0; group < c.num_key_value_heads; ++group) {
       const int64_t at = group * group_rows + in_group;
       const Range kept{std::max(at, held.begin), std::min(at + run, held.end)};
@@ -339,7 +398,7 @@ class MegatronRank {
       Slice slice = whole_slice(piece);
       slice.rows = {group * run + kept.begin - at, group * run + kept.end - at};
       TRANSFUSE_RETURN_IF_ERROR(
-          slices_.add(destination(tensor, name, 3 * group + number), tensor, piece, slice));
+          slices_.add(destination(tensor, name, 4 * group + number), tensor, piece, slice));
     }
     return {};
   }
@@ -356,7 +415,11 @@ class MegatronRank {
         return put_vocabulary(to, tensor, piece);
       case Split::kColumn:
       case Split::kHeads: {
-        TRANSFUSE_ASSIGN_OR_RETURN(slice.rows, part_of(tensor, "rows", piece.shape[0], share));
+        const int64_t together = rows_together(tensor, piece);
+        TRANSFUSE_ASSIGN_OR_RETURN(slice.rows,
+                                   part_of(tensor, together > 1 ? "groups of rows" : "rows",
+                                           piece.shape[0] / together, share));
+        slice.rows = {slice.rows.begin * together, slice.rows.end * together};
         break;
       }
       case Split::kRow: {
@@ -411,6 +474,7 @@ class MegatronRank {
   const ParallelRanks& ranks_;
   const Share tp_;
   const Share etp_;
+  const bool output_gates_;  // after the queries of a group
   Slices slices_;
 };
 

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <numeric>
 #include <span>
 #include <string>
 #include <utility>
@@ -27,19 +28,28 @@ Split split_of(Role role) {
     case Role::kValue:
     case Role::kQueryUp:
     case Role::kKeyValueUp:
+    case Role::kSinks:
       return Split::kHeads;
     case Role::kGate:
     case Role::kUp:
     case Role::kSharedGate:
     case Role::kSharedUp:
+    case Role::kGateUp:
+    case Role::kLinearQkvz:
+    case Role::kLinearBa:
+    case Role::kLinearConv:
+    case Role::kLinearDecay:
+    case Role::kLinearStep:
     case Role::kMtpProjection:
       return Split::kColumn;
     case Role::kAttentionOutput:
     case Role::kDown:
     case Role::kSharedDown:
+    case Role::kLinearOutput:
       return Split::kRow;
     case Role::kFinalNorm:
     case Role::kAttentionNorm:
+    case Role::kLinearAttentionNorm:
     case Role::kLatentAttentionNorm:
     case Role::kAfterAttentionNorm:
     case Role::kQueryNorm:
@@ -53,6 +63,8 @@ Split split_of(Role role) {
     case Role::kAfterMlpNorm:
     case Role::kRouter:
     case Role::kRouterBias:
+    case Role::kSharedRouter:
+    case Role::kLinearNorm:
     case Role::kMtpEmbeddingNorm:
     case Role::kMtpHiddenNorm:
     case Role::kMtpFinalNorm:
@@ -67,6 +79,35 @@ Piece whole_piece(const ModelTensor& tensor) {
   piece.row_count = shape[0];
   for (int d = 0; d < tensor.shape.rank(); ++d) piece.origin.push_back(0);
   return piece;
+}
+
+std::vector<Piece> apart(const ModelTensor& tensor, const Piece& piece) {
+  if (tensor.turns.empty()) return {piece};
+  TRANSFUSE_CHECK(piece.first_row == 0 && piece.row_count == piece.shape[0]);
+  const int64_t period = std::accumulate(tensor.turns.begin(), tensor.turns.end(), int64_t{0});
+  const int64_t repeats = piece.shape[0] / period;
+  std::vector<Piece> matrices;
+  int64_t begin = 0;
+  for (const int64_t rows : tensor.turns) {
+    Piece& matrix = matrices.emplace_back(piece);
+    matrix.shape[0] = matrix.row_count = repeats * rows;
+    matrix.turn = static_cast<int64_t>(matrices.size()) - 1;
+    if (repeats == 1) {
+      matrix.origin[piece.row_dimension] += begin;
+    } else {
+      matrix.period = period;
+      matrix.turn_begin = begin;
+      matrix.turn_rows = rows;
+    }
+    begin += rows;
+  }
+  return matrices;
+}
+
+int64_t rows_together(const ModelTensor& tensor, const Piece& piece) {
+  if (piece.period > 0) return piece.turn_rows;
+  const int64_t period = std::accumulate(tensor.turns.begin(), tensor.turns.end(), int64_t{0});
+  return period > 0 && period < piece.shape[0] ? period : 1;
 }
 
 TensorSpec Model::published(const ModelTensor& tensor) const {

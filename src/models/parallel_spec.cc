@@ -60,10 +60,11 @@ struct WordOption {
   std::string_view on;
   std::string_view framework = {};  // where only one has these words
 };
-constexpr std::array<WordOption, 8> kWords = {
+constexpr std::array<WordOption, 9> kWords = {
     {{"placement", &ParallelSpec::round_robin, "linear", "round_robin"},
      {"w13", &ParallelSpec::up_before_gate, "gate_up", "up_gate"},
      {"norms", &ParallelSpec::separate_norms, "te", "separate"},
+     {"out_norm", &ParallelSpec::out_norm_plus_one, "minus_one", "plus_one"},
      {"dense", &ParallelSpec::whole_dense, "split", "whole"},
      {"lm_head", &ParallelSpec::output_by_attention, "tp", "attention"},
      {"experts", &ParallelSpec::sequential_experts, "grouped", "sequential", "megatron"},

@@ -10,8 +10,9 @@
 namespace transfuse {
 namespace {
 
-constexpr std::array<const ModelFamily*, 8> kFamilies = {
-    &kLlama, &kQwen2, &kQwen3, &kQwen3Moe, &kMixtral, &kGemma3, &kGlm4Moe, &kDeepseekV3};
+constexpr std::array<const ModelFamily*, 10> kFamilies = {
+    &kLlama,  &kQwen2,   &kQwen3,      &kQwen3Moe, &kMixtral,
+    &kGemma3, &kGlm4Moe, &kDeepseekV3, &kGptOss,   &kQwen3Next};
 constexpr std::array<const Framework*, 5> kFrameworks = {&kHf, &kFsdp, &kVllm, &kSglang,
                                                          &kMegatron};
 

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "layout/refine.h"
 #include "models/family.h"
 #include "transfuse/layout.h"
 #include "transfuse/result.h"
@@ -30,6 +31,16 @@ Result<Range> scales_of(const ModelTensor& tensor, const char* what, Range range
                     tensor.name, what, cut, count, block, block)};
   }
   return Range{range.begin / block, blocks(range.end, block)};
+}
+
+// The dimension of the piece's rows split in two, `rows` of them together.
+Dims shape_in_turns(const Dims& shape, const Piece& piece, int64_t rows) {
+  Dims split;
+  for (int d = 0; d < shape.rank(); ++d) {
+    split.push_back(d == piece.row_dimension ? shape[d] / rows : shape[d]);
+    if (d == piece.row_dimension) split.push_back(rows);
+  }
+  return split;
 }
 
 }  // namespace
@@ -63,34 +74,60 @@ Result<void> Slices::add(const Destination& to, const ModelTensor& tensor, const
     TRANSFUSE_ASSIGN_OR_RETURN(columns, scales_of(tensor, "column", columns, shape[1], block[1]));
     TRANSFUSE_ASSIGN_OR_RETURN(here, scales_of(tensor, "row", here, shape[0], block[0]));
   }
+  const int rank = tensor.shape.rank();
+  const int last = std::max(piece.row_dimension, std::min(piece.column_dimension, rank - 1));
+  int64_t inner = 1;
+  for (int d = last + 1; d < rank; ++d) inner *= tensor.shape[d];
   const size_t p = parameter(to);
   int64_t& width = parameters_[p].width;
-  TRANSFUSE_CHECK(width == -1 || width == columns.count());
-  width = columns.count();
+  TRANSFUSE_CHECK(width == -1 || width == columns.count() * inner);
+  width = columns.count() * inner;
   parameters_[p].parts.push_back({.place = to.place, .rows = rows.count()});
   const Range held{std::max(rows.begin, here.begin), std::min(rows.end, here.end)};
-  const uint32_t t = builder_.tensor(model_.published(tensor));
+  TensorSpec spec = model_.published(tensor);
+  if (piece.period > 0) spec.shape = shape_in_turns(spec.shape, piece, piece.period);
+  const uint32_t t = builder_.tensor(spec);
   if (held.count() <= 0) return {};
-  PendingTile tile{.parameter = p,
-                   .place = to.place,
-                   .row = held.begin - rows.begin,
-                   .tensor = t,
-                   .box = {.offset = piece.origin, .length = {}},
-                   .strides = {}};
-  for (int d = 0; d < tensor.shape.rank(); ++d) {
+  PendingTile pending{.parameter = p, .place = to.place, .tensor = t, .tile = {}};
+  pending.tile.box.offset = piece.origin;
+  pending.tile.element_offset = (held.begin - rows.begin) * width;
+  for (int d = 0; d < rank; ++d) {
     const bool row = d == piece.row_dimension;
-    const bool column = d == piece.column_dimension;
-    if (row) tile.box.offset[d] += held.begin - here.begin;
-    if (column) tile.box.offset[d] += columns.begin;
-    tile.box.length.push_back(row ? held.count() : column ? columns.count() : 1);
-    tile.strides.push_back(row ? width : 1);
+    const bool column = d == piece.column_dimension && !row;
+    if (row) pending.tile.box.offset[d] += held.begin - here.begin;
+    if (column) pending.tile.box.offset[d] += columns.begin;
+    if (d > last) inner /= tensor.shape[d];
+    pending.tile.box.length.push_back(d > last ? tensor.shape[d]
+                                      : row    ? held.count()
+                                      : column ? columns.count()
+                                               : 1);
+    pending.tile.element_strides.push_back(row ? width : inner);
   }
-  tiles_.push_back(tile);
+  if (piece.period > 0) {
+    add_turns(pending, tensor, piece);
+  } else {
+    tiles_.push_back(pending);
+  }
   return {};
 }
 
-void Slices::add_zeros(const Destination& to, int64_t rows) {
-  parameters_[parameter(to)].parts.push_back({.place = to.place, .rows = rows, .zeros = true});
+// `whole` has the rows of the piece as if they followed each other.
+void Slices::add_turns(const PendingTile& whole, const ModelTensor& tensor, const Piece& piece) {
+  Dims rows = tensor.shape;
+  rows[piece.row_dimension] = piece.shape[0];
+  std::vector<Tile> tiles;
+  append_split(whole.tile, rows, shape_in_turns(rows, piece, piece.turn_rows), tiles);
+  for (const Tile& tile : tiles) {
+    PendingTile& added = tiles_.emplace_back(whole);
+    added.tile = tile;
+    added.tile.box.offset[piece.row_dimension + 1] += piece.turn_begin;
+  }
+}
+
+void Slices::add_zeros(const Destination& to, int64_t rows, int64_t width) {
+  const size_t p = parameter(to);
+  if (parameters_[p].width == -1) parameters_[p].width = width;
+  parameters_[p].parts.push_back({.place = to.place, .rows = rows, .zeros = true});
 }
 
 Result<Layout> Slices::build() {
@@ -119,12 +156,13 @@ Result<Layout> Slices::build() {
                     {parameter.width, 1});
     }
   }
-  for (const PendingTile& tile : tiles_) {
-    const Parameter& parameter = parameters_[tile.parameter];
-    const auto part = std::ranges::lower_bound(parameter.parts, tile.place, {}, &Part::place);
+  for (const PendingTile& pending : tiles_) {
+    const Parameter& parameter = parameters_[pending.parameter];
+    const auto part = std::ranges::lower_bound(parameter.parts, pending.place, {}, &Part::place);
     const auto i = static_cast<size_t>(part - parameter.parts.begin());
-    builder_.tile(tile.tensor, tile.box, handles[tile.parameter],
-                  (first_rows[tile.parameter][i] + tile.row) * parameter.width, tile.strides);
+    const int64_t first = first_rows[pending.parameter][i] * parameter.width;
+    builder_.tile(pending.tensor, pending.tile.box, handles[pending.parameter],
+                  first + pending.tile.element_offset, pending.tile.element_strides);
   }
   return builder_.build();
 }

@@ -43,8 +43,8 @@ class Slices {
   // to one place. Scales are cut with their weight: kInvalidArgument where that cuts a block.
   Result<void> add(const Destination& to, const ModelTensor& tensor, const Piece& piece,
                    const Slice& slice);
-  // Rows that no tensor covers, as wide as the parameter's others.
-  void add_zeros(const Destination& to, int64_t rows);
+  // Rows that no tensor covers, as wide as the parameter's others or, where it has none, `width`.
+  void add_zeros(const Destination& to, int64_t rows, int64_t width = -1);
   Result<Layout> build();
 
  private:
@@ -61,11 +61,10 @@ class Slices {
   struct PendingTile {
     size_t parameter = 0;
     int64_t place = 0;
-    int64_t row = 0;  // within its part
     uint32_t tensor = 0;
-    Box box;
-    Dims strides;
+    Tile tile;  // its element offset counts within its part
   };
+  void add_turns(const PendingTile& whole, const ModelTensor& tensor, const Piece& piece);
 
   size_t parameter(const Destination& to);
 

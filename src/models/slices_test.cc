@@ -48,38 +48,78 @@ Model model_of(std::vector<ModelTensor> tensors) {
   return {.config = {}, .family = &kLlama, .tensors = std::move(tensors)};
 }
 
-// Two experts of one tensor [expert, in 2, gate and up of out 3]: [in, out] with the halves
-// interleaved on the last dimension.
+// Two experts of one tensor [expert, in 2, gate and up of out 3 in turns].
 ModelTensor interleaved_experts() {
-  ModelTensor tensor{"experts.gate_up_proj", {2, 2, 3, 2}, Role::kGate};
+  ModelTensor tensor{"experts.gate_up_proj", {2, 2, 6}, Role::kGateUp};
+  tensor.turns = {1, 1};
   for (int64_t expert = 0; expert < 2; ++expert) {
-    for (const Role role : {Role::kGate, Role::kUp}) {
-      tensor.pieces.push_back({.role = role,
-                               .expert = expert,
-                               .shape = {3, 2},
-                               .row_count = 3,
-                               .origin = {expert, 0, 0, role == Role::kUp ? 1 : 0},
-                               .row_dimension = 2,
-                               .column_dimension = 1});
-    }
+    tensor.pieces.push_back({.role = Role::kGateUp,
+                             .expert = expert,
+                             .shape = {6, 2},
+                             .row_count = 6,
+                             .origin = {expert, 0, 0},
+                             .row_dimension = 2,
+                             .column_dimension = 1});
   }
   return tensor;
 }
 
-TEST(Slices, ATransposedAndInterleavedMatrixIsCutAndConcatenatedLikeAnyOther) {
+TEST(Slices, ATransposedMatrixIsCutAndConcatenatedLikeAnyOther) {
   const Model model = model_of({interleaved_experts()});
   const ModelTensor& tensor = model.tensors[0];
   Slices slices(model);
-  const auto added = for_each_piece(tensor, [&](const Piece& piece) -> Result<void> {
-    if (piece.expert != 1) return {};
-    const Slice last_rows{.rows = {1, 3}, .columns = {0, 2}};
-    return slices.add({.parameter = "fc1", .place = piece.role == Role::kUp ? 1 : 0}, tensor, piece,
-                      last_rows);
-  });
-  ASSERT_TRUE(added);
+  ASSERT_TRUE(slices.add({.parameter = "w13"}, tensor, tensor.pieces[1],
+                         {.rows = {2, 6}, .columns = {0, 2}}));
   const Layout layout = slices.build().value();
-  // Expert 1 begins at 12; in is 6 apart, out 2, the halves 1.
+  EXPECT_EQ(layout.tensors()[0].shape, (Dims{2, 2, 6}));
+  // Expert 1 begins at 12; in is 6 apart, out 1.
+  EXPECT_THAT(content(layout, "w13"), ElementsAre(14, 20, 15, 21, 16, 22, 17, 23));
+}
+
+TEST(Slices, MatricesThatTakeTurnsInTheRowsOfOneAreTakenApart) {
+  const Model model = model_of({interleaved_experts()});
+  const ModelTensor& tensor = model.tensors[0];
+  Slices slices(model);
+  for (const Piece& matrix : apart(tensor, tensor.pieces[1])) {
+    const Slice last_rows{.rows = {1, 3}, .columns = {0, 2}};
+    ASSERT_TRUE(slices.add({.parameter = "fc1", .place = matrix.turn}, tensor, matrix, last_rows));
+  }
+  const Layout layout = slices.build().value();
+  EXPECT_EQ(layout.tensors()[0].shape, (Dims{2, 2, 3, 2}));
+  EXPECT_EQ(layout.tiles().size(), 2U);
   EXPECT_THAT(content(layout, "fc1"), ElementsAre(14, 20, 16, 22, 15, 21, 17, 23));
+}
+
+TEST(Slices, ACutWithinATurnMakesTilesOfItsEnds) {
+  // Three heads, each 2 rows of q and 3 of something else.
+  ModelTensor tensor{"q_proj.weight", {15, 1}, Role::kQuery};
+  tensor.turns = {2, 3};
+  const Model model = model_of({tensor});
+  const std::vector<Piece> matrices = apart(tensor, whole_piece(tensor));
+  ASSERT_EQ(matrices.size(), 2U);
+  EXPECT_EQ(matrices[1].shape, (Dims{9, 1}));
+  Slices slices(model);
+  ASSERT_TRUE(
+      slices.add({.parameter = "q"}, tensor, matrices[0], {.rows = {1, 5}, .columns = {0, 1}}));
+  ASSERT_TRUE(
+      slices.add({.parameter = "rest"}, tensor, matrices[1], {.rows = {3, 7}, .columns = {0, 1}}));
+  const Layout layout = slices.build().value();
+  EXPECT_THAT(content(layout, "q"), ElementsAre(1, 5, 6, 10));
+  EXPECT_THAT(content(layout, "rest"), ElementsAre(7, 8, 9, 12));
+}
+
+TEST(Slices, MatricesThatTakeOneTurnAreRangesOfRows) {
+  ModelTensor tensor{"conv1d.weight", {5, 1, 2}, Role::kLinearConv};
+  tensor.turns = {2, 3};
+  const Model model = model_of({tensor});
+  Slices slices(model);
+  for (const Piece& matrix : apart(tensor, whole_piece(tensor))) {
+    ASSERT_TRUE(slices.add({.parameter = "conv1d", .place = matrix.turn}, tensor, matrix,
+                           {.rows = {1, 2}, .columns = {0, 1}}));
+  }
+  const Layout layout = slices.build().value();
+  EXPECT_EQ(layout.tensors()[0].shape, (Dims{5, 1, 2}));
+  EXPECT_THAT(content(layout, "conv1d"), ElementsAre(2, 3, 6, 7));
 }
 
 TEST(Slices, AMatrixInPiecesIsCutAcrossThem) {

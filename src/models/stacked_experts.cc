@@ -49,6 +49,13 @@ Result<Layout> stacked_experts_layout(const Model& model, const ParallelSpec& sp
                              "scales, found {}",
                              spec.family, model.config.architecture)};
   }
+  for (const ModelTensor& tensor : model.tensors) {
+    if (tensor.pieces.empty()) continue;
+    return Error{ErrorCode::kInvalidArgument,
+                 fmt::format("{} experts=stacked: expected a model whose files have experts apart, "
+                             "found {} with {}",
+                             spec.family, model.config.architecture, tensor.name)};
+  }
   if (spec.tp > 1) {
     return Error{ErrorCode::kInvalidArgument,
                  fmt::format("{} tp={},experts=stacked: expected tp=1: how tensor parallelism cuts "
@@ -61,7 +68,6 @@ Result<Layout> stacked_experts_layout(const Model& model, const ParallelSpec& sp
     const Destination to{.parameter = renamed(tensor.name, model.family->module_renames),
                          .dtype = held_dtype(tensor, spec)};
     const Piece piece = whole_piece(tensor);
-    TRANSFUSE_CHECK(tensor.pieces.empty());
     const bool of_expert = piece.expert >= 0;
     TRANSFUSE_ASSIGN_OR_RETURN(
         const Range held, rows_of(of_expert ? model.expert_count() : piece.shape[0], spec, ranks));

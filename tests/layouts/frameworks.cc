@@ -37,6 +37,7 @@ class Checkpoint {
     add("model.norm.weight", {c_.hidden_size});
     if (!c_.tie_word_embeddings) add("lm_head.weight", {c_.vocab_size, c_.hidden_size});
     for (int64_t n = 0; n < c_.num_hidden_layers; ++n) add_layer(n);
+    if (c_.architecture == "qwen3_next") return with_mtp_module();
     for (int64_t n = c_.num_hidden_layers; n < c_.num_hidden_layers + c_.mtp_layers; ++n) {
       const std::string p = "model.layers." + std::to_string(n) + ".";
       add_layer(n);
@@ -70,8 +71,19 @@ class Checkpoint {
     linear(prefix + (mixtral ? "w2" : "down_proj"), c_.hidden_size, width);
   }
 
-  void add_layer(int64_t n) {
-    const std::string p = "model.layers." + std::to_string(n) + ".";
+  StateDict with_mtp_module() {
+    for (const char* norm : {"norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding"}) {
+      if (c_.mtp_layers > 0) add(fmt::format("mtp.{}.weight", norm), {c_.hidden_size});
+    }
+    if (c_.mtp_layers > 0) add("mtp.fc.weight", {c_.hidden_size, 2 * c_.hidden_size});
+    for (int64_t n = 0; n < c_.mtp_layers; ++n) {
+      add_layer(c_.num_hidden_layers + n, fmt::format("mtp.layers.{}.", n));
+    }
+    return std::move(out_);
+  }
+
+  void add_layer(int64_t n) { add_layer(n, "model.layers." + std::to_string(n) + "."); }
+  void add_layer(int64_t n, const std::string& p) {
     const std::string& family = c_.architecture;
     add(p + "input_layernorm.weight", {c_.hidden_size});
     add(p + "post_attention_layernorm.weight", {c_.hidden_size});
@@ -79,13 +91,20 @@ class Checkpoint {
       add(p + "pre_feedforward_layernorm.weight", {c_.hidden_size});
       add(p + "post_feedforward_layernorm.weight", {c_.hidden_size});
     }
-    if (family == "deepseek_v3") {
+    if (is_linear(c_, n)) {
+      add_linear_attention(p + "linear_attn.");
+    } else if (family == "deepseek_v3") {
       add_latent_attention(p + "self_attn.");
     } else {
       add_attention(p + "self_attn.");
     }
     if (!has_experts(c_, n)) return mlp(p + "mlp.", c_.intermediate_size);
     const std::string moe = p + (family == "mixtral" ? "block_sparse_moe." : "mlp.");
+    if (family == "gpt_oss") return add_stacked_experts(moe);
+    if (family == "qwen3_next") {
+      mlp(moe + "shared_expert.", c_.shared_expert_intermediate_size);
+      add(moe + "shared_expert_gate.weight", {1, c_.hidden_size});
+    }
     add(moe + "gate.weight", {c_.num_experts, c_.hidden_size});
     if (family == "glm4_moe" || family == "deepseek_v3") {
       add(moe + "gate.e_score_correction_bias", {c_.num_experts});
@@ -102,14 +121,50 @@ class Checkpoint {
     for (const auto& [name, rows] :
          std::vector<std::pair<const char*, int64_t>>{{"q", q}, {"k", kv}, {"v", kv}}) {
       const std::string linear = fmt::format("{}{}_proj", p, name);
-      add(linear + ".weight", {rows, c_.hidden_size});
+      const bool gated = c_.architecture == "qwen3_next" && name == std::string("q");
+      add(linear + ".weight", {gated ? 2 * rows : rows, c_.hidden_size});
       if (has_qkv_bias(c_)) add(linear + ".bias", {rows});
     }
     add(p + "o_proj.weight", {c_.hidden_size, q});
+    if (c_.architecture == "gpt_oss") {
+      add(p + "o_proj.bias", {c_.hidden_size});
+      add(p + "sinks", {c_.num_attention_heads});
+    }
     if (has_qk_norm(c_)) {
       add(p + "q_norm.weight", {c_.head_dim});
       add(p + "k_norm.weight", {c_.head_dim});
     }
+  }
+
+  void add_linear_attention(const std::string& p) {
+    const int64_t keys = c_.linear_key_heads * c_.linear_key_head_dim;
+    const int64_t values = c_.linear_value_heads * c_.linear_value_head_dim;
+    add(p + "in_proj_qkvz.weight", {2 * keys + 2 * values, c_.hidden_size});
+    add(p + "in_proj_ba.weight", {2 * c_.linear_value_heads, c_.hidden_size});
+    add(p + "conv1d.weight", {2 * keys + values, 1, c_.linear_conv_kernel});
+    add(p + "A_log", {c_.linear_value_heads});
+    add(p + "dt_bias", {c_.linear_value_heads});
+    add(p + "norm.weight", {c_.linear_value_head_dim});
+    add(p + "out_proj.weight", {c_.hidden_size, values});
+  }
+
+  void add_stacked_experts(const std::string& p) {
+    const int64_t x = c_.num_experts;
+    const int64_t h = c_.hidden_size;
+    const int64_t width = c_.moe_intermediate_size;
+    add(p + "router.weight", {x, h});
+    add(p + "router.bias", {x});
+    add(p + "experts.gate_up_proj_bias", {x, 2 * width});
+    add(p + "experts.down_proj_bias", {x, h});
+    if (!c_.packed_experts) {
+      add(p + "experts.gate_up_proj", {x, h, 2 * width});
+      add(p + "experts.down_proj", {x, width, h});
+      return;
+    }
+    add(p + "experts.gate_up_proj_blocks", {x, 2 * width, h / 32, 16});
+    add(p + "experts.gate_up_proj_scales", {x, 2 * width, h / 32});
+    add(p + "experts.down_proj_blocks", {x, h, width / 32, 16});
+    add(p + "experts.down_proj_scales", {x, h, width / 32});
   }
 
   void add_latent_attention(const std::string& p) {
@@ -165,7 +220,8 @@ StateDict without_mtp(const ModelConfig& c, const StateDict& hf, const ParallelS
   StateDict out;
   for (const auto& [name, tensor] : hf) {
     const bool mtp =
-        name.starts_with("model.layers.") && std::stoll(name.substr(13)) >= c.num_hidden_layers;
+        name.starts_with("mtp.") ||
+        (name.starts_with("model.layers.") && std::stoll(name.substr(13)) >= c.num_hidden_layers);
     const bool copy = ends_with_any(name, {".embed_tokens.weight", ".shared_head.head.weight"});
     if (mtp && (spec.mtp == MtpTensors::kNone || (spec.mtp == MtpTensors::kShared && copy))) {
       continue;
@@ -178,7 +234,8 @@ StateDict without_mtp(const ModelConfig& c, const StateDict& hf, const ParallelS
 }  // namespace
 
 bool has_qkv_bias(const ModelConfig& c) {
-  return c.architecture == "qwen2" || (c.architecture == "glm4_moe" && c.attention_bias);
+  return c.architecture == "qwen2" || c.architecture == "gpt_oss" ||
+         (c.architecture == "glm4_moe" && c.attention_bias);
 }
 bool has_qk_norm(const ModelConfig& c) {
   return c.architecture.starts_with("qwen3") || c.architecture == "gemma3_text" ||
@@ -186,6 +243,11 @@ bool has_qk_norm(const ModelConfig& c) {
 }
 bool has_experts(const ModelConfig& c, int64_t layer) {
   return c.num_experts > 0 && layer >= c.dense_layers;
+}
+
+bool is_linear(const ModelConfig& c, int64_t layer) {
+  const auto n = static_cast<size_t>(layer);
+  return n < c.linear_layers.size() && c.linear_layers[n];
 }
 
 StateDict hf_state(const ModelConfig& c) { return Checkpoint(c).make(); }
@@ -200,11 +262,12 @@ StateDict fsdp_state(const ModelConfig& config, const StateDict& hf, const Paral
   for (const auto& [name, tensor] : spec.stacked_experts ? stack_experts(config, hf) : hf) {
     const std::string module = name.substr(0, name.rfind('.') + 1);
     Tensor local = tensor;
-    if (ends_with_any(module, {".o_proj.", ".down_proj.", ".w2."})) {
+    if (ends_with_any(module, {".o_proj.", ".down_proj.", ".w2."}) && tensor.shape.size() == 2) {
       local = local.chunk(spec.tp, tp_rank, 1);
-    } else if (ends_with_any(module, {".q_proj.", ".k_proj.", ".v_proj.", ".q_b_proj.",
-                                      ".kv_b_proj.", ".gate_proj.", ".up_proj.", ".w1.", ".w3.",
-                                      ".eh_proj.", ".head.", ".embed_tokens.", "lm_head."})) {
+    } else if (ends_with_any(module,
+                             {".q_proj.", ".k_proj.", ".v_proj.", ".q_b_proj.", ".kv_b_proj.",
+                              ".gate_proj.", ".up_proj.", ".w1.", ".w3.", ".eh_proj.", "mtp.fc.",
+                              ".head.", ".embed_tokens.", "lm_head."})) {
       local = local.chunk(spec.tp, tp_rank, 0);
     }
     out.emplace(name, local.chunk(spec.dp, dp_rank, 0));
@@ -267,6 +330,9 @@ class VllmWorker {
       const int64_t layer = std::stoll(name.substr(13));
       if (layer < start_layer_ || layer >= end_layer_) return;  // PPMissingLayer, or a draft model
     }
+    if (name.starts_with("mtp.")) return;
+    if (c_.architecture == "gpt_oss") return load_gpt_oss(name, tensor);
+    if (name.find(".linear_attn.") != std::string::npos) return load_linear_attention(name, tensor);
     if (c_.architecture == "deepseek_v3" && !c_.noaux_routing &&
         name.ends_with("e_score_correction_bias")) {
       return;
@@ -320,6 +386,100 @@ class VllmWorker {
     parameter(name, tensor.shape) = tensor;
   }
 
+  // The names of GptOssModel; what is not an expert is loaded like everybody's.
+  void load_gpt_oss(std::string name, const Tensor& tensor) {
+    const auto exchange = [&](const std::string& from, const std::string& to) {
+      const size_t at = name.find(from);
+      if (at != std::string::npos) name.replace(at, from.size(), to);
+    };
+    const size_t experts = name.find(".experts.");
+    if (experts != std::string::npos) {
+      return load_stacked_experts(name.substr(0, experts) + ".experts.routed_experts.",
+                                  name.substr(experts + 9), tensor);
+    }
+    if (name == "model.embed_tokens.weight") {
+      load_outer(name, tensor);
+      parameters_["model.embedding.weight"] = std::move(parameters_.at(name));
+      parameters_.erase(name);
+      return;
+    }
+    if (ends_with_any(name, {"lm_head.weight", "model.norm.weight"})) {
+      return load_outer(name, tensor);
+    }
+    exchange(".self_attn.", ".attn.");
+    for (const char* shard : {"q", "k", "v"}) {
+      const std::string part = fmt::format(".{}_proj.", shard);
+      if (name.find(part) == std::string::npos) continue;
+      exchange(part, ".qkv_proj.");
+      return load_qkv(name, *shard, tensor);
+    }
+    if (name.ends_with(".sinks")) {
+      parameter(name, {per_rank(tensor.shape[0])}) = tensor.chunk(spec_.tp, tp_rank_, 0);
+    } else if (name.ends_with(".o_proj.weight")) {
+      parameter(name, {tensor.shape[0], per_rank(tensor.shape[1])}) =
+          tensor.chunk(spec_.tp, tp_rank_, 1);
+    } else {
+      parameter(name, tensor.shape) = tensor;
+    }
+  }
+
+  // GptOssModel._load_weights_other and, where packed, _load_weights_mxfp4: slices of all experts,
+  // transposed where the file has [in, out].
+  void load_stacked_experts(const std::string& to, const std::string& kind, const Tensor& tensor) {
+    const int64_t size = spec_.dp * spec_.tp;
+    const int64_t rank = dp_rank_ * spec_.tp + tp_rank_;
+    const bool ep = spec_.expert_parallel;
+    const Tensor mine = ep ? tensor.chunk(size, rank, 0) : tensor;
+    const auto part = [&](const Tensor& all, int dim, int64_t unit) {
+      const int64_t count = all.shape[static_cast<size_t>(dim)] / unit;
+      TRANSFUSE_CHECK(ep || count % size == 0);
+      return ep ? all : all.narrow(dim, rank * (count / size) * unit, count / size * unit);
+    };
+    const auto flat = [](const Tensor& all) {
+      std::vector<int64_t> shape(all.shape.begin(), all.shape.begin() + 3);
+      if (all.shape.size() == 4) shape[2] *= all.shape[3];
+      return all.view(shape);
+    };
+    const auto store = [&](const char* name, const Tensor& value) {
+      parameter(to + name, value.shape) = value;
+    };
+    if (kind == "gate_up_proj_bias") return store("w13_bias", part(mine, 1, 2));
+    if (kind == "down_proj_bias") {
+      return store("w2_bias", ep || rank == 0 ? mine : Tensor::zeros(mine.shape));
+    }
+    if (kind == "gate_up_proj") return store("w13_weight", part(mine, 2, 2).transposed());
+    if (kind == "down_proj") return store("w2_weight", part(mine, 1, 1).transposed());
+    const char* suffix = kind.ends_with("_scales") ? "weight_scale" : "weight";
+    const bool down = kind.starts_with("down_proj");
+    store(fmt::format("{}_{}", down ? "w2" : "w13", suffix).c_str(),
+          flat(down ? part(mine, 2, 1) : part(mine, 1, 2)));
+  }
+
+  // QwenGatedDeltaNetAttention with its interleaved layout.
+  void load_linear_attention(const std::string& name, const Tensor& tensor) {
+    if (name.ends_with(".norm.weight")) {
+      parameter(name, tensor.shape) = tensor;
+    } else if (name.ends_with(".out_proj.weight")) {
+      parameter(name, {tensor.shape[0], per_rank(tensor.shape[1])}) =
+          tensor.chunk(spec_.tp, tp_rank_, 1);
+    } else if (name.ends_with(".conv1d.weight")) {
+      // mamba_v2_sharded_weight_loader
+      const int64_t keys = c_.linear_key_heads * c_.linear_key_head_dim;
+      const int64_t values = c_.linear_value_heads * c_.linear_value_head_dim;
+      std::vector<Tensor> shards;
+      for (const auto& [begin, size] :
+           std::vector<std::pair<int64_t, int64_t>>{{0, keys}, {keys, keys}, {2 * keys, values}}) {
+        shards.push_back(tensor.narrow(0, begin, size).chunk(spec_.tp, tp_rank_, 0));
+      }
+      const Tensor merged = cat(shards, 0);
+      parameter(name, merged.shape) = merged;
+    } else {
+      std::vector<int64_t> shape = tensor.shape;
+      shape[0] = per_rank(shape[0]);
+      parameter(name, shape) = tensor.chunk(spec_.tp, tp_rank_, 0);
+    }
+  }
+
   int64_t per_rank(int64_t count) const {
     TRANSFUSE_CHECK(count % spec_.tp == 0);
     return count / spec_.tp;
@@ -328,7 +488,8 @@ class VllmWorker {
   // Most models skip what a stage does not use; some make all of it everywhere.
   void load_outer(const std::string& name, const Tensor& tensor) {
     const bool everywhere = c_.architecture == "qwen3_moe" || c_.architecture == "mixtral" ||
-                            c_.architecture == "gemma3_text";
+                            c_.architecture == "gemma3_text" || c_.architecture == "gpt_oss" ||
+                            (c_.architecture == "qwen3_next" && name != "model.norm.weight");
     const bool last = pp_rank_ == spec_.pp - 1;
     const bool first = pp_rank_ == 0;
     const bool embedding = name == "model.embed_tokens.weight";
@@ -347,7 +508,8 @@ class VllmWorker {
 
   // QKVParallelLinear.weight_loader
   void load_qkv(const std::string& name, char shard_id, const Tensor& tensor) {
-    const int64_t num_heads = c_.num_attention_heads / spec_.tp;
+    const int64_t gates = c_.architecture == "qwen3_next" ? 2 : 1;  // 1 + attn_output_gate
+    const int64_t num_heads = gates * c_.num_attention_heads / spec_.tp;
     int64_t num_kv_heads = 1;
     int64_t num_kv_head_replicas = 1;
     if (spec_.tp >= c_.num_key_value_heads) {

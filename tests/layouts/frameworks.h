@@ -16,6 +16,7 @@ StateDict hf_state(const ModelConfig& config);
 // What the families have.
 bool has_qkv_bias(const ModelConfig& config);
 bool has_qk_norm(const ModelConfig& config);
+bool is_linear(const ModelConfig& config, int64_t layer);  // attention
 bool has_experts(const ModelConfig& config, int64_t layer);
 
 // The experts in an engine's physical places, one after another.

@@ -1,6 +1,6 @@
 """Builds SGLang's own model class as every rank of a world would (groups are numbers here: nothing
-is sent), runs its load_weights, and saves the parameters. Packages for devices, which SGLang imports
-and none of this uses, are stood in for where they are not installed."""
+is sent), runs its load_weights, and saves the parameters. Packages for devices, which SGLang
+imports and none of this uses, are stood in for where they are not installed."""
 
 from __future__ import annotations
 

@@ -47,6 +47,8 @@ FAMILIES = {
     "Gemma3ForCausalLM": transformers.Gemma3TextConfig,
     "Glm4MoeForCausalLM": transformers.Glm4MoeConfig,
     "DeepseekV3ForCausalLM": transformers.DeepseekV3Config,
+    "GptOssForCausalLM": transformers.GptOssConfig,
+    "Qwen3NextForCausalLM": transformers.Qwen3NextConfig,
 }
 SIZES = {
     "hidden_size": 32,
@@ -78,6 +80,20 @@ MORE = {
         "v_head_dim": 5,
         "n_group": 1,
         "topk_group": 1,
+    },
+    "GptOssForCausalLM": {"num_local_experts": 3, "head_dim": 6},
+    "Qwen3NextForCausalLM": {
+        "num_experts": 3,
+        "moe_intermediate_size": 20,
+        "shared_expert_intermediate_size": 12,
+        "head_dim": 6,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 6,
+        "linear_key_head_dim": 5,
+        "linear_value_head_dim": 7,
+        "linear_conv_kernel_dim": 3,
+        "num_hidden_layers": 5,
+        "num_nextn_predict_layers": 0,  # not in the model class of transformers
     },
 }
 

@@ -1,5 +1,5 @@
 """Layouts of SGLang specs against SGLang's own load_weights on every rank. Skipped where SGLang is
-not installed; its Python sources and what they import are enough, no device and no compiled part."""
+not installed; its Python sources and what they import are enough, no device, no compiled part."""
 
 from __future__ import annotations
 
@@ -71,8 +71,9 @@ def write_model(folder, family, *, layers=3, tied=False):
     config_class = getattr(transformers, name + ("TextConfig" if name == "Gemma3" else "Config"))
     config_class(**{**options, **more}).save_pretrained(folder)
     path = folder / "config.json"
-    if family == "deepseek_v3":  # which transformers 5 leaves out
-        path.write_text(json.dumps({**json.loads(path.read_text()), "topk_method": "noaux_tc"}))
+    if family == "deepseek_v3":  # what published files say and transformers 5 leaves out
+        left_out = {"topk_method": "noaux_tc", "moe_layer_freq": 1, "scoring_func": "sigmoid"}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **left_out}))
     model = transfuse.parse_model_config(path.read_text())
     weights, first = {}, 1
     for tensor in transfuse.make_catalog(model):

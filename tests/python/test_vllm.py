@@ -58,6 +58,32 @@ FAMILIES = {
             "num_nextn_predict_layers": 1,
         },
     ),
+    "gpt_oss": (
+        "GptOss",
+        {
+            "head_dim": 8,
+            "num_key_value_heads": 4,
+            "intermediate_size": 16,  # [h, 2I] is square: no shape tells rows from columns
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "qwen3_next": (
+        "Qwen3Next",
+        {
+            "head_dim": 8,
+            "num_hidden_layers": 5,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 24,
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 8,
+            "linear_key_head_dim": 6,
+            "linear_value_head_dim": 10,
+            "linear_conv_kernel_dim": 3,
+        },
+    ),
 }
 CONFIGS = {"gemma3_text": "Gemma3TextConfig"}
 
@@ -111,6 +137,11 @@ def write_model(folder, family, *, layers=3, tied=False, **other):
         ("glm4_moe", False, {"tp": 2, "pp": 2, "ep": True}),
         ("deepseek_v3", False, {"tp": 4}),
         ("deepseek_v3", False, {"tp": 2, "pp": 2, "ep": True}),
+        ("gpt_oss", False, {"tp": 4}),
+        ("gpt_oss", False, {"tp": 2, "dp": 2}),
+        ("gpt_oss", False, {"tp": 2, "pp": 2, "ep": True}),
+        ("qwen3_next", False, {"tp": 4}),
+        ("qwen3_next", False, {"tp": 2, "pp": 2, "ep": True}),
     ],
     ids=str,
 )
