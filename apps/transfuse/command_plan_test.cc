@@ -104,8 +104,8 @@ TEST_F(PlanCommand, SvgIsWrittenAsOneDocument) {
 }
 
 TEST_F(PlanCommand, LayoutsThatDoNotFitEndWithThreeAndTheReason) {
-  EXPECT_EQ(plan("--from fsdp:dp=2,dtype=bf16 --to vllm:tp=2,dtype=f32"), 3) << output_;
-  EXPECT_NE(output_.find("expects f32"), std::string::npos) << output_;
+  EXPECT_EQ(plan("--from fsdp:dp=2,dtype=bf16 --to vllm:tp=2,dtype=f16"), 3) << output_;
+  EXPECT_NE(output_.find("expects f16"), std::string::npos) << output_;
 }
 
 TEST_F(PlanCommand, AWrongSpecIsATypedError) {

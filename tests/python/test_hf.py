@@ -58,7 +58,13 @@ SIZES = {
     "num_key_value_heads": 2,
     "vocab_size": 100,
 }
-ROUTED = {"n_routed_experts": 3, "n_shared_experts": 2, "first_k_dense_replace": 1}
+# Modules of transformers have no layer that predicts further tokens, whatever the config says.
+ROUTED = {
+    "n_routed_experts": 3,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 0,
+}
 MORE = {
     "Qwen3MoeForCausalLM": {"num_experts": 3, "moe_intermediate_size": 20},
     "MixtralForCausalLM": {"num_local_experts": 3, "num_experts_per_tok": 2},

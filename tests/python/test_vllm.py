@@ -88,7 +88,7 @@ FAMILIES = {
 CONFIGS = {"gemma3_text": "Gemma3TextConfig"}
 
 
-def write_model(folder, family, *, layers=3, tied=False):
+def write_model(folder, family, *, layers=3, tied=False, **other):
     """A folder as vLLM reads it, and its weights: every element has a value of its own."""
     name, more = FAMILIES[family]
     sizes = {
@@ -102,7 +102,7 @@ def write_model(folder, family, *, layers=3, tied=False):
         "tie_word_embeddings": tied,
     }
     config = getattr(transformers, CONFIGS.get(family, name + "Config"))(
-        **sizes | more, architectures=[name + "ForCausalLM"]
+        **sizes | more | other, architectures=[name + "ForCausalLM"]
     )
     config.save_pretrained(folder)
     model = transfuse.parse_model_config((folder / "config.json").read_text())
@@ -111,7 +111,7 @@ def write_model(folder, family, *, layers=3, tied=False):
         count = torch.Size(tensor.shape).numel()
         weights[tensor.name] = torch.arange(first, first + count).float().view(tensor.shape)
         first += count
-    assert first < 2**24  # exact in f32
+    assert first < 2**24 or "quantization_config" in other  # exact in f32
     torch.save(weights, folder / "weights.pt")
     return model, weights
 
@@ -166,3 +166,64 @@ def test_a_plan_puts_everything_where_load_weights_puts_it(
         execute(transfuse.compile(target, [whole]), [(whole, source)], held)
         for name, value in expected.items():
             assert torch.equal(held[name], value.flatten()), f"rank {rank}: {name}"
+
+
+@pytest.mark.parametrize("world", [{"tp": 2}, {"tp": 2, "ep": True}], ids=str)
+def test_f8_weights_and_their_scales_lie_where_load_weights_puts_them(
+    children, execute, tmp_path, world
+):
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "moe_intermediate_size": 256,
+        "q_lora_rank": 128,
+        "kv_lora_rank": 160,  # with 32 more rows one block and a half: the last one is short
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+        "quantization_config": {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [128, 128],
+        },
+    }
+    config, numbers = write_model(tmp_path, "deepseek_v3", layers=2, **sizes)
+    dtypes = {
+        transfuse.Dtype.BF16: torch.bfloat16,
+        transfuse.Dtype.F32: torch.float32,
+        transfuse.Dtype.F8E4M3: torch.float8_e4m3fn,
+    }
+    weights = {}
+    for tensor in transfuse.make_catalog(config):
+        value = numbers[tensor.name]
+        if tensor.dtype == transfuse.Dtype.F8E4M3:
+            # Bytes that repeat after 113 columns: no block and no share of a rank is a multiple.
+            weights[tensor.name] = (value.long() % 113).to(torch.uint8).view(dtypes[tensor.dtype])
+        else:
+            weights[tensor.name] = (value % 251).to(dtypes[tensor.dtype])
+    torch.save(weights, tmp_path / "weights.pt")
+
+    options = [key if value is True else f"{key}={value}" for key, value in world.items()]
+    targets = transfuse.make_layouts(
+        config, transfuse.parse_parallel_spec("vllm:" + ",".join(options))
+    )
+    request = {"folder": str(tmp_path), "world": world, "size": 2, "dtype": "bfloat16"}
+    children.start("vllm_worker.py", json.dumps(request))
+    children.join()
+    whole = transfuse.make_layout(config, transfuse.parse_parallel_spec("hf"), 0)
+    source = {name: value.flatten() for name, value in weights.items()}
+    for rank, target in enumerate(targets):
+        expected = torch.load(tmp_path / f"rank{rank}.pt")
+        assert {p.name for p in target.parameters} == set(expected)
+        assert {p.name: dtypes[p.dtype] for p in target.parameters} == {
+            name: value.dtype for name, value in expected.items()
+        }
+        held = {
+            p.name: torch.zeros(p.element_count, dtype=dtypes[p.dtype]) for p in target.parameters
+        }
+        execute(transfuse.compile(target, [whole]), [(whole, source)], held)
+        for name, value in expected.items():
+            assert torch.equal(
+                held[name].view(torch.uint8), value.contiguous().flatten().view(torch.uint8)
+            ), f"rank {rank}: {name}"
