@@ -712,8 +712,15 @@ def parallel_ranks(spec: ParallelSpec, rank: int) -> ParallelRanks:
     The place of a rank, counted within the spec, in the framework's own order of ranks.
     """
 
+@overload
 def make_layouts(config: ModelConfig, spec: ParallelSpec) -> list[Layout]:
     """One layout per rank, in the family's own rank order."""
+
+@overload
+def make_layouts(catalog: Sequence[TensorSpec], spec: ParallelSpec, dtype: Dtype | None = None) -> list[Layout]:
+    """
+    For a model of which nothing is known but its tensors: hf, or fsdp without tp. `dtype` is of all parameters; None: each as in the catalog.
+    """
 
 @overload
 def make_layout(config: ModelConfig, spec: ParallelSpec, rank: int) -> Layout:
@@ -724,6 +731,10 @@ def make_layout(config: ModelConfig, spec: ParallelSpec, rank: int) -> Layout:
 @overload
 def make_layout(config: ModelConfig, spec: ParallelSpec, ranks: ParallelRanks) -> Layout:
     """The same for a process that knows its ranks from its own groups."""
+
+@overload
+def make_layout(catalog: Sequence[TensorSpec], spec: ParallelSpec, rank: int, dtype: Dtype | None = None) -> Layout:
+    """The same for one rank, counted within the spec."""
 
 class LiveTensor:
     """A parameter or persistent buffer as its framework describes it."""
@@ -781,11 +792,11 @@ def dtensor_box(global_shape: Sequence[int], placements: Sequence[Placement], me
     The box of a DTensor that the process at a mesh coordinate holds, possibly empty.
     """
 
-<<<<<<< HEAD
 def flat_range_boxes(shape: Sequence[int], begin: int, end: int) -> list[Box]:
     """
     The boxes of elements begin to end of a row-major tensor, in the order of the elements.
-=======
+    """
+
 class ExpertMap:
     """
     Which logical expert every physical place of an engine holds (EPLB): one list a layer, of all decoder layers or of those with experts.
@@ -808,7 +819,16 @@ def parse_expert_map(json: str) -> ExpertMap:
 def with_expert_map(spec: ParallelSpec, expert_map: ExpertMap) -> ParallelSpec:
     """
     The spec of an engine whose experts lie as the map says. make_layout refuses a map that does not fit the model.
->>>>>>> sglang
+    """
+
+class NativeCheckpoint:
+    """See transfuse.Checkpoint."""
+
+    def __init__(self, path: str, *, spec: str, config_json: str, version: int) -> None: ...
+
+def read_catalog(path: str, spec: str = 'hf') -> list[TensorSpec]:
+    """
+    The tensors of a model, from a checkpoint's own headers and index: hf, or fsdp without tp.
     """
 
 class NativeArena:
@@ -1256,7 +1276,7 @@ def shadow_bytes(layout: Layout) -> int:
 class NativeReceiver:
     """See transfuse.Receiver."""
 
-    def __init__(self, layout: Layout, parameters: dict[str, object], *, name: str, model: str, verify: Verify, chunk_bytes: int, spread: int, no_progress_ms: int, max_attempts: int, into: ReceiveInto, keep_previous: bool, group: str, group_size: int, round_ms: int, demand: Demand, job: str, address: str | None, token: str | None, threads: int | None, allow_any_tracer: bool | None) -> None: ...
+    def __init__(self, layout: Layout, parameters: dict[str, object], *, name: str, model: str, verify: Verify, chunk_bytes: int, spread: int, no_progress_ms: int, max_attempts: int, into: ReceiveInto, keep_previous: bool, group: str, group_size: int, round_ms: int, checkpoint: NativeCheckpoint | None, checkpoint_wait_ms: int, demand: Demand, job: str, address: str | None, token: str | None, threads: int | None, allow_any_tracer: bool | None) -> None: ...
 
     def refit(self, *, exactly: int | None, at_least: int | None, demand: Demand, timeout_ms: int) -> RefitReport: ...
 
