@@ -105,6 +105,39 @@ TEST_F(Families, GoThroughTrainersAndEnginesAndComeBackAsTheyWere) {
   }
 }
 
+std::string gpt_oss() {
+  return std::string(R"({"model_type": "gpt_oss", "num_key_value_heads": 2, "head_dim": 4,
+                         "num_local_experts": 2, )") +
+         kCommon + "}";
+}
+
+TEST_F(Families, TransposedStacksHaveTheShapesOfTheParametersAndComeBack) {
+  const auto tensors = numbers(gpt_oss());
+  write_hf("start", tensors);
+  const std::vector<std::string> chain = {"hf", "vllm:tp=2", "megatron:tp=2,ep=2,etp=1", "hf"};
+  for (size_t i = 1; i < chain.size(); ++i) {
+    auto step = request(chain[i - 1], i == 1 ? "start" : "step" + std::to_string(i - 1), chain[i],
+                        "step" + std::to_string(i));
+    step.config_json = gpt_oss();
+    const auto report = convert_checkpoint(step);
+    ASSERT_TRUE(report) << chain[i] << ": " << report.error().to_string();
+  }
+  const auto shape = [&](const char* folder, const std::string& name) {
+    const auto listing = list_checkpoint((folder_ / folder).string());
+    const auto held = std::ranges::find(listing->tensors, name, &StoredTensor::name);
+    return held == listing->tensors.end() ? Dims{} : held->shape;
+  };
+  const std::string experts = "model.layers.0.mlp.experts.routed_experts.";
+  EXPECT_EQ(shape("step1", experts + "w13_weight"), (Dims{2, 32, 16}));
+  EXPECT_EQ(shape("step1", experts + "w2_weight"), (Dims{2, 16, 16}));
+  EXPECT_EQ(shape("step2", "decoder.layers.0.mlp.experts.linear_fc1.weight0"), (Dims{64, 16}));
+  EXPECT_EQ(shape("step2", "decoder.layers.0.mlp.experts.linear_fc2.weight0"), (Dims{16, 32}));
+  for (const HandMade& tensor : tensors) {
+    EXPECT_EQ(tensor_bytes(folder_ / "step3" / "model.safetensors", tensor.name), tensor.bytes)
+        << tensor.name;
+  }
+}
+
 TEST_F(Families, StackedExpertsWithOtherModuleNamesAreReadWithoutBeingTold) {
   const auto tensors = numbers(mixtral());
   write_hf("start", tensors);

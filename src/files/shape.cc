@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -40,8 +41,10 @@ bool names_one_expert(std::string_view name) {
 
 // What the tiles of one parameter say of its shape.
 struct Rows {
-  std::optional<Dims> row;                      // lengths of all dimensions but the first
-  bool irregular = false;                       // not all tiles are whole rows of one width
+  std::optional<Dims> row;    // lengths of all dimensions but the first
+  bool irregular = false;     // not all tiles are whole rows of one width
+  int64_t width = 0;          // of rows in memory, however their tensors lie; -1: tiles differ
+  std::set<int64_t> stacked;  // experts of a tensor that holds all of them
   std::map<std::string_view, int64_t> tiles;    // of a tensor
   std::map<std::string_view, int64_t> experts;  // copies of each: tiles of any of its tensors
 
@@ -64,6 +67,18 @@ struct Rows {
     }
     const Dims found(length.values().subspan(1));
     if (length[0] != 1 && tile.element_strides[0] != found.product()) irregular = true;
+    const Dims inside = row_major_strides(found);
+    int64_t closest = 1;
+    int dimensions = 0;
+    for (int d = 0; d < length.rank(); ++d) {
+      if (length[d] == 1) continue;
+      ++dimensions;
+      if (tile.element_strides[d] == 1) closest = length[d];
+      if (d > 0 && tile.element_strides[d] != inside[d - 1]) irregular = true;
+    }
+    if (dimensions < 2 || (width != 0 && width != closest)) closest = -1;
+    width = closest;
+    if (length.rank() > 2 && length[0] == 1) stacked.insert(tile.box.offset[0]);
     if (row && !(*row == found)) irregular = true;
     row = found;
   }
@@ -76,6 +91,12 @@ Dims shape_of(const Layout& layout, const ParameterSpec& spec, const Rows& rows)
   if (whole != nullptr && whole->rank() == 0) return {};
   if (!rows.row && whole != nullptr && spec.element_count == 0) {  // a rank without rows
     row = Dims(whole->values().subspan(1));
+  }
+  if (rows.irregular && rows.width > 1 && spec.element_count % rows.width == 0) {
+    const int64_t all = spec.element_count / rows.width;
+    const auto experts = static_cast<int64_t>(rows.stacked.size());
+    const bool stack = experts > 0 && all % experts == 0 && !names_one_expert(spec.name);
+    return stack ? Dims{experts, all / experts, rows.width} : Dims{all, rows.width};
   }
   const int64_t width = row ? row->product() : 0;
   if (!row || (width > 0 && spec.element_count % width != 0)) return {spec.element_count};

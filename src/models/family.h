@@ -216,6 +216,8 @@ struct Model {
   int64_t expert_count() const { return family->expert_count == nullptr ? 0 : config.num_experts; }
   bool is_mtp(const ModelTensor& tensor) const { return tensor.layer >= config.num_hidden_layers; }
   TensorSpec published(const ModelTensor& tensor) const;
+  // As modules of transformers 5 do: there is nothing to stack.
+  bool files_stack_experts() const;
 };
 // Of the parameter that holds the tensor, where a framework has no opinion of its own.
 Dtype held_dtype(const ModelTensor& tensor, const ParallelSpec& spec);

@@ -63,7 +63,9 @@ Result<void> check_scales(const ModelTensor& tensor, int64_t tp) {
 
 // The parameter is what to_local() returns: the box, unpadded.
 Result<Layout> make(const Model& model, const ParallelSpec& spec, const ParallelRanks& ranks) {
-  if (spec.stacked_experts) return stacked_experts_layout(model, spec, ranks);
+  if (spec.stacked_experts && !model.files_stack_experts()) {
+    return stacked_experts_layout(model, spec, ranks);
+  }
   const std::array<int64_t, 2> mesh = {spec.dp, spec.tp};
   const std::array<int64_t, 2> coordinate = {ranks.dp, ranks.tp};
   LayoutBuilder builder;

@@ -99,7 +99,6 @@ TEST(GptOss, WhatNoFrameworkHoldsIsRefusedByName) {
       {"vllm:tp=2,w13=up_gate", "w13=up_gate"},
       {"vllm:dp=7", "groups of rows of model.layers.0.mlp.experts.gate_up_proj"},
       {"megatron:etp=2", "etp=2: expected 1 with biases of experts"},
-      {"hf:experts=stacked", "experts apart, found gpt_oss"},
       {"fsdp:tp=2", "model.layers.0.mlp.experts."},
   };
   for (const auto& [spec, text] : refused) {
@@ -108,6 +107,16 @@ TEST(GptOss, WhatNoFrameworkHoldsIsRefusedByName) {
   json tied = bf16_20b();
   tied["tie_word_embeddings"] = true;
   EXPECT_THAT(layout_error(tied, "vllm").message, HasSubstr("\"tie_word_embeddings\""));
+}
+
+TEST(GptOss, FilesStackExpertsAsModulesDo) {
+  const ModelConfig config = parse_model_config(bf16_20b().dump()).value();
+  for (const char* spec : {"hf", "fsdp:dp=3"}) {
+    const std::string stacked =
+        std::string(spec) + (spec[0] == 'h' ? ":" : ",") + "experts=stacked";
+    EXPECT_EQ(make_layout(config, parse_parallel_spec(spec).value(), 0)->digest(),
+              make_layout(config, parse_parallel_spec(stacked).value(), 0)->digest());
+  }
 }
 
 TEST(GptOss, PackedExpertsAreRefusedWhereTheyAreMoreThanMoved) {

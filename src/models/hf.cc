@@ -16,7 +16,9 @@ namespace {
 constexpr std::array<std::string_view, 2> kOptions = {"experts", "mtp"};
 
 Result<Layout> make(const Model& model, const ParallelSpec& spec, const ParallelRanks& /*ranks*/) {
-  if (spec.stacked_experts) return stacked_experts_layout(model, spec, ParallelRanks{});
+  if (spec.stacked_experts && !model.files_stack_experts()) {
+    return stacked_experts_layout(model, spec, ParallelRanks{});
+  }
   LayoutBuilder builder;
   for (const ModelTensor& tensor : model.tensors) {
     if (!is_held(model, tensor, spec)) continue;

@@ -1,6 +1,7 @@
 // Catalogs and layouts: joins what a family declares with what a framework makes of it.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <numeric>
@@ -112,6 +113,10 @@ int64_t rows_together(const ModelTensor& tensor, const Piece& piece) {
 
 TensorSpec Model::published(const ModelTensor& tensor) const {
   return {tensor.name, tensor.dtype.value_or(config.dtype), tensor.shape};
+}
+
+bool Model::files_stack_experts() const {
+  return std::ranges::any_of(tensors, [](const ModelTensor& t) { return !t.pieces.empty(); });
 }
 
 Dtype held_dtype(const ModelTensor& tensor, const ParallelSpec& spec) {

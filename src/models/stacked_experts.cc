@@ -49,13 +49,6 @@ Result<Layout> stacked_experts_layout(const Model& model, const ParallelSpec& sp
                              "scales, found {}",
                              spec.family, model.config.architecture)};
   }
-  for (const ModelTensor& tensor : model.tensors) {
-    if (tensor.pieces.empty()) continue;
-    return Error{ErrorCode::kInvalidArgument,
-                 fmt::format("{} experts=stacked: expected a model whose files have experts apart, "
-                             "found {} with {}",
-                             spec.family, model.config.architecture, tensor.name)};
-  }
   if (spec.tp > 1) {
     return Error{ErrorCode::kInvalidArgument,
                  fmt::format("{} tp={},experts=stacked: expected tp=1: how tensor parallelism cuts "

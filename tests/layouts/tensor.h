@@ -25,6 +25,9 @@ struct Tensor {
   // param.narrow(dim, start, value.shape[dim]).copy_(value)
   void copy_into(int dim, int64_t start, const Tensor& value);
 };
+// Blocks of `block` that `count` elements take.
+inline int64_t blocks(int64_t count, int64_t block) { return (count + block - 1) / block; }
+
 Tensor cat(const std::vector<Tensor>& parts, int dim);
 
 using StateDict = std::map<std::string, Tensor>;
