@@ -286,10 +286,9 @@ void bind_receiver(nb::module_& m) {
              std::string name, std::string model, Verify verify, uint64_t chunk_bytes,
              uint64_t spread, int64_t no_progress_ms, uint32_t max_attempts, ReceiveInto into,
              bool keep_previous, std::string group, uint32_t group_size, int64_t round_ms,
-             std::optional<Checkpoint> checkpoint, int64_t checkpoint_wait_ms,
-             const Demand& demand, std::string job, std::optional<std::string> address,
-             std::optional<std::string> token, std::optional<uint32_t> threads,
-             std::optional<bool> allow_any_tracer) {
+             std::optional<Checkpoint> checkpoint, int64_t checkpoint_wait_ms, const Demand& demand,
+             std::string job, std::optional<std::string> address, std::optional<std::string> token,
+             std::optional<uint32_t> threads, std::optional<bool> allow_any_tracer) {
             ReceiverOptions options;
             options.model = std::move(model);
             options.name = std::move(name);

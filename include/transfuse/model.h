@@ -107,8 +107,8 @@ struct ParallelSpec {
   bool account_for_loss = false;
   // Megatron: rows of the vocabulary with padding, of all ranks together; 0: by vocab_divisor.
   int64_t padded_vocab = 0;
-  bool stacked_experts = false;      // HF, FSDP "experts=stacked": as transformers 5 holds them
-  bool out_norm_plus_one = false;    // Megatron "out_norm=plus_one": docs/layouts.md, "Arithmetic"
+  bool stacked_experts = false;    // HF, FSDP "experts=stacked": as transformers 5 holds them
+  bool out_norm_plus_one = false;  // Megatron "out_norm=plus_one": docs/layouts.md, "Arithmetic"
   MtpTensors mtp = MtpTensors::kAll;
   bool whole_dense = false;  // SGLang "dense=whole": MLPs without experts (moe_dense_tp_size=1)
   // SGLang "lm_head=attention": cut over the ranks of attention (enable_dp_lm_head).

@@ -3,12 +3,10 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
-#include <functional>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "transfuse/layout.h"
 #include "transfuse/model.h"
 #include "transfuse/result.h"
 

@@ -22,9 +22,8 @@ namespace transfuse {
 namespace {
 
 constexpr std::array<std::string_view, 16> kOptions = {
-    "tp",   "pp",     "vpp",           "ep",    "etp",     "cp",           "dp", "first",
-    "last", "layers", "vocab_divisor", "norms", "experts", "padded_vocab", "mtp",
-    "out_norm"};
+    "tp",   "pp",     "vpp",           "ep",    "etp",     "cp",           "dp",  "first",
+    "last", "layers", "vocab_divisor", "norms", "experts", "padded_vocab", "mtp", "out_norm"};
 constexpr std::array<std::string_view, 2> kFlags = {"account_for_embedding", "account_for_loss"};
 
 Unexpected invalid(std::string message) {
