@@ -43,6 +43,7 @@ struct SglangClass {
 
 constexpr std::array<Role, 1> kF32Router = {Role::kRouter};
 constexpr std::array<Role, 1> kF32Decay = {Role::kLinearDecay};
+constexpr std::array<Rename, 1> kNextNames = {{{".self_attn.", "."}}};
 constexpr std::array<SglangClass, 10> kClasses = {{
     {.family = &kLlama, .output_on_every_stage = true},
     {.family = &kQwen2, .own_output = OwnOutput::kWithStages},
@@ -73,7 +74,7 @@ constexpr std::array<SglangClass, 10> kClasses = {{
      .output_on_every_stage = true,
      .own_output = OwnOutput::kAlways},
     {.family = &kQwen3Next,
-     .engine = {.f32_roles = kF32Decay},
+     .engine = {.f32_roles = kF32Decay, .renames = kNextNames},
      .attention_dp = true,
      .pipeline = false,
      .redundant_experts = true,

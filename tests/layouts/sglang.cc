@@ -92,8 +92,11 @@ class SglangWorker {
     return name.replace(name.rfind('.') - old.size(), old.size(), module);
   }
 
-  void load_one(const std::string& name, const Tensor& tensor) {
+  void load_one(std::string name, const Tensor& tensor) {
     if (name.starts_with("mtp.")) return;
+    if (is("qwen3_next") && name.find(".self_attn.") != std::string::npos) {
+      name.erase(name.find(".self_attn"), 10);
+    }
     if (!name.starts_with("model.layers.")) return load_outer(name, tensor);
     const int64_t layer = std::stoll(name.substr(13));
     if (layer < start_layer_ || layer >= end_layer_) return;

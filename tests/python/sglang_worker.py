@@ -98,6 +98,8 @@ CLASSES = {
     "gemma3_text": ("gemma3_causal", "Gemma3ForCausalLM"),
     "glm4_moe": ("glm4_moe", "Glm4MoeForCausalLM"),
     "deepseek_v3": ("deepseek_v2", "DeepseekV3ForCausalLM"),
+    "gpt_oss": ("gpt_oss", "GptOssForCausalLM"),
+    "qwen3_next": ("qwen3_next", "Qwen3NextForCausalLM"),
 }
 
 
@@ -167,7 +169,8 @@ def main():
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
-            model.load_weights(iter(weights.items()))
+            # Copies: a loader may set what it is given to zero.
+            model.load_weights((name, value.clone()) for name, value in weights.items())
         found = {name: p.detach().clone() for name, p in model.named_parameters()}
         torch.save(found, folder / f"rank{rank}.pt")
 
