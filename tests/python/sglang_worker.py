@@ -28,7 +28,7 @@ FOR_DEVICES = (
 
 class NamesAtWill(type):
     def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("__") or name == "get_current_target":  # there is no device
             raise AttributeError(name)
         return Nothing
 
@@ -129,6 +129,7 @@ def build(model_class, config, folder, world, rank):
         enable_dp_lm_head=world.get("lm_head") == "attention",
         ep_num_redundant_experts=world.get("redundant", 0),
         disable_shared_experts_fusion=True,
+        disable_radix_cache=True,
     )
     publish(args, role="test", ranks=SpawnRanks(world_rank=rank))
     initialize_dp_attention(args)
@@ -153,11 +154,24 @@ def place_experts(model_class, config, ep_rank, expert_map):
     expert_location.set_global_expert_location_metadata(metadata)
 
 
+def read_config(folder):
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type != "qwen3_next":
+        return config
+    # SGLang's own, and what it adds for a CPU: numbers padded to multiples of ranks.
+    config = importlib.import_module("sglang.srt.configs.qwen3_next").Qwen3NextConfig
+    config = config.from_pretrained(folder)
+    for kind in ("key", "value"):
+        heads = getattr(config, f"linear_num_{kind}_heads")
+        setattr(config, f"linear_num_{kind}_heads_cpu", heads)
+    return config
+
+
 def main():
     request = json.loads(sys.argv[1])
     folder = Path(request["folder"])
     weights = torch.load(folder / "weights.pt")
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
     module, name = CLASSES[config.model_type]
     model_class = getattr(importlib.import_module(f"sglang.srt.models.{module}"), name)
     if hasattr(sys.modules[model_class.__module__], "get_rope_wrapper"):

@@ -97,9 +97,12 @@ def write_model(folder, family, *, layers=3, tied=False):
     config_class = getattr(transformers, name + ("TextConfig" if name == "Gemma3" else "Config"))
     config_class(**{**options, **more}).save_pretrained(folder)
     path = folder / "config.json"
-    if family == "deepseek_v3":  # what published files say and transformers 5 leaves out
-        left_out = {"topk_method": "noaux_tc", "moe_layer_freq": 1, "scoring_func": "sigmoid"}
-        path.write_text(json.dumps({**json.loads(path.read_text()), **left_out}))
+    # What published files say and transformers 5 leaves out.
+    left_out = {
+        "deepseek_v3": {"topk_method": "noaux_tc", "moe_layer_freq": 1, "scoring_func": "sigmoid"},
+        "qwen3_next": {"full_attention_interval": 4},
+    }
+    path.write_text(json.dumps({**json.loads(path.read_text()), **left_out.get(family, {})}))
     model = transfuse.parse_model_config(path.read_text())
     weights, first = {}, 1
     for tensor in transfuse.make_catalog(model):
