@@ -110,7 +110,8 @@ Result<void> check(const ParallelSpec& spec) {
 }
 
 // A loader that copies the stacks of a checkpoint. bf16: all experts at once; mxfp4: a range of
-// them, into parameters that no kernel pads where their width is a multiple of kPackedMultiple.
+// them, into parameters that Triton's kernels pad where their width is no multiple of
+// kPackedMultiple.
 constexpr int64_t kPackedMultiple = 64;
 Result<void> check_stacks(const Model& model, const ParallelSpec& spec) {
   const auto unsupported = [&](std::string message) {
@@ -126,6 +127,10 @@ Result<void> check_stacks(const Model& model, const ParallelSpec& spec) {
     return unsupported(fmt::format(
         "ep={}: its loader gives every rank all experts, expected ep=1 unless they are mxfp4",
         spec.ep));
+  }
+  if (spec.pp > 1) {
+    return unsupported(fmt::format(
+        "pp={}: its loader of mxfp4 experts expects those of all layers on every stage", spec.pp));
   }
   const int64_t width = model.config.moe_intermediate_size;
   if (width % (expert_tp(spec) * kPackedMultiple) == 0) return {};

@@ -249,6 +249,7 @@ TEST(SglangLayout, WhatAClassOfSglangCannotDoIsRefusedByName) {
       {gpt_oss_20b(false), "sglang:tp=2,redundant=2"},
       {gpt_oss_20b(true), "sglang:tp=2"},  // 45 blocks of 32: kernels pad them
       {gpt_oss_20b(true), "sglang:tp=4,ep=2"},
+      {gpt_oss_20b(true), "sglang:pp=2"},
       {qwen3_next_80b(), "sglang:pp=2"},
       {irregular, "sglang"},
   };

@@ -139,6 +139,9 @@ def build(model_class, config, folder, world, rank):
     parallel.override_permanently(**{f"{n}_group": group(*at) for n, at in ranks.items()})
     if hasattr(model_class, "get_model_config_for_expert_location"):
         place_experts(model_class, config, ranks["moe_ep"][0], world.get("expert_map"))
+    if hasattr(config, "quantization_config"):
+        mxfp4 = importlib.import_module("sglang.srt.layers.quantization.mxfp4")
+        return model_class(config, mxfp4.Mxfp4Config(is_checkpoint_mxfp4_serialized=True))
     return model_class(config)
 
 
@@ -171,6 +174,9 @@ def main():
     request = json.loads(sys.argv[1])
     folder = Path(request["folder"])
     weights = torch.load(folder / "weights.pt")
+    for name, value in weights.items():
+        if name.endswith(("_blocks", "_scales")):
+            weights[name] = value.to(torch.uint8)
     config = read_config(folder)
     module, name = CLASSES[config.model_type]
     model_class = getattr(importlib.import_module(f"sglang.srt.models.{module}"), name)

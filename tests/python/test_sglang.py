@@ -53,6 +53,18 @@ FAMILIES = {
             "num_experts_per_tok": 2,
         },
     ),
+    "gpt_oss mxfp4": (
+        "GptOss",
+        {
+            "hidden_size": 64,
+            "head_dim": 8,
+            "num_key_value_heads": 4,
+            "intermediate_size": 128,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "quantization_config": {"quant_method": "mxfp4"},
+        },
+    ),
     "qwen3_next": (
         "Qwen3Next",
         {
@@ -108,7 +120,8 @@ def write_model(folder, family, *, layers=3, tied=False):
     for tensor in transfuse.make_catalog(model):
         count = torch.Size(tensor.shape).numel()
         value = torch.arange(first, first + count).float()
-        if tensor.name.endswith(".sinks"):  # SGLang's are bf16 whatever the model's dtype is
+        # What SGLang holds in u8, or in bf16 whatever the model's dtype is.
+        if tensor.name.endswith(".sinks") or ("mxfp4" in family and ".experts." in tensor.name):
             value %= 251
         weights[tensor.name] = value.view(tensor.shape)
         first += count
@@ -144,6 +157,8 @@ def write_model(folder, family, *, layers=3, tied=False):
         ("gpt_oss", False, {"tp": 4}),
         ("gpt_oss", False, {"tp": 4, "dp": 2, "pp": 2}),
         ("gpt_oss", False, {"tp": 8, "dp": 2, "lm_head": "attention"}),
+        ("gpt_oss mxfp4", False, {"tp": 2}),
+        ("gpt_oss mxfp4", False, {"tp": 4, "ep": 2, "dp": 2}),
         ("qwen3_next", False, {"tp": 4}),
         ("qwen3_next", False, {"tp": 4, "dp": 2, "ep": 2, "redundant": 4}),
         ("qwen3_next", False, {"tp": 4, "ep": 4, "lm_head": "attention"}),
