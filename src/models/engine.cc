@@ -237,7 +237,7 @@ class Engine {
     const Role role = piece.role == Role::kSharedGate ? Role::kGate
                       : piece.role == Role::kSharedUp ? Role::kUp
                                                       : Role::kDown;
-    return put_expert(tensor, piece, ".shared_experts.",
+    return put_expert(tensor, piece, ".shared_expert",
                       {.role = role, .local = rank_.experts.count()});
   }
 

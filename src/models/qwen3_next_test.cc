@@ -143,7 +143,7 @@ TEST(Qwen3Next, MegatronIsRefusedUntilTheCallerTakesTheNormThatIsCalculated) {
 }
 
 TEST(Qwen3Next, HeadsOfLinearAttentionMustDivide) {
-  for (const char* spec : {"vllm:tp=32", "megatron:tp=32,out_norm=plus_one"}) {
+  for (const char* spec : {"vllm:tp=32", "sglang:tp=32,ep=4", "megatron:tp=32,out_norm=plus_one"}) {
     json config = narrow();
     config["num_attention_heads"] = 32;
     const auto layouts = make_layouts(read(config), parse_parallel_spec(spec).value());

@@ -4,10 +4,12 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "models/engine.h"
 #include "models/expert_places.h"
@@ -40,7 +42,9 @@ struct SglangClass {
 };
 
 constexpr std::array<Role, 1> kF32Router = {Role::kRouter};
-constexpr std::array<SglangClass, 8> kClasses = {{
+constexpr std::array<Role, 1> kF32Decay = {Role::kLinearDecay};
+constexpr std::array<Rename, 1> kNextNames = {{{".self_attn.", "."}}};
+constexpr std::array<SglangClass, 10> kClasses = {{
     {.family = &kLlama, .output_on_every_stage = true},
     {.family = &kQwen2, .own_output = OwnOutput::kWithStages},
     {.family = &kQwen3, .attention_dp = true, .own_output = OwnOutput::kWithStages},
@@ -64,6 +68,18 @@ constexpr std::array<SglangClass, 8> kClasses = {{
      .redundant_experts = true,
      .fuses_shared = true,
      .own_output = OwnOutput::kWithStages},
+    {.family = &kGptOss,
+     .engine = {.equal_expert_ranges = true},
+     .attention_dp = true,
+     .output_on_every_stage = true,
+     .own_output = OwnOutput::kAlways},
+    {.family = &kQwen3Next,
+     .engine = {.f32_roles = kF32Decay, .renames = kNextNames},
+     .attention_dp = true,
+     .pipeline = false,
+     .redundant_experts = true,
+     .fuses_shared = true,
+     .own_output = OwnOutput::kAlways},
 }};
 
 Unexpected refuse(ErrorCode code, const Model& model, std::string message) {
@@ -93,6 +109,47 @@ Result<void> check(const ParallelSpec& spec) {
   return {};
 }
 
+// A loader that copies the stacks of a checkpoint. bf16: all experts at once; mxfp4: a range of
+// them, into parameters that Triton's kernels pad where their width is no multiple of
+// kPackedMultiple.
+constexpr int64_t kPackedMultiple = 64;
+Result<void> check_stacks(const Model& model, const ParallelSpec& spec) {
+  const auto unsupported = [&](std::string message) {
+    return refuse(ErrorCode::kUnsupported, model, std::move(message));
+  };
+  if (spec.up_before_gate || !spec.expert_map.physical_to_logical.empty()) {
+    return unsupported(
+        "w13=up_gate or expert_map=: it gives every rank an equal range of the experts, gate and "
+        "up in turns");
+  }
+  if (!model.config.packed_experts) {
+    if (spec.ep == 1) return {};
+    return unsupported(fmt::format(
+        "ep={}: its loader gives every rank all experts, expected ep=1 unless they are mxfp4",
+        spec.ep));
+  }
+  if (spec.pp > 1) {
+    return unsupported(fmt::format(
+        "pp={}: its loader of mxfp4 experts expects those of all layers on every stage", spec.pp));
+  }
+  const int64_t width = model.config.moe_intermediate_size;
+  if (width % (expert_tp(spec) * kPackedMultiple) == 0) return {};
+  return unsupported(
+      fmt::format("{} ranks share an expert's \"intermediate_size\" of {}: mxfp4 would be padded, "
+                  "expected multiples of {}",
+                  expert_tp(spec), width, kPackedMultiple));
+}
+
+// SGLang's class reads "full_attention_interval" alone.
+bool attends_at_intervals(const std::vector<bool>& linear_layers) {
+  const auto first = std::ranges::find(linear_layers, false) - linear_layers.begin();
+  for (size_t layer = 0; layer < linear_layers.size(); ++layer) {
+    const bool linear = (static_cast<int64_t>(layer) + 1) % (first + 1) != 0;
+    if (linear_layers[layer] != linear) return false;
+  }
+  return true;
+}
+
 // What SGLang's class has no code for, or would do wrong.
 Result<void> check_class(const Model& model, const ParallelSpec& spec, const SglangClass& own) {
   const auto unsupported = [&](std::string message) {
@@ -112,6 +169,10 @@ Result<void> check_class(const Model& model, const ParallelSpec& spec, const Sgl
   if (spec.redundant > 0 && !own.redundant_experts) {
     return unsupported(fmt::format("redundant={}: it has no places for them", spec.redundant));
   }
+  if (!attends_at_intervals(model.config.linear_layers)) {
+    return unsupported("\"layer_types\": it has full attention at equal intervals only");
+  }
+  if (own.engine.equal_expert_ranges) return check_stacks(model, spec);
   return {};
 }
 
@@ -131,12 +192,15 @@ Result<void> check_sizes(const Model& model, const ParallelSpec& spec, const Sgl
     return invalid(fmt::format("pp={}: expected at most num_hidden_layers = {}", spec.pp,
                                model.config.num_hidden_layers));
   }
-  if (spec.shared == SharedExperts::kFused &&
-      (!own.fuses_shared || model.config.shared_experts != 1)) {
+  const ModelConfig& c = model.config;
+  const bool one_like_routed =
+      c.shared_experts == 1 || c.shared_expert_intermediate_size == c.moe_intermediate_size;
+  if (spec.shared == SharedExperts::kFused && (!own.fuses_shared || !one_like_routed)) {
     return invalid(
-        fmt::format("shared=fused: expected a class that fuses its one shared expert, "
-                    "found {} shared experts",
-                    model.config.shared_experts));
+        fmt::format("shared=fused: expected a class that fuses its one shared expert, as wide as "
+                    "routed ones, found {} shared experts, \"moe_intermediate_size\" {} and "
+                    "\"shared_expert_intermediate_size\" {}",
+                    c.shared_experts, c.moe_intermediate_size, c.shared_expert_intermediate_size));
   }
   return {};
 }
@@ -166,7 +230,7 @@ Result<Layout> make(const Model& model, const ParallelSpec& spec, const Parallel
                         .latent_module = "fused_qkv_a_proj_with_mqa",
                         .experts_module = "experts",
                         .expert_bias = "weight_bias",
-                        .expert_bias_dtype = Dtype::kF32,
+                        .expert_bias_dtype = model.config.packed_experts ? spec.dtype : Dtype::kF32,
                         .traits = &own->engine,
                         .attention = attention,
                         .embedding = by_attention ? attention : tp,

@@ -71,6 +71,80 @@ TEST(SglangLayout, NamesAndSizesOfQwen3_30B_A3BWithAttentionRanksAndExpertRanks)
   EXPECT_EQ(elements(layout, "lm_head.weight"), 151936 / 8 * 2048);
 }
 
+ModelConfig gpt_oss_20b(bool packed) {
+  return {.architecture = "gpt_oss",
+          .hidden_size = 2880,
+          .moe_intermediate_size = 2880,
+          .num_hidden_layers = 24,
+          .num_attention_heads = 64,
+          .num_key_value_heads = 8,
+          .head_dim = 64,
+          .vocab_size = 201088,
+          .num_experts = 32,
+          .packed_experts = packed};
+}
+
+ModelConfig qwen3_next_80b() {
+  ModelConfig config{.architecture = "qwen3_next",
+                     .hidden_size = 2048,
+                     .moe_intermediate_size = 512,
+                     .num_hidden_layers = 48,
+                     .num_attention_heads = 16,
+                     .num_key_value_heads = 2,
+                     .head_dim = 256,
+                     .vocab_size = 151936,
+                     .num_experts = 512};
+  config.shared_expert_intermediate_size = 512;
+  config.mtp_layers = 1;
+  config.linear_key_heads = 16;
+  config.linear_value_heads = 32;
+  config.linear_key_head_dim = config.linear_value_head_dim = 128;
+  config.linear_conv_kernel = 4;
+  for (int layer = 1; layer <= 48; ++layer) config.linear_layers.push_back(layer % 4 != 0);
+  return config;
+}
+
+TEST(SglangLayout, NamesAndSizesOfGptOss20B) {
+  const std::string layer = "model.layers.23.";
+  const Layout bf16 = make_layout(gpt_oss_20b(false), spec("sglang:tp=4,dp=2"), 1).value();
+  EXPECT_EQ(bf16.parameters().size(), 3U + 24U * 13U);
+  EXPECT_EQ(elements(bf16, layer + "self_attn.qkv_proj.bias"), (32 + 4 + 4) * 64);
+  EXPECT_EQ(elements(bf16, layer + "self_attn.o_proj.bias"), 2880);
+  EXPECT_EQ(elements(bf16, layer + "self_attn.sinks"), 32);
+  EXPECT_EQ(elements(bf16, layer + "mlp.router.bias"), 32);
+  EXPECT_EQ(elements(bf16, layer + "mlp.experts.w13_weight"), 32 * 2 * 720 * 2880);
+  EXPECT_EQ(elements(bf16, layer + "mlp.experts.w2_weight_bias"), 32 * 2880);
+  const auto dtype = [&](const Layout& layout, const std::string& name) {
+    return layout.parameters()[layout.find_parameter(layer + name).value()].dtype;
+  };
+  EXPECT_EQ(dtype(bf16, "mlp.experts.w13_weight_bias"), Dtype::kF32);
+  const Layout packed = make_layout(gpt_oss_20b(true), spec("sglang:tp=4,ep=4"), 3).value();
+  EXPECT_EQ(elements(packed, layer + "mlp.experts.w13_weight"), 8 * 5760 * 1440);
+  EXPECT_EQ(elements(packed, layer + "mlp.experts.w2_weight_scale"), 8 * 2880 * 90);
+  EXPECT_EQ(dtype(packed, "mlp.experts.w13_weight_bias"), Dtype::kBF16);
+  EXPECT_EQ(dtype(packed, "mlp.experts.w13_weight"), Dtype::kU8);
+}
+
+TEST(SglangLayout, NamesAndSizesOfQwen3Next80B) {
+  const ParallelSpec s = spec("sglang:tp=4,dp=2,ep=4,shared=fused,redundant=4");
+  const Layout layout = make_layout(qwen3_next_80b(), s, 3).value();
+  // 2 norms, router, w13, w2, gate of the shared expert; linear attention 7, full 4.
+  EXPECT_EQ(layout.parameters().size(), 3U + 48U * 6U + 36U * 7U + 12U * 4U);
+  const std::string linear = "model.layers.46.linear_attn.";
+  EXPECT_EQ(elements(layout, linear + "in_proj_qkvz.weight"), 12288 / 2 * 2048);
+  EXPECT_EQ(elements(layout, linear + "in_proj_ba.weight"), 64 / 2 * 2048);
+  EXPECT_EQ(elements(layout, linear + "conv1d.weight"), 8192 / 2 * 4);
+  EXPECT_EQ(elements(layout, linear + "A_log"), 16);
+  EXPECT_EQ(elements(layout, linear + "norm.weight"), 128);
+  EXPECT_EQ(layout.parameters()[layout.find_parameter(linear + "A_log").value()].dtype,
+            Dtype::kF32);
+  const std::string full = "model.layers.47.";
+  EXPECT_EQ(elements(layout, full + "qkv_proj.weight"), (16 + 1 + 1) * 256 * 2048);
+  EXPECT_EQ(elements(layout, full + "mlp.shared_expert_gate.weight"), 2048);
+  EXPECT_EQ(elements(layout, full + "mlp.experts.w13_weight"), (129 + 1) * 1024 * 2048);
+  EXPECT_FALSE(layout.find_tensor("mtp.fc.weight"));
+}
+
 TEST(SglangLayout, RanksAreCountedByAttentionAndByExperts) {
   const ParallelSpec s = spec("sglang:tp=8,dp=2,cp=2,ep=2,etp=2,pp=2");
   const ParallelRanks last = parallel_ranks(s, 15).value();
@@ -159,6 +233,8 @@ TEST(SglangLayout, SizesThatDoNotDivideAreNamed) {
 }
 
 TEST(SglangLayout, WhatAClassOfSglangCannotDoIsRefusedByName) {
+  ModelConfig irregular = qwen3_next_80b();
+  irregular.linear_layers[0] = false;
   const std::vector<std::pair<ModelConfig, std::string>> refused = {
       {small("llama"), "sglang:tp=4,dp=2"},
       {small("qwen2"), "sglang:tp=4,cp=2"},
@@ -168,6 +244,14 @@ TEST(SglangLayout, WhatAClassOfSglangCannotDoIsRefusedByName) {
       {small("llama", true), "sglang:pp=2"},
       {small_moe("mixtral"), "sglang:tp=2,ep=2,redundant=2"},
       {small_moe("glm4_moe"), "sglang:tp=2,ep=2,redundant=2"},
+      {gpt_oss_20b(false), "sglang:tp=2,ep=2"},
+      {gpt_oss_20b(false), "sglang:tp=2,w13=up_gate"},
+      {gpt_oss_20b(false), "sglang:tp=2,redundant=2"},
+      {gpt_oss_20b(true), "sglang:tp=2"},  // 45 blocks of 32: kernels pad them
+      {gpt_oss_20b(true), "sglang:tp=4,ep=2"},
+      {gpt_oss_20b(true), "sglang:pp=2"},
+      {qwen3_next_80b(), "sglang:pp=2"},
+      {irregular, "sglang"},
   };
   for (const auto& [config, text] : refused) {
     const auto made = make_layouts(config, spec(text));
@@ -175,6 +259,19 @@ TEST(SglangLayout, WhatAClassOfSglangCannotDoIsRefusedByName) {
     EXPECT_EQ(made.error().code, ErrorCode::kUnsupported);
     EXPECT_THAT(made.error().message, HasSubstr("ForCausalLM"));
   }
+  ParallelSpec moved = spec("sglang");
+  moved.expert_map = {.version = 1, .physical_to_logical = {}};
+  moved.expert_map.physical_to_logical.assign(24, std::vector<int64_t>(32, 0));
+  EXPECT_EQ(make_layouts(gpt_oss_20b(false), moved).error().code, ErrorCode::kUnsupported);
+}
+
+TEST(SglangLayout, ASharedExpertOfAnotherWidthIsNotFused) {
+  ModelConfig config = qwen3_next_80b();
+  config.shared_expert_intermediate_size = 256;
+  const auto made = make_layouts(config, spec("sglang:shared=fused"));
+  ASSERT_FALSE(made);
+  EXPECT_EQ(made.error().code, ErrorCode::kInvalidArgument);
+  EXPECT_THAT(made.error().message, HasSubstr("\"shared_expert_intermediate_size\" 256"));
 }
 
 }  // namespace

@@ -78,6 +78,39 @@ ModelConfig small_deepseek_f8() {
   return config;
 }
 
+// The matrices of an expert are as wide as high where `width` is 4: no shape tells rows from
+// columns.
+ModelConfig small_gpt_oss(int64_t width, bool tied = false) {
+  ModelConfig config = small_moe("gpt_oss", 3, 4, tied);
+  config.num_key_value_heads = 4;
+  config.moe_intermediate_size = width;
+  return config;
+}
+
+ModelConfig small_gpt_oss_packed() {
+  ModelConfig config = small_gpt_oss(128);
+  config.hidden_size = 96;
+  config.num_hidden_layers = 1;
+  config.num_experts = 2;
+  config.packed_experts = true;
+  return config;
+}
+
+// Full attention every second layer; `shared` is the width of the shared expert.
+ModelConfig small_qwen3_next(int64_t shared, bool tied = false) {
+  ModelConfig config = small_moe("qwen3_next", 5, 6, tied);
+  config.head_dim = 3;
+  config.shared_expert_intermediate_size = shared;
+  config.mtp_layers = 1;
+  config.linear_key_heads = 4;
+  config.linear_value_heads = 8;
+  config.linear_key_head_dim = 3;
+  config.linear_value_head_dim = 2;
+  config.linear_conv_kernel = 3;
+  config.linear_layers = {true, false, true, false, true};
+  return config;
+}
+
 std::string problems(const std::vector<std::string>& lines) {
   std::string text;
   for (size_t i = 0; i < std::min<size_t>(lines.size(), 5); ++i) text += lines[i] + "\n";
@@ -139,6 +172,28 @@ const std::vector<std::string> kAttentionDp = {
     "sglang:tp=4,dp=2,ep=2", "sglang:tp=8,dp=4,ep=2", "sglang:tp=4,dp=2,lm_head=attention,pp=2",
     "sglang:tp=8,dp=2,cp=2,lm_head=attention", "sglang:tp=4,dp=4,ep=2,etp=2"};
 
+const std::vector<std::string> kGptOssSources = {
+    "hf", "fsdp:dp=3", "fsdp:dp=7", "megatron:tp=2,ep=2,etp=1,vocab_divisor=3",
+    "megatron:tp=8,pp=3,etp=1,ep=4,experts=sequential,norms=separate,vocab_divisor=1"};
+const std::vector<std::string> kGptOssTargets = {"sglang", "sglang:tp=4",
+                                                 "sglang:tp=4,etp=2,pp=2",  // experts twice
+                                                 "sglang:tp=8,etp=4,dp=2",
+                                                 "sglang:tp=4,dp=2,cp=2,lm_head=attention,pp=3"};
+const std::vector<std::string> kNextSources = {
+    "hf",
+    "fsdp:dp=3",
+    "fsdp:dp=2,tp=2",
+    "fsdp:dp=2,experts=stacked,mtp=none",
+    "megatron:tp=2,ep=3,out_norm=plus_one",
+    "megatron:tp=4,pp=2,layers=2/3,ep=2,etp=1,vocab_divisor=3,out_norm=plus_one",
+    "megatron:pp=5,ep=6,experts=sequential,norms=separate,mtp=none,out_norm=plus_one"};
+const std::vector<std::string> kNextTargets = {"sglang",
+                                               "sglang:tp=2,w13=up_gate",
+                                               "sglang:tp=4,ep=2",
+                                               "sglang:tp=4,dp=2,ep=2,shared=whole",
+                                               "sglang:tp=8,dp=2,cp=2,ep=2,lm_head=attention",
+                                               "sglang:tp=4,ep=4,redundant=2"};
+
 std::vector<std::string> with(std::vector<std::string> specs,
                               const std::vector<std::string>& more) {
   specs.insert(specs.end(), more.begin(), more.end());
@@ -183,6 +238,19 @@ std::vector<Case> cases() {
        small_deepseek_f8(),
        {"hf", "fsdp:dp=3"},
        {"sglang", "sglang:tp=2", "sglang:tp=4,ep=2,dp=2", "sglang:tp=2,shared=fused"}},
+      {"GptOss", small_gpt_oss(8), kGptOssSources, with(kGptOssTargets, {"sglang:tp=8"})},
+      {"GptOssSquare", small_gpt_oss(4), kGptOssSources, kGptOssTargets},
+      {"GptOssTied", small_gpt_oss(8, true), {"hf", "fsdp:dp=3"}, {"sglang:tp=2,pp=2"}},
+      {"GptOssPacked",
+       small_gpt_oss_packed(),
+       {"hf", "fsdp:dp=3"},
+       {"sglang", "sglang:tp=2", "sglang:tp=2,ep=2", "sglang:tp=4,ep=2,dp=2"}},
+      {"Qwen3Next", small_qwen3_next(16), kNextSources, kNextTargets},
+      {"Qwen3NextFused",
+       small_qwen3_next(8),
+       {"hf", "megatron:tp=2,ep=3,out_norm=plus_one"},
+       {"sglang:tp=2,shared=fused", "sglang:tp=4,ep=2,redundant=2,shared=fused"}},
+      {"Qwen3NextTied", small_qwen3_next(16, true), {"hf", "fsdp:dp=2"}, {"sglang:tp=2,dp=2"}},
   };
 }
 

@@ -92,14 +92,22 @@ class SglangWorker {
     return name.replace(name.rfind('.') - old.size(), old.size(), module);
   }
 
-  void load_one(const std::string& name, const Tensor& tensor) {
+  void load_one(std::string name, const Tensor& tensor) {
+    if (name.starts_with("mtp.")) return;
+    if (is("qwen3_next") && name.find(".self_attn.") != std::string::npos) {
+      name.erase(name.find(".self_attn"), 10);
+    }
     if (!name.starts_with("model.layers.")) return load_outer(name, tensor);
     const int64_t layer = std::stoll(name.substr(13));
     if (layer < start_layer_ || layer >= end_layer_) return;
     const bool bias = name.ends_with("e_score_correction_bias");
     if (bias && is("deepseek_v3") && !c_.noaux_routing) return;
-    if (name.find(".experts.") != std::string::npos) return load_expert(name, layer, tensor);
-    const bool shared = name.find(".shared_experts.") != std::string::npos;
+    if (name.find(".experts.") != std::string::npos) {
+      return is("gpt_oss") ? load_stack(name, tensor) : load_expert(name, layer, tensor);
+    }
+    if (name.find(".linear_attn.") != std::string::npos) return load_linear_attention(name, tensor);
+    const bool shared = name.find(".shared_experts.") != std::string::npos ||
+                        name.find(".shared_expert.") != std::string::npos;
     if (shared && spec_.shared == SharedExperts::kFused) return load_fused_shared(name, tensor);
     Group mlp = spec_.whole_dense ? Group{} : tp_;
     if (shared) mlp = spec_.shared == SharedExperts::kWhole ? Group{} : tp_;
@@ -114,9 +122,9 @@ class SglangWorker {
       return;
     }
     if (module == "q_a_proj" || module == "kv_a_proj_with_mqa") return cache_a_proj(name, tensor);
-    if (module == "q_b_proj" || module == "kv_b_proj") {
+    if (module == "q_b_proj" || module == "kv_b_proj" || name.ends_with(".sinks")) {
       parameters_[name] = part(tensor, 0, attn_tp_);
-    } else if (module == "o_proj") {
+    } else if (module == "o_proj" && tensor.shape.size() == 2) {
       parameters_[name] = part(tensor, 1, attn_tp_);
     } else if (module == "down_proj") {
       parameters_[name] = part(tensor, 1, mlp);
@@ -141,7 +149,8 @@ class SglangWorker {
       if (last) parameters_[name] = tensor;
       return;
     }
-    const bool head_everywhere = is("llama") || is("qwen3_moe") || is("mixtral") || is("glm4_moe");
+    const bool head_everywhere =
+        is("llama") || is("qwen3_moe") || is("mixtral") || is("glm4_moe") || is("gpt_oss");
     const bool has_head = last || head_everywhere;
     const Group head = spec_.output_by_attention ? attn_tp_ : tp_;
     if (name == "lm_head.weight") {
@@ -155,7 +164,8 @@ class SglangWorker {
     const bool by_attention = spec_.dp > 1;
     if (first) parameters_[name] = vocabulary(tensor, by_attention ? attn_tp_ : tp_);
     if (!c_.tie_word_embeddings || !has_head) return;
-    const bool never_shared = is("qwen3_moe") || is("mixtral") || is("glm4_moe");
+    const bool never_shared =
+        is("qwen3_moe") || is("mixtral") || is("glm4_moe") || is("gpt_oss") || is("qwen3_next");
     const bool shared_here = !is("llama") && pp_.size > 1;
     if (never_shared || shared_here) parameters_["lm_head.weight"] = vocabulary(tensor, head);
   }
@@ -172,12 +182,13 @@ class SglangWorker {
   // QKVParallelLinear.weight_loader
   void load_qkv(const std::string& name, char shard_id, const Tensor& tensor) {
     const int64_t size = attn_tp_.size;
-    const int64_t heads = c_.num_attention_heads / size;
+    const int64_t all_heads = (is("qwen3_next") ? 2 : 1) * c_.num_attention_heads;  // with gates
+    const int64_t heads = all_heads / size;
     const bool replicated = size >= c_.num_key_value_heads;
     const int64_t kv_heads = replicated ? 1 : c_.num_key_value_heads / size;
     const int64_t replicas = replicated ? size / c_.num_key_value_heads : 1;
     const int64_t head_rows =
-        tensor.shape[0] / (shard_id == 'q' ? c_.num_attention_heads : c_.num_key_value_heads);
+        tensor.shape[0] / (shard_id == 'q' ? all_heads : c_.num_key_value_heads);
     std::vector<int64_t> shape = tensor.shape;
     shape[0] = (heads + 2 * kv_heads) * head_rows;
     const int64_t shard = (shard_id == 'q' ? heads : kv_heads) * head_rows;
@@ -204,7 +215,51 @@ class SglangWorker {
   // mlp.shared_experts becomes mlp.experts.{n_routed_experts}, behind the routed ones of each rank.
   void load_fused_shared(const std::string& name, const Tensor& tensor) {
     const int64_t held = (c_.num_experts + spec_.redundant) / moe_ep_.size;
-    load_physical(name, name.substr(0, name.find(".shared_experts.")), held, tensor);
+    load_physical(name, name.substr(0, name.find(".shared_expert")), held, tensor);
+  }
+
+  // The weight loaders of Qwen3GatedDeltaNet: packed projections as they are, the convolution as
+  // q, k and v.
+  void load_linear_attention(const std::string& name, const Tensor& tensor) {
+    if (name.ends_with(".norm.weight")) {
+      parameters_[name] = tensor;
+    } else if (name.ends_with(".out_proj.weight")) {
+      parameters_[name] = part(tensor, 1, attn_tp_);
+    } else if (name.ends_with(".conv1d.weight")) {
+      const int64_t keys = c_.linear_key_heads * c_.linear_key_head_dim;
+      const int64_t values = tensor.shape[0] - 2 * keys;
+      parameters_[name] = cat({part(tensor.narrow(0, 0, keys), 0, attn_tp_),
+                               part(tensor.narrow(0, keys, keys), 0, attn_tp_),
+                               part(tensor.narrow(0, 2 * keys, values), 0, attn_tp_)},
+                              0);
+    } else {
+      parameters_[name] = part(tensor, 0, attn_tp_);
+    }
+  }
+
+  // GptOssForCausalLM: weight_loader_fused, and _load_mxfp4_experts_weights where packed.
+  void load_stack(const std::string& name, const Tensor& tensor) {
+    const std::string to = name.substr(0, name.find(".experts.") + 9);
+    const std::string kind = name.substr(to.size());
+    const Tensor mine = part(tensor, 0, moe_ep_);
+    if (kind == "gate_up_proj") {
+      parameters_[to + "w13_weight"] = part(mine.transposed(), 1, moe_tp_);
+    } else if (kind == "down_proj") {
+      parameters_[to + "w2_weight"] = part(mine.transposed(), 2, moe_tp_);
+    } else if (kind == "gate_up_proj_bias") {
+      parameters_[to + "w13_weight_bias"] = part(mine, 1, moe_tp_);
+    } else if (kind == "down_proj_bias") {
+      parameters_[to + "w2_weight_bias"] = moe_tp_.rank == 0 ? mine : Tensor::zeros(mine.shape);
+    } else {
+      const bool down = kind.starts_with("down");
+      Tensor flat = mine;
+      if (kind.ends_with("_blocks")) {
+        flat = mine.view({mine.shape[0], mine.shape[1], mine.shape[2] * mine.shape[3]});
+      }
+      parameters_[to + (down ? "w2" : "w13") +
+                  (kind.ends_with("_blocks") ? "_weight" : "_weight_scale")] =
+          part(flat, down ? 2 : 1, moe_tp_);
+    }
   }
 
   void load_physical(const std::string& name, const std::string& block, int64_t local,

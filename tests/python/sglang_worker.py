@@ -28,7 +28,7 @@ FOR_DEVICES = (
 
 class NamesAtWill(type):
     def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("__") or name == "get_current_target":  # there is no device
             raise AttributeError(name)
         return Nothing
 
@@ -98,6 +98,8 @@ CLASSES = {
     "gemma3_text": ("gemma3_causal", "Gemma3ForCausalLM"),
     "glm4_moe": ("glm4_moe", "Glm4MoeForCausalLM"),
     "deepseek_v3": ("deepseek_v2", "DeepseekV3ForCausalLM"),
+    "gpt_oss": ("gpt_oss", "GptOssForCausalLM"),
+    "qwen3_next": ("qwen3_next", "Qwen3NextForCausalLM"),
 }
 
 
@@ -127,6 +129,7 @@ def build(model_class, config, folder, world, rank):
         enable_dp_lm_head=world.get("lm_head") == "attention",
         ep_num_redundant_experts=world.get("redundant", 0),
         disable_shared_experts_fusion=True,
+        disable_radix_cache=True,
     )
     publish(args, role="test", ranks=SpawnRanks(world_rank=rank))
     initialize_dp_attention(args)
@@ -136,6 +139,9 @@ def build(model_class, config, folder, world, rank):
     parallel.override_permanently(**{f"{n}_group": group(*at) for n, at in ranks.items()})
     if hasattr(model_class, "get_model_config_for_expert_location"):
         place_experts(model_class, config, ranks["moe_ep"][0], world.get("expert_map"))
+    if hasattr(config, "quantization_config"):
+        mxfp4 = importlib.import_module("sglang.srt.layers.quantization.mxfp4")
+        return model_class(config, mxfp4.Mxfp4Config(is_checkpoint_mxfp4_serialized=True))
     return model_class(config)
 
 
@@ -151,11 +157,27 @@ def place_experts(model_class, config, ep_rank, expert_map):
     expert_location.set_global_expert_location_metadata(metadata)
 
 
+def read_config(folder):
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type != "qwen3_next":
+        return config
+    # SGLang's own, and what it adds for a CPU: numbers padded to multiples of ranks.
+    config = importlib.import_module("sglang.srt.configs.qwen3_next").Qwen3NextConfig
+    config = config.from_pretrained(folder)
+    for kind in ("key", "value"):
+        heads = getattr(config, f"linear_num_{kind}_heads")
+        setattr(config, f"linear_num_{kind}_heads_cpu", heads)
+    return config
+
+
 def main():
     request = json.loads(sys.argv[1])
     folder = Path(request["folder"])
     weights = torch.load(folder / "weights.pt")
-    config = AutoConfig.from_pretrained(folder)
+    for name, value in weights.items():
+        if name.endswith(("_blocks", "_scales")):
+            weights[name] = value.to(torch.uint8)
+    config = read_config(folder)
     module, name = CLASSES[config.model_type]
     model_class = getattr(importlib.import_module(f"sglang.srt.models.{module}"), name)
     if hasattr(sys.modules[model_class.__module__], "get_rope_wrapper"):
@@ -167,7 +189,8 @@ def main():
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
-            model.load_weights(iter(weights.items()))
+            # Copies: a loader may set what it is given to zero.
+            model.load_weights((name, value.clone()) for name, value in weights.items())
         found = {name: p.detach().clone() for name, p in model.named_parameters()}
         torch.save(found, folder / f"rank{rank}.pt")
 

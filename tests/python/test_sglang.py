@@ -43,6 +43,44 @@ FAMILIES = {
             "num_key_value_heads": 8,
         },
     ),
+    "gpt_oss": (
+        "GptOss",
+        {
+            "head_dim": 8,
+            "num_key_value_heads": 4,
+            "intermediate_size": 16,  # [h, 2I] is square: no shape tells rows from columns
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "gpt_oss mxfp4": (
+        "GptOss",
+        {
+            "hidden_size": 64,
+            "head_dim": 8,
+            "num_key_value_heads": 4,
+            "intermediate_size": 128,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "quantization_config": {"quant_method": "mxfp4"},
+        },
+    ),
+    "qwen3_next": (
+        "Qwen3Next",
+        {
+            "head_dim": 8,
+            "num_hidden_layers": 5,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 24,
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 8,
+            "linear_key_head_dim": 6,
+            "linear_value_head_dim": 10,
+            "linear_conv_kernel_dim": 3,
+        },
+    ),
 }
 
 
@@ -71,14 +109,21 @@ def write_model(folder, family, *, layers=3, tied=False):
     config_class = getattr(transformers, name + ("TextConfig" if name == "Gemma3" else "Config"))
     config_class(**{**options, **more}).save_pretrained(folder)
     path = folder / "config.json"
-    if family == "deepseek_v3":  # what published files say and transformers 5 leaves out
-        left_out = {"topk_method": "noaux_tc", "moe_layer_freq": 1, "scoring_func": "sigmoid"}
-        path.write_text(json.dumps({**json.loads(path.read_text()), **left_out}))
+    # What published files say and transformers 5 leaves out.
+    left_out = {
+        "deepseek_v3": {"topk_method": "noaux_tc", "moe_layer_freq": 1, "scoring_func": "sigmoid"},
+        "qwen3_next": {"full_attention_interval": 4},
+    }
+    path.write_text(json.dumps({**json.loads(path.read_text()), **left_out.get(family, {})}))
     model = transfuse.parse_model_config(path.read_text())
     weights, first = {}, 1
     for tensor in transfuse.make_catalog(model):
         count = torch.Size(tensor.shape).numel()
-        weights[tensor.name] = torch.arange(first, first + count).float().view(tensor.shape)
+        value = torch.arange(first, first + count).float()
+        # What SGLang holds in u8, or in bf16 whatever the model's dtype is.
+        if tensor.name.endswith(".sinks") or ("mxfp4" in family and ".experts." in tensor.name):
+            value %= 251
+        weights[tensor.name] = value.view(tensor.shape)
         first += count
     assert first < 2**24  # exact in f32
     torch.save(weights, folder / "weights.pt")
@@ -109,6 +154,14 @@ def write_model(folder, family, *, layers=3, tied=False):
         ("glm4_moe", False, {"tp": 4, "dp": 2, "pp": 2}),
         ("deepseek_v3", False, {"tp": 4, "ep": 2}),
         ("deepseek_v3", False, {"tp": 4, "dp": 2, "ep": 2, "redundant": 2, "pp": 2}),
+        ("gpt_oss", False, {"tp": 4}),
+        ("gpt_oss", False, {"tp": 4, "dp": 2, "pp": 2}),
+        ("gpt_oss", False, {"tp": 8, "dp": 2, "lm_head": "attention"}),
+        ("gpt_oss mxfp4", False, {"tp": 2}),
+        ("gpt_oss mxfp4", False, {"tp": 4, "ep": 2, "dp": 2}),
+        ("qwen3_next", False, {"tp": 4}),
+        ("qwen3_next", False, {"tp": 4, "dp": 2, "ep": 2, "redundant": 4}),
+        ("qwen3_next", False, {"tp": 4, "ep": 4, "lm_head": "attention"}),
     ],
     ids=str,
 )
@@ -133,4 +186,4 @@ def test_a_plan_puts_everything_where_load_weights_puts_it(
         held = {p.name: torch.zeros(p.element_count) for p in target.parameters}
         execute(transfuse.compile(target, [whole]), [(whole, source)], held)
         for name, value in expected.items():
-            assert torch.equal(held[name], value.flatten()), f"rank {rank}: {name}"
+            assert torch.equal(held[name], value.flatten().float()), f"rank {rank}: {name}"
