@@ -1,5 +1,6 @@
 // Checkpoints for Python: as what a receiver falls back to, and as a catalog.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -7,10 +8,12 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "bind.h"
 #include "transfuse/checkpoint.h"
 #include "transfuse/layout.h"
+#include "transfuse/metadata.h"
 #include "transfuse/model.h"
 
 namespace transfuse::python {
@@ -22,13 +25,15 @@ void bind_checkpoint(nb::module_& m) {
       .def(
           "__init__",
           [](Checkpoint* self, std::string path, std::string spec, std::string config_json,
-             uint64_t version) {
+             uint64_t version, std::string kind, Metadata metadata) {
             new (self) Checkpoint{.path = std::move(path),
                                   .spec = std::move(spec),
                                   .config_json = std::move(config_json),
-                                  .version = version};
+                                  .version = version,
+                                  .kind = std::move(kind),
+                                  .metadata = std::move(metadata)};
           },
-          "path"_a, nb::kw_only(), "spec"_a, "config_json"_a, "version"_a);
+          "path"_a, nb::kw_only(), "spec"_a, "config_json"_a, "version"_a, "kind"_a, "metadata"_a);
   m.def(
       "read_catalog",
       [](const std::string& path, const std::string& spec) {

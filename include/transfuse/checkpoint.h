@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "transfuse/layout.h"
+#include "transfuse/metadata.h"
 #include "transfuse/model.h"
 #include "transfuse/result.h"
 
@@ -53,6 +54,11 @@ struct Checkpoint {
   // Of the weights in it. 0: the one that every file records ("transfuse.version" in its metadata);
   // kInvalidArgument if there is none, or if it is another one.
   uint64_t version = 0;
+  // What it says of itself to a demand, besides what every file records in its metadata
+  // ("transfuse.kind", and under any other "transfuse.KEY" the word KEY): kInvalidArgument where
+  // both say it and differ. Without a kind hf has kKindHfRaw and other specs none.
+  std::string kind = {};
+  Metadata metadata = {};
 };
 
 // The shapes that the parameters of `layout` have in a file, in their order: rows as wide as their

@@ -824,7 +824,7 @@ def with_expert_map(spec: ParallelSpec, expert_map: ExpertMap) -> ParallelSpec:
 class NativeCheckpoint:
     """See transfuse.Checkpoint."""
 
-    def __init__(self, path: str, *, spec: str, config_json: str, version: int) -> None: ...
+    def __init__(self, path: str, *, spec: str, config_json: str, version: int, kind: str, metadata: Mapping[str, str]) -> None: ...
 
 def read_catalog(path: str, spec: str = 'hf') -> list[TensorSpec]:
     """

@@ -75,6 +75,8 @@ def _native_checkpoint(checkpoint: Checkpoint) -> NativeCheckpoint:
         spec=checkpoint.spec,
         config_json=checkpoint.config or "",
         version=checkpoint.version or 0,
+        kind=checkpoint.kind or "",
+        metadata=metadata_of(checkpoint.metadata),
     )
 
 
@@ -259,12 +261,19 @@ class Checkpoint:
     config.json (None: that of the folder; without one "hf" and "fsdp:dp=N" are read by their own
     headers). `version` is the number of the weights in it; None: the one that every file records
     under "transfuse.version" in its metadata.
+
+    `kind` and `metadata` answer what a receiver demands, besides what every file records
+    ("transfuse.kind", and "transfuse.KEY" for any other key); both may not differ. Without a kind
+    "hf" is "hf_raw", other specs state none. A demanded revision is compared with that of the
+    files' tensors, summed once before anything is written.
     """
 
     path: str | os.PathLike[str]
     spec: str = "hf"
     config: str | None = None
     version: int | None = None
+    kind: str | None = None
+    metadata: Mapping[str, str | int] | None = None
 
 
 class Receiver:

@@ -10,6 +10,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -18,11 +19,13 @@
 #include "base/file_identity.h"
 #include "copy/file_read.h"
 #include "files/reading.h"
+#include "files/safetensors.h"
 #include "files/side.h"
 #include "files/stored_file.h"
 #include "plan/copies.h"
 #include "transfuse/checkpoint.h"
 #include "transfuse/copy.h"
+#include "transfuse/metadata.h"
 #include "transfuse/plan.h"
 #include "transfuse/result.h"
 
@@ -46,6 +49,30 @@ Result<uint64_t> agreed_version(const Checkpoint& checkpoint, uint64_t recorded)
   return std::max(checkpoint.version, recorded);
 }
 
+Result<std::string> agreed_kind(const Checkpoint& checkpoint, const std::string& recorded) {
+  if (!checkpoint.kind.empty() && !recorded.empty() && checkpoint.kind != recorded) {
+    return Error{ErrorCode::kInvalidArgument,
+                 fmt::format("checkpoint {}: expected kind '{}', its files record '{}'",
+                             checkpoint.path, checkpoint.kind, recorded)};
+  }
+  if (!checkpoint.kind.empty()) return checkpoint.kind;
+  if (!recorded.empty()) return recorded;
+  const std::string_view spec = checkpoint.spec;
+  return std::string(spec.substr(0, spec.find(':')) == "hf" ? kKindHfRaw : "");
+}
+
+Result<Metadata> agreed_words(const Checkpoint& checkpoint, Metadata recorded) {
+  for (const auto& [key, value] : checkpoint.metadata) {
+    const auto [found, added] = recorded.emplace(key, value);
+    if (added || found->second == value) continue;
+    return Error{ErrorCode::kInvalidArgument,
+                 fmt::format("checkpoint {}: expected '{}' to be '{}', its files record '{}'",
+                             checkpoint.path, key, value, found->second)};
+  }
+  TRANSFUSE_RETURN_IF_ERROR(check_metadata("checkpoint " + checkpoint.path, recorded));
+  return recorded;
+}
+
 std::vector<IdentifiedFile> identified(const ReadableSide& side) {
   std::vector<IdentifiedFile> files;
   for (const OpenFile& file : side.files) files.push_back(file.identified());
@@ -54,8 +81,8 @@ std::vector<IdentifiedFile> identified(const ReadableSide& side) {
 
 }  // namespace
 
-CheckpointSource::CheckpointSource(std::string path, ReadableSide side, uint64_t version)
-    : path_(std::move(path)), side_(std::move(side)), version_(version) {
+CheckpointSource::CheckpointSource(std::string path, ReadableSide side, Recorded words)
+    : path_(std::move(path)), side_(std::move(side)), words_(std::move(words)) {
   const std::string text = endpoint();
   const XXH128_hash_t hash = XXH3_128bits(text.data(), text.size());
   identity_ = {.high = hash.high64, .low = hash.low64};
@@ -69,12 +96,17 @@ Result<std::unique_ptr<CheckpointSource>> CheckpointSource::open(const Checkpoin
                              find_model(checkpoint.config_json, checkpoint.spec, checkpoint.path));
   TRANSFUSE_ASSIGN_OR_RETURN(ReadableSide side,
                              open_side(found.model, checkpoint.spec, checkpoint.path));
-  TRANSFUSE_ASSIGN_OR_RETURN(const uint64_t recorded, side.recorded_version());
-  TRANSFUSE_ASSIGN_OR_RETURN(const uint64_t version, agreed_version(checkpoint, recorded));
+  TRANSFUSE_ASSIGN_OR_RETURN(Recorded words, side.recorded());
+  TRANSFUSE_ASSIGN_OR_RETURN(words.version, agreed_version(checkpoint, words.version));
+  TRANSFUSE_ASSIGN_OR_RETURN(words.kind, agreed_kind(checkpoint, words.kind));
+  TRANSFUSE_ASSIGN_OR_RETURN(words.words, agreed_words(checkpoint, std::move(words.words)));
+  for (ReadableRank& rank : side.ranks) {
+    TRANSFUSE_ASSIGN_OR_RETURN(rank.layout, rank.layout.with_kind(words.kind));
+  }
   // Files that were replaced one after another while they were opened are no checkpoint.
   TRANSFUSE_RETURN_IF_ERROR(side.check_unchanged());
   return std::unique_ptr<CheckpointSource>(
-      new CheckpointSource(checkpoint.path, std::move(side), version));
+      new CheckpointSource(checkpoint.path, std::move(side), std::move(words)));
 }
 
 std::string CheckpointSource::endpoint() const { return file_endpoint(identified(side_)); }

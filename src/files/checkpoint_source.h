@@ -9,9 +9,11 @@
 #include <string>
 #include <vector>
 
+#include "files/safetensors.h"
 #include "files/side.h"
 #include "plan/copies.h"
 #include "transfuse/checkpoint.h"
+#include "transfuse/metadata.h"
 #include "transfuse/result.h"
 
 namespace transfuse {
@@ -28,7 +30,9 @@ class CheckpointSource {
  public:
   static Result<std::unique_ptr<CheckpointSource>> open(const Checkpoint& checkpoint);
 
-  uint64_t version() const { return version_; }
+  uint64_t version() const { return words_.version; }
+  const std::string& kind() const { return words_.kind; }  // of its layouts, too; "": none
+  const Metadata& metadata() const { return words_.words; }
   const std::string& path() const { return path_; }
   const ReadableSide& side() const { return side_; }
   const CheckpointIdentity& identity() const { return identity_; }
@@ -45,11 +49,11 @@ class CheckpointSource {
                         const std::function<Result<void>()>& go_on) const;
 
  private:
-  CheckpointSource(std::string path, ReadableSide side, uint64_t version);
+  CheckpointSource(std::string path, ReadableSide side, Recorded words);
 
   const std::string path_;
   const ReadableSide side_;
-  const uint64_t version_;
+  const Recorded words_;
   CheckpointIdentity identity_;
 };
 

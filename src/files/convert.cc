@@ -63,7 +63,7 @@ struct Conversion {
   ParallelSpec to;
   std::vector<PlannedRank> ranks;
   std::vector<Reading> readings;  // one per distinct target layout
-  uint64_t version = 0;           // to be recorded; 0: none
+  Recorded recorded;              // by every file that is written
   uint64_t target_bytes = 0;
   uint64_t planned_bytes = 0;  // that runs write
 };
@@ -120,9 +120,9 @@ std::vector<PlannedFile> plan_rank_file(const Layout& layout, int64_t rank) {
   return files;
 }
 
-Result<void> lay_out_files(std::vector<PlannedFile>& files, uint64_t version) {
+Result<void> lay_out_files(std::vector<PlannedFile>& files, const Recorded& recorded) {
   for (PlannedFile& file : files) {
-    TRANSFUSE_ASSIGN_OR_RETURN(file.head, lay_out(file.entries, version));
+    TRANSFUSE_ASSIGN_OR_RETURN(file.head, lay_out(file.entries, recorded));
     file.size_bytes = file.head.size();
     for (const FileEntry& entry : file.entries) file.size_bytes += entry.size_bytes();
   }
@@ -140,8 +140,9 @@ Result<Conversion> plan_conversion(const ConvertRequest& request) {
   TRANSFUSE_ASSIGN_OR_RETURN(const std::vector<Layout> layouts, model.layouts(request.to));
   TRANSFUSE_ASSIGN_OR_RETURN(ReadableSide source, open_side(model, request.from, request.source));
   all.source = std::make_unique<ReadableSide>(std::move(source));
-  TRANSFUSE_ASSIGN_OR_RETURN(all.version, all.source->recorded_version());
-  if (request.version > 0) all.version = request.version;
+  TRANSFUSE_ASSIGN_OR_RETURN(all.recorded, all.source->recorded());
+  if (request.version > 0) all.recorded.version = request.version;
+  all.recorded.kind.clear();  // that of the source's layout
   const bool whole_files = all.source->ranks.size() == 1 && layouts.size() == 1;
   std::map<Digest, size_t> known;
   for (size_t rank = 0; rank < layouts.size(); ++rank) {
@@ -156,7 +157,7 @@ Result<Conversion> plan_conversion(const ConvertRequest& request) {
     PlannedRank planned{.layout = layout, .files = {}, .reading = at->second};
     planned.files = all.to.family == "hf" ? plan_shards(layout, all.catalog, request.shard_bytes)
                                           : plan_rank_file(layout, static_cast<int64_t>(rank));
-    TRANSFUSE_RETURN_IF_ERROR(lay_out_files(planned.files, all.version));
+    TRANSFUSE_RETURN_IF_ERROR(lay_out_files(planned.files, all.recorded));
     all.target_bytes += layout.parameter_bytes();
     all.planned_bytes += all.readings[at->second].plan().size_bytes();
     all.ranks.push_back(std::move(planned));

@@ -532,6 +532,24 @@ TEST_F(Convert, AVersionIsRecordedCarriedOnAndNeverMadeUp) {
   EXPECT_NE(mixed.error().message.find("records version 41"), std::string::npos);
 }
 
+TEST_F(Convert, WhatTheSourceRecordsIsCarriedOnButForItsKind) {
+  std::filesystem::create_directory(folder_ / "start");
+  write_file(folder_ / "start" / "model.safetensors",
+             safetensors(R"({"__metadata__":{"format":"pt","transfuse.version":"41",)"
+                         R"("transfuse.kind":"hf_raw","transfuse.step":"7","else":"x"},)"
+                         R"("a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})",
+                         "12345678"));
+  auto unknown = request("hf", "start", "fsdp:dp=2", "ranks");
+  unknown.config_json.clear();
+  const auto converted = convert_checkpoint(unknown);
+  ASSERT_TRUE(converted) << converted.error().to_string();
+  for (const char* const name : {"rank0.safetensors", "rank1.safetensors"}) {
+    const auto file = OpenFile::open((folder_ / "ranks" / name).string());
+    ASSERT_TRUE(file) << file.error().to_string();
+    EXPECT_EQ(file->recorded(), (Recorded{.version = 41, .kind = "", .words = {{"step", "7"}}}));
+  }
+}
+
 // Dtypes of all kinds, a number, a tensor with fewer rows than ranks: nothing that a config says.
 TEST_F(Convert, ModelsOfUnknownArchitecturesAreConvertedByTheirOwnTensors) {
   std::vector<HandMade> tensors = {{"a.scale", "F32", {}, "1234"},

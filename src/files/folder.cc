@@ -221,7 +221,7 @@ Result<CheckpointListing> list_checkpoint(const std::string& path) {
   for (OpenFile& file : files) {
     const auto number = static_cast<uint32_t>(listing.files.size());
     listing.files.push_back({.path = file.path(), .size_bytes = file.size_bytes()});
-    listing.versions.push_back(file.recorded_version());
+    listing.versions.push_back(file.recorded().version);
     for (StoredTensor& tensor : file.tensors()) {
       tensor.file = number;
       listing.tensors.push_back(std::move(tensor));

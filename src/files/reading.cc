@@ -112,13 +112,15 @@ Result<Reading> plan_reading(const Layout& target, const ReadableSide& side, uin
 }
 
 Result<std::vector<uint64_t>> whole_fingerprints(const Layout& probe, const ReadableSide& side,
-                                                 uint32_t threads) {
+                                                 uint32_t threads,
+                                                 const std::function<Result<void>()>& go_on) {
   TRANSFUSE_ASSIGN_OR_RETURN(const Reading reading,
                              plan_reading(probe, side, PlanOptions{}.chunk_bytes));
   const Plan& plan = reading.plan();
   std::vector<std::atomic<uint64_t>> sums(probe.parameters().size());
   ThreadScratch scratch(threads);
   const auto sum_up = [&](uint32_t worker, size_t item) -> Result<void> {
+    if (go_on) TRANSFUSE_RETURN_IF_ERROR(go_on());
     const Chunk& chunk = plan.chunks()[item];
     for (uint32_t run = chunk.first_run; run < chunk.first_run + chunk.run_count; ++run) {
       TRANSFUSE_ASSIGN_OR_RETURN(const uint64_t sum, reading.fingerprint(run, scratch.of(worker)));

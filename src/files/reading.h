@@ -45,9 +45,11 @@ class Reading {
 Result<Reading> plan_reading(const Layout& target, const ReadableSide& side, uint64_t chunk_bytes);
 
 // Whole tensors of `side`, in the dtypes of `probe`'s parameters, one per parameter: the
-// fingerprint of each, the same however they are sharded.
+// fingerprint of each, the same however they are sharded. `go_on` (may be empty) is asked from time
+// to time, on any of the threads; its error ends it.
 Result<std::vector<uint64_t>> whole_fingerprints(const Layout& probe, const ReadableSide& side,
-                                                 uint32_t threads);
+                                                 uint32_t threads,
+                                                 const std::function<Result<void>()>& go_on = {});
 
 // kFingerprintMismatch unless rank `rank` of `target` holds what `reading` reads, run by run.
 Result<void> compare_fingerprints(const Reading& reading, const ReadableSide& target, size_t rank,

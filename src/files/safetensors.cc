@@ -22,10 +22,15 @@
 
 #include "transfuse/checkpoint.h"
 #include "transfuse/layout.h"
+#include "transfuse/metadata.h"
 #include "transfuse/result.h"
 
 namespace transfuse {
 namespace {
+
+// After kRecordPrefix.
+constexpr std::string_view kVersion = "version";
+constexpr std::string_view kKind = "kind";
 
 struct DtypeRow {
   std::string_view name;
@@ -72,7 +77,8 @@ class HeaderEvents final : public nlohmann::json_sax<nlohmann::json> {
  public:
   std::vector<RawTensor>& tensors() { return tensors_; }
   const std::string& problem() const { return problem_; }
-  const std::optional<std::string>& version_text() const { return version_text_; }
+  // Without the prefix.
+  Metadata& records() { return records_; }
 
   bool null() override { return unexpected("null"); }
   bool boolean(bool) override { return unexpected("true or false"); }
@@ -88,8 +94,7 @@ class HeaderEvents final : public nlohmann::json_sax<nlohmann::json> {
   }
   bool string(string_t& value) override {
     if (depth_ == 2 && in_metadata_) {
-      if (field_ == kVersionKey) version_text_ = value;
-      return true;
+      return record(value);
     }
     if (depth_ != 2 || field_ != "dtype" || list_ != nullptr) {
       return unexpected("\"" + value + "\"");
@@ -151,6 +156,11 @@ class HeaderEvents final : public nlohmann::json_sax<nlohmann::json> {
     if (!in_metadata_) tensors_.emplace_back().name = name;
     return true;
   }
+  bool record(const std::string& value) {
+    if (!field_.starts_with(kRecordPrefix)) return true;
+    if (records_.emplace(field_.substr(kRecordPrefix.size()), value).second) return true;
+    return fail(fmt::format("__metadata__: {} is there twice", field_));
+  }
   bool unexpected(const std::string& found) {
     const std::string where =
         in_metadata_       ? "__metadata__: expected text"
@@ -168,7 +178,7 @@ class HeaderEvents final : public nlohmann::json_sax<nlohmann::json> {
   std::set<std::string> names_;
   std::string problem_;
   std::string field_;
-  std::optional<std::string> version_text_;
+  Metadata records_;
   std::vector<uint64_t>* list_ = nullptr;
   int depth_ = 0;
   bool in_metadata_ = false;
@@ -255,24 +265,39 @@ Result<void> check_cover(std::string_view path, std::vector<StoredTensor>& tenso
   return {};
 }
 
-Result<uint64_t> version_of(std::string_view path, const std::optional<std::string>& text) {
-  if (!text) return uint64_t{0};
+Result<uint64_t> version_of(std::string_view path, const std::string& text) {
   uint64_t version = 0;
-  const char* const end = text->data() + text->size();
-  const auto [stop, error] = std::from_chars(text->data(), end, version);
+  const char* const end = text.data() + text.size();
+  const auto [stop, error] = std::from_chars(text.data(), end, version);
   if (error == std::errc() && stop == end && version > 0) return version;
-  return corrupt(path, fmt::format("__metadata__: {}: expected a number from 1, found \"{}\"",
-                                   kVersionKey, *text));
+  return corrupt(path, fmt::format("__metadata__: {}{}: expected a number from 1, found \"{}\"",
+                                   kRecordPrefix, kVersion, text));
+}
+
+Result<Recorded> recorded_of(std::string_view path, Metadata&& records) {
+  // Before anything of it is shown or kept.
+  auto checked = check_metadata("__metadata__", records);
+  Recorded recorded;
+  if (const auto kind = records.extract(std::string(kKind)); checked && !kind.empty()) {
+    recorded.kind = kind.mapped();
+    checked = check_kind("__metadata__", recorded.kind);
+  }
+  if (!checked) return corrupt(path, checked.error().message);
+  if (const auto version = records.extract(std::string(kVersion)); !version.empty()) {
+    TRANSFUSE_ASSIGN_OR_RETURN(recorded.version, version_of(path, version.mapped()));
+  }
+  recorded.words = std::move(records);
+  return recorded;
 }
 
 }  // namespace
 
 Result<std::vector<StoredTensor>> parse_header(std::string_view path, std::string_view json,
-                                               uint64_t file_bytes, uint64_t* recorded_version) {
+                                               uint64_t file_bytes, Recorded* recorded) {
   HeaderEvents events;
   if (!nlohmann::json::sax_parse(json, &events)) return corrupt(path, events.problem());
-  if (recorded_version != nullptr) {
-    TRANSFUSE_ASSIGN_OR_RETURN(*recorded_version, version_of(path, events.version_text()));
+  if (recorded != nullptr) {
+    TRANSFUSE_ASSIGN_OR_RETURN(*recorded, recorded_of(path, std::move(events.records())));
   }
   const uint64_t data_offset = kLengthBytes + json.size();
   std::vector<StoredTensor> tensors;
@@ -287,15 +312,20 @@ Result<std::vector<StoredTensor>> parse_header(std::string_view path, std::strin
   return tensors;
 }
 
-Result<std::string> lay_out(std::vector<FileEntry>& entries, uint64_t version) {
+Result<std::string> lay_out(std::vector<FileEntry>& entries, const Recorded& recorded) {
   std::ranges::sort(entries, [](const FileEntry& a, const FileEntry& b) {
     const size_t first = row_of(a.dtype);
     const size_t second = row_of(b.dtype);
     return first != second ? first > second : a.name < b.name;
   });
   nlohmann::ordered_json header;
-  header["__metadata__"] = {{"format", "pt"}};
-  if (version > 0) header["__metadata__"][kVersionKey] = std::to_string(version);
+  auto& metadata = header["__metadata__"] = {{"format", "pt"}};
+  const auto record = [&](std::string_view key, const std::string& value) {
+    metadata[fmt::format("{}{}", kRecordPrefix, key)] = value;
+  };
+  if (recorded.version > 0) record(kVersion, std::to_string(recorded.version));
+  if (!recorded.kind.empty()) record(kKind, recorded.kind);
+  for (const auto& [key, value] : recorded.words) record(key, value);
   uint64_t at = 0;
   std::string text = header.dump();
   text.pop_back();

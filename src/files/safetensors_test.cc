@@ -15,6 +15,7 @@
 #include "files/file_fixture.h"
 #include "transfuse/checkpoint.h"
 #include "transfuse/layout.h"
+#include "transfuse/metadata.h"
 #include "transfuse/result.h"
 
 namespace transfuse::testing {
@@ -97,6 +98,53 @@ TEST(SafetensorsHeader, WhatThePackageWritesIsAccepted) {
   EXPECT_EQ((*good)[0].offset_bytes, 8 + header.size());
   EXPECT_EQ((*good)[1].dtype, std::nullopt);  // F64 exists, but not in layouts
   EXPECT_EQ((*good)[2].shape, Dims{});
+}
+
+TEST(SafetensorsHeader, I13_WhatAFileSaysOfItselfIsReadAndBounded) {
+  const auto header = [](const std::string& words) {
+    return R"({"__metadata__":{"format":"pt")" + words +
+           R"(},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})";
+  };
+  const auto parse = [](const std::string& json, Recorded& recorded) {
+    return parse_header("f", json, kLengthBytes + json.size() + 8, &recorded);
+  };
+  Recorded found;
+  ASSERT_TRUE(parse(header(""), found));
+  EXPECT_EQ(found, Recorded{});
+  ASSERT_TRUE(parse(header(R"(,"transfuse.version":"41","transfuse.kind":"hf_raw",)"
+                           R"("transfuse.step":"7","other":"not ours")"),
+                    found));
+  const Recorded expected{.version = 41, .kind = "hf_raw", .words = {{"step", "7"}}};
+  EXPECT_EQ(found, expected);
+  std::vector<FileEntry> entries = {{.name = "a", .dtype = Dtype::kF32, .shape = {2}}};
+  const std::string head = lay_out(entries, expected).value().substr(kLengthBytes);
+  found = {};
+  ASSERT_TRUE(parse(head, found));
+  EXPECT_EQ(found, expected);
+
+  std::string many;
+  for (size_t i = 0; i <= kMaxMetadataEntries; ++i) {
+    many += R"(,"transfuse.k)" + std::to_string(i) + R"(":"v")";
+  }
+  const std::vector<std::pair<std::string, std::string>> cases = {
+      {R"(,"transfuse.version":"new")", "expected a number from 1, found \"new\""},
+      {R"(,"transfuse.version":"0")", "expected a number from 1"},
+      {R"(,"transfuse.kind":"two words")", "without spaces"},
+      {R"(,"transfuse.kind":")" + std::string(kMaxKindBytes + 1, 'k') + "\"", "at most 64"},
+      {R"(,"transfuse.":"v")", "metadata key"},
+      {R"(,"transfuse.two words":"v")", "metadata key"},
+      {R"(,"transfuse.k":")" + std::string(kMaxMetadataValueBytes + 1, 'v') + "\"", "at most 1024"},
+      {R"(,"transfuse.k":"\u0007")", "printable ASCII"},
+      {R"(,"transfuse.k":"v","transfuse.k":"w")", "transfuse.k is there twice"},
+      {many, "33 entries"},
+  };
+  for (const auto& [words, problem] : cases) {
+    Recorded none;
+    const auto parsed = parse(header(words), none);
+    ASSERT_FALSE(parsed) << words;
+    EXPECT_EQ(parsed.error().code, ErrorCode::kCorrupt);
+    EXPECT_NE(parsed.error().message.find(problem), std::string::npos) << parsed.error().message;
+  }
 }
 
 TEST_F(Safetensors, FilesThatEndTooEarlyOrNameAHugeHeaderAreRefused) {

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "files/folder.h"
+#include "files/safetensors.h"
 #include "files/stored_file.h"
 #include "transfuse/checkpoint.h"
 #include "transfuse/layout.h"
@@ -134,6 +135,12 @@ Result<Layout> layout_as_named(const KnownModel& model, std::string_view text, i
   return with_stacked_experts(older, files);
 }
 
+std::string text_of(const Recorded& recorded) {
+  std::string text = fmt::format("version {}, kind '{}'", recorded.version, recorded.kind);
+  for (const auto& [key, value] : recorded.words) text += fmt::format(", {} '{}'", key, value);
+  return text;
+}
+
 struct StackPlace {
   std::string parameter;
   int64_t expert = 0;
@@ -200,14 +207,14 @@ Result<Layout> with_stacked_experts(const Layout& layout, std::span<const OpenFi
   return builder.build();
 }
 
-Result<uint64_t> ReadableSide::recorded_version() const {
+Result<Recorded> ReadableSide::recorded() const {
   for (const OpenFile& file : files) {
-    if (file.recorded_version() == files[0].recorded_version()) continue;
+    if (file.recorded() == files[0].recorded()) continue;
     return Error{ErrorCode::kCorrupt,
-                 fmt::format("{} records version {}, {} version {} (0: none)", files[0].path(),
-                             files[0].recorded_version(), file.path(), file.recorded_version())};
+                 fmt::format("{} records {}; {} records {}", files[0].path(),
+                             text_of(files[0].recorded()), file.path(), text_of(file.recorded()))};
   }
-  return files.empty() ? 0 : files[0].recorded_version();
+  return files.empty() ? Recorded{} : files[0].recorded();
 }
 
 Result<ReadableRank> match_rank(const Layout& layout, std::span<const OpenFile> files,

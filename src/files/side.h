@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "copy/file_read.h"
+#include "files/safetensors.h"
 #include "files/stored_file.h"
 #include "transfuse/layout.h"
 #include "transfuse/model.h"
@@ -38,8 +39,8 @@ struct ReadableSide {
   FileSpan span(const StoredPlace& place) const {
     return files[place.file].span(place.offset_bytes);
   }
-  // Of the weights, as the files say; 0: they do not. kCorrupt where they contradict each other.
-  Result<uint64_t> recorded_version() const;
+  // What every file says of the weights. kCorrupt where they do not all say the same.
+  Result<Recorded> recorded() const;
   Result<void> check_unchanged() const;
 };
 

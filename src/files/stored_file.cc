@@ -60,7 +60,7 @@ Result<OpenFile> OpenFile::open(const std::string& path) {
   TRANSFUSE_RETURN_IF_ERROR(
       read_exactly(file.fd(), path, header.data(), header_bytes, kLengthBytes));
   TRANSFUSE_ASSIGN_OR_RETURN(file.tensors_,
-                             parse_header(path, header, size_bytes, &file.recorded_version_));
+                             parse_header(path, header, size_bytes, &file.recorded_));
   return file;
 }
 

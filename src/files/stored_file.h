@@ -9,6 +9,7 @@
 #include "base/file_identity.h"
 #include "base/unique_fd.h"
 #include "copy/file_read.h"
+#include "files/safetensors.h"
 #include "transfuse/checkpoint.h"
 #include "transfuse/result.h"
 
@@ -27,8 +28,7 @@ class OpenFile {
   FileSpan span(uint64_t offset_bytes) const {
     return {.fd = fd(), .offset_bytes = offset_bytes, .path = path()};
   }
-  // Of the weights, as the file itself says; 0: it does not.
-  uint64_t recorded_version() const { return recorded_version_; }
+  const Recorded& recorded() const { return recorded_; }
   std::vector<StoredTensor>& tensors() { return tensors_; }  // by name
   const std::vector<StoredTensor>& tensors() const { return tensors_; }
   // kTornRead if the file was written, cut, replaced or removed since it was opened.
@@ -40,7 +40,7 @@ class OpenFile {
   IdentifiedFile file_;
   UniqueFd fd_;
   std::vector<StoredTensor> tensors_;
-  uint64_t recorded_version_ = 0;
+  Recorded recorded_;
 };
 
 }  // namespace transfuse

@@ -10,15 +10,16 @@
 #include <set>
 #include <span>
 #include <string>
-#include <string_view>
 #include <utility>
 #include <vector>
 
 #include "base/affinity.h"
 #include "files/checkpoint_source.h"
+#include "files/reading.h"
 #include "files/side.h"
 #include "session/refit_attempt.h"
 #include "session/source_link.h"
+#include "session/whole_layout.h"
 #include "transfuse/control.h"
 #include "transfuse/deadline.h"
 #include "transfuse/layout.h"
@@ -32,6 +33,14 @@ namespace {
 
 Generation generation_of(const CheckpointSource& source) {
   return {.incarnation = source.identity().high, .counter = source.identity().low & ~uint64_t{1}};
+}
+
+// While it is only summed.
+Result<void> go_on(const std::string& name, Deadline deadline, const std::atomic<bool>& cancelled) {
+  if (cancelled) return Error{ErrorCode::kCancelled, "the refit was cancelled by the caller"};
+  if (!deadline.passed()) return {};
+  return Error{ErrorCode::kDeadlineExceeded,
+               fmt::format("the refit's deadline passed while {} was summed", name)};
 }
 
 // A rank of a checkpoint. Outlived by the transport and the checkpoint.
@@ -73,18 +82,9 @@ class CheckpointLink final : public SourceLink {
   // Nobody else knows what the files hold: they are read a second time.
   Result<void> read_table(const SumQuery& query, std::span<uint64_t> sums, Deadline deadline,
                           int64_t /*no_progress_ms*/, const std::atomic<bool>& cancelled) override {
-    TRANSFUSE_RETURN_IF_ERROR(source_.sum_runs(
-        *query.copies, query.source_layout, rank_, sums, usable_core_count(),
-        [&]() -> Result<void> {
-          if (cancelled) {
-            return Error{ErrorCode::kCancelled, "the refit was cancelled by the caller"};
-          }
-          if (!deadline.passed()) return {};
-          return Error{ErrorCode::kDeadlineExceeded,
-                       fmt::format("the refit's deadline passed while {} was "
-                                   "read again",
-                                   info_.name)};
-        }));
+    TRANSFUSE_RETURN_IF_ERROR(
+        source_.sum_runs(*query.copies, query.source_layout, rank_, sums, usable_core_count(),
+                         [&] { return go_on(info_.name, deadline, cancelled); }));
     return source_.check_unchanged();
   }
 
@@ -106,8 +106,7 @@ class CheckpointLink final : public SourceLink {
 };
 
 // Ranks with equal layouts hold the same: one of them is enough.
-Lease lease_of(const CheckpointSource& source, std::string_view spec) {
-  const bool as_published = spec.substr(0, spec.find(':')) == "hf";
+Lease lease_of(const CheckpointSource& source, const Digest& revision) {
   Lease lease;
   lease.version = source.version();
   std::set<Digest> known;
@@ -122,7 +121,9 @@ Lease lease_of(const CheckpointSource& source, std::string_view spec) {
     info.layout = ranks[rank].layout.digest();
     info.version = source.version();
     info.generation = generation_of(source);
-    if (as_published) info.kind = kKindHfRaw;
+    info.kind = source.kind();
+    info.version_metadata = source.metadata();
+    info.revision = revision;
   }
   return lease;
 }
@@ -150,11 +151,13 @@ Result<void> CheckpointFallback::open() {
   if (source_ != nullptr && source_->check_unchanged()) return {};
   attempt_->close();
   source_.reset();
+  revision_ = {};
   TRANSFUSE_ASSIGN_OR_RETURN(source_, CheckpointSource::open(checkpoint()));
   return {};
 }
 
-Result<uint64_t> CheckpointFallback::choose(const VersionRequest& request, uint64_t held) {
+Result<uint64_t> CheckpointFallback::choose(const VersionRequest& request, uint64_t held,
+                                            Deadline deadline, const std::atomic<bool>& cancelled) {
   TRANSFUSE_RETURN_IF_ERROR(open());
   const uint64_t version = source_->version();
   const auto unfit = [&](const std::string& why) {
@@ -171,7 +174,7 @@ Result<uint64_t> CheckpointFallback::choose(const VersionRequest& request, uint6
       if (version != request.version) {
         return unfit(fmt::format("exactly {} was asked for", request.version));
       }
-      return version;
+      break;
     case VersionRequest::Kind::kAtLeast:
       if (version < request.version) {
         return unfit(fmt::format("at least {} was asked for", request.version));
@@ -180,12 +183,57 @@ Result<uint64_t> CheckpointFallback::choose(const VersionRequest& request, uint6
     case VersionRequest::Kind::kNewest:
       break;
   }
-  if (version < held) return unfit(fmt::format("the target holds {} already", held));
+  if (version < held && request.kind != VersionRequest::Kind::kExactly) {
+    return unfit(fmt::format("the target holds {} already", held));
+  }
+  TRANSFUSE_RETURN_IF_ERROR(check_demand(request.demand, deadline, cancelled));
   return version;
 }
 
+// Before anything is planned: a checkpoint that does not fit keeps nobody from waiting for a peer.
+Result<void> CheckpointFallback::check_demand(const Demand& demand, Deadline deadline,
+                                              const std::atomic<bool>& cancelled) {
+  const Metadata nothing;
+  const auto unfit = [&](const std::string& reason) {
+    return Error{ErrorCode::kNoFittingSource,
+                 fmt::format("it holds version {}: {}", source_->version(), reason)};
+  };
+  const auto claim = [&] {
+    return Claim{.kind = source_->kind(),
+                 .source = nothing,
+                 .version = source_->metadata(),
+                 .revision = revision_};
+  };
+  Demand of_words = demand;
+  of_words.revision = {};
+  if (const auto reason = misfit(of_words, claim())) return unfit(*reason);
+  for (const ReadableRank& rank : source_->side().ranks) {
+    if (const auto reason = misfit(of_words, rank.layout)) return unfit(*reason);
+  }
+  if (demand.revision == Digest{}) return {};
+  if (revision_ == Digest{}) {
+    TRANSFUSE_ASSIGN_OR_RETURN(revision_, compute_revision(deadline, cancelled));
+  }
+  if (const auto reason = misfit(demand, claim())) return unfit(*reason);
+  return {};
+}
+
+Result<Digest> CheckpointFallback::compute_revision(Deadline deadline,
+                                                    const std::atomic<bool>& cancelled) const {
+  std::vector<Layout> layouts;
+  for (const ReadableRank& rank : source_->side().ranks) layouts.push_back(rank.layout);
+  TRANSFUSE_ASSIGN_OR_RETURN(const Layout whole, whole_layout(layouts));
+  // A parameter has the name of its tensor: their orders are one.
+  TRANSFUSE_ASSIGN_OR_RETURN(const auto sums,
+                             whole_fingerprints(whole, source_->side(), usable_core_count(), [&] {
+                               return go_on(source_->path(), deadline, cancelled);
+                             }));
+  TRANSFUSE_RETURN_IF_ERROR(source_->check_unchanged());
+  return content_revision(whole.tensors(), sums);
+}
+
 Result<void> CheckpointFallback::prepare(Deadline deadline, RefitReport& report) {
-  return attempt_->prepare(lease_of(*source_, checkpoint().spec), deadline, report);
+  return attempt_->prepare(lease_of(*source_, revision_), deadline, report);
 }
 
 Result<void> CheckpointFallback::transfer(Deadline deadline, const std::atomic<bool>& cancelled,

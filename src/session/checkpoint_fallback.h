@@ -31,13 +31,15 @@ class CheckpointFallback final : private SourceDirectory {
 
   const Checkpoint& checkpoint() const { return *options_.checkpoint; }
   // The version that it has now. Else why it cannot serve `request` of a target that holds `held`
-  // (0: none): nothing goes back to older weights that was not asked for exactly.
-  Result<uint64_t> choose(const VersionRequest& request, uint64_t held);
+  // (0: none): nothing goes back to older weights that was not asked for exactly. kNoFittingSource:
+  // it is not what `request` demands. A demanded revision takes one pass over its tensors, once.
+  Result<uint64_t> choose(const VersionRequest& request, uint64_t held, Deadline deadline,
+                          const std::atomic<bool>& cancelled);
   // As those of a RefitAttempt, for what was chosen.
   Result<void> prepare(Deadline deadline, RefitReport& report);
   Result<void> transfer(Deadline deadline, const std::atomic<bool>& cancelled, RefitReport& report);
 
-  // Of what a checkpoint says of itself: its kind, where it is one of Hugging Face.
+  // Of what is prepared from then on.
   Result<void> set_demand(const Demand& demand) { return attempt_->set_demand(demand); }
   void set_pace(double gigabytes_per_second) { attempt_->set_pace(gigabytes_per_second); }
   void forget_padding() { attempt_->forget_padding(); }
@@ -47,6 +49,9 @@ class CheckpointFallback final : private SourceDirectory {
 
  private:
   Result<void> open();
+  Result<void> check_demand(const Demand& demand, Deadline deadline,
+                            const std::atomic<bool>& cancelled);
+  Result<Digest> compute_revision(Deadline deadline, const std::atomic<bool>& cancelled) const;
   Result<Layout> layout(const Digest& digest, Deadline deadline) override;
   Result<std::unique_ptr<SourceLink>> open(const MemberInfo& info, const Layout& layout,
                                            Deadline deadline) override;
@@ -54,6 +59,7 @@ class CheckpointFallback final : private SourceDirectory {
   const ReceiverOptions options_;
   std::unique_ptr<Transport> transport_;
   std::unique_ptr<CheckpointSource> source_;  // null: not open
+  Digest revision_;                           // of the source; zero: not computed
   std::unique_ptr<RefitAttempt> attempt_;     // its links read the source
 };
 

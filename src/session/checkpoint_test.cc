@@ -2,6 +2,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstddef>
@@ -10,6 +11,7 @@
 #include <fstream>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -21,6 +23,7 @@
 #include "transfuse/control.h"
 #include "transfuse/deadline.h"
 #include "transfuse/layout.h"
+#include "transfuse/metadata.h"
 #include "transfuse/model.h"
 #include "transfuse/publisher.h"
 #include "transfuse/receiver.h"
@@ -48,7 +51,7 @@ class CheckpointRefit : public ::testing::TestWithParam<ReceiveInto> {
 
   // The weights of `version` in the layout `spec`.
   Checkpoint write(const std::string& name, const std::string& spec, uint64_t version,
-                   uint64_t recorded) const {
+                   uint64_t recorded, const Metadata& words = {}) const {
     const std::filesystem::path path = folder_ / name;
     std::filesystem::create_directory(path);
     std::ofstream(path / "config.json") << kSmallConfig;
@@ -59,7 +62,7 @@ class CheckpointRefit : public ::testing::TestWithParam<ReceiveInto> {
       const bool whole = spec.starts_with("hf");
       write_rank(
           path / (whole ? "model.safetensors" : "rank" + std::to_string(rank) + ".safetensors"),
-          parameters, recorded);
+          parameters, recorded, words);
     }
     return {.path = path.string(), .spec = spec};
   }
@@ -74,8 +77,8 @@ class CheckpointRefit : public ::testing::TestWithParam<ReceiveInto> {
                                  const std::string& name = "engine0", size_t rank = 0) {
     return std::make_unique<Engine>(*transport_, *control_, layouts(spec)[rank], name, options);
   }
-  Trainer& add_trainer(const std::string& spec = "hf") {
-    const Layout layout = layouts(spec)[0];
+  Trainer& add_trainer(const std::string& spec = "hf", std::string_view kind = "") {
+    const Layout layout = layouts(spec)[0].with_kind(kind).value();
     return *trainers_.emplace_back(
         std::make_unique<Trainer>(*transport_, *control_, layout, "trainer0", 1));
   }
@@ -355,6 +358,202 @@ TEST_P(CheckpointRefit, ARankThatIsAloneWithACheckpointMayNotServe) {
   EXPECT_EQ(report.error().code, ErrorCode::kGroupBroken);
   EXPECT_THAT(report.error().message, HasSubstr("1 of 2 ranks are missing"));
   EXPECT_FALSE(first->receiver->check_group());
+}
+
+// -- under a demand --
+
+Demand accepting(std::string kind) { return {.kinds = {std::move(kind)}}; }
+
+Demand requiring(std::string key, std::string value,
+                 Requirement::Kind kind = Requirement::Kind::kEquals, std::string tensors = "") {
+  return {.require = {{.key = std::move(key),
+                       .kind = kind,
+                       .value = std::move(value),
+                       .tensors = std::move(tensors)}}};
+}
+
+TEST_P(CheckpointRefit, PeersThatDoNotFitADemandAreFollowedByACheckpointThatDoes) {
+  Trainer& trainer = add_trainer("hf", "cutlass_fp8");
+  trainer.publish(6);
+  auto given = options(write("c", "hf", 7, 7, {{"step", "70"}}));
+  given.demand = accepting("hf_raw");
+  auto target = engine(given);
+  const auto report = target->refit();
+  ASSERT_TRUE(report) << report.error().to_string();
+  EXPECT_EQ(report->checkpoint, given.checkpoint->path);
+  EXPECT_EQ(report->version, 7U);
+  EXPECT_EQ(report->metadata, (Metadata{{"step", "70"}}));
+  EXPECT_EQ(target->parameters.wrong_elements(7), 0);
+  EXPECT_THAT(steps(*report), HasSubstr("'trainer0': its kind is 'cutlass_fp8', accepted: hf_raw"));
+  EXPECT_THAT(steps(*report), HasSubstr("next: checkpoint " + given.checkpoint->path));
+  // Exactly what a peer has that does not fit, and the checkpoint has, too.
+  trainer.publish(7);
+  const auto exactly = target->refit({.kind = VersionRequest::Kind::kExactly, .version = 7});
+  ASSERT_TRUE(exactly) << exactly.error().to_string();
+  EXPECT_EQ(exactly->checkpoint, given.checkpoint->path);
+}
+
+TEST_P(CheckpointRefit, ACheckpointThatDoesNotFitIsNamedWithWhatIsDemandedAndFound) {
+  const Checkpoint checkpoint = write("c", "hf", 7, 7, {{"step", "70"}});
+  const Checkpoint ranks = write("ranks", "vllm:tp=2", 7, 7);
+  const Digest other{.high = 1, .low = 2};
+  const struct {
+    Checkpoint checkpoint;
+    Demand demand;
+    std::string reason;
+  } cases[] = {
+      {checkpoint, accepting("vllm_fused"), "its kind is 'hf_raw', accepted: vllm_fused"},
+      {ranks, accepting("hf_raw"), "it states no kind, accepted: hf_raw"},
+      {checkpoint, requiring("run", "a"), "'run' is not stated, 'a' is demanded"},
+      {checkpoint, requiring("step", "71", Requirement::Kind::kAtLeast),
+       "'step' is '70', at least 71 is demanded"},
+      {checkpoint, requiring("scales", "", Requirement::Kind::kPresent, "*.mlp.*"),
+       "mlp.down_proj.weight': 'scales' is not stated, it is demanded"},
+      {checkpoint, {.revision = other}, other.to_string() + " is demanded"},
+  };
+  int number = 0;
+  for (const auto& [refused, demand, reason] : cases) {
+    SCOPED_TRACE(reason);
+    auto given = options(refused);
+    given.demand = demand;
+    auto target = engine(given, "vllm", "engine" + std::to_string(++number));
+    for (auto& buffer : target->parameters.buffers()) std::ranges::fill(buffer, std::byte{0x5A});
+    const auto report = target->refit({}, 300);
+    ASSERT_FALSE(report);
+    EXPECT_EQ(report.error().code, ErrorCode::kNoFittingSource) << report.error().to_string();
+    EXPECT_THAT(report.error().message, HasSubstr("no source has joined"));
+    EXPECT_THAT(report.error().message,
+                HasSubstr("checkpoint " + refused.path + ": it holds version 7: "));
+    EXPECT_THAT(report.error().message, HasSubstr(reason));
+    EXPECT_THAT(steps(target->receiver->last_report()), HasSubstr("not used: it holds version 7"));
+    EXPECT_EQ(target->receiver->version(), 0U);
+    for (const auto& buffer : target->parameters.buffers()) {
+      EXPECT_TRUE(std::ranges::all_of(buffer, [](std::byte b) { return b == std::byte{0x5A}; }));
+    }
+  }
+}
+
+TEST_P(CheckpointRefit, WhereNeitherPeersNorTheCheckpointFitBothAreNamedAndAPeerIsWaitedFor) {
+  add_trainer("hf", "cutlass_fp8").publish(1);
+  auto given = options(write("c", "hf", 7, 7));
+  given.demand = accepting("trtllm");
+  auto target = engine(given);
+  const auto refused = target->refit({}, 400);
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().code, ErrorCode::kNoFittingSource);
+  EXPECT_THAT(refused.error().message, HasSubstr("'trainer0': its kind is 'cutlass_fp8'"));
+  EXPECT_THAT(refused.error().message, HasSubstr("its kind is 'hf_raw', accepted: trtllm"));
+  const auto exactly = target->refit({.kind = VersionRequest::Kind::kExactly, .version = 1}, 400);
+  ASSERT_FALSE(exactly);
+  EXPECT_EQ(exactly.error().code, ErrorCode::kNoFittingSource);
+  EXPECT_EQ(target->receiver->version(), 0U);
+  trainers_.clear();
+  std::thread later([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(300));
+    add_trainer("hf", "trtllm").publish(2);
+  });
+  const auto report = target->refit();
+  later.join();
+  ASSERT_TRUE(report) << report.error().to_string();
+  EXPECT_EQ(report->checkpoint, "");
+  EXPECT_EQ(target->parameters.wrong_elements(2), 0);
+}
+
+TEST_P(CheckpointRefit, ADemandOfOneRefitAloneHoldsForTheCheckpointToo) {
+  auto target = engine(options(write("c", "hf", 7, 7, {{"step", "70"}})));
+  const auto at_least = [](const char* step) {
+    return VersionRequest{.demand = requiring("step", step, Requirement::Kind::kAtLeast)};
+  };
+  EXPECT_EQ(target->refit(at_least("71"), 300).error().code, ErrorCode::kNoFittingSource);
+  EXPECT_EQ(target->receiver->version(), 0U);
+  const auto fits = target->refit(at_least("70"));
+  ASSERT_TRUE(fits) << fits.error().to_string();
+  EXPECT_EQ(target->refit(at_least("71"), 300).error().code, ErrorCode::kNoFittingSource);
+  EXPECT_EQ(target->receiver->version(), 7U);
+  EXPECT_TRUE(target->refit()) << "it was demanded of that one only";
+  EXPECT_EQ(target->parameters.wrong_elements(7), 0);
+}
+
+TEST_P(CheckpointRefit, WhatACheckpointIsIsGivenOrRecordedAndMayNotDiffer) {
+  Checkpoint given = write("c", "vllm:tp=2", 7, 7, {{"run", "a"}});
+  Checkpoint recorded = write("r", "vllm:tp=2", 7, 7, {{"kind", "vllm_fused"}, {"run", "a"}});
+  given.kind = "vllm_fused";
+  given.metadata = {{"step", "70"}, {"run", "a"}};
+  int number = 0;
+  const auto refit = [&](const Checkpoint& checkpoint, const Demand& demand) {
+    auto chosen = options(checkpoint);
+    chosen.demand = demand;
+    auto target = engine(chosen, "vllm:tp=2", "engine" + std::to_string(++number), 1);
+    auto report = target->refit({}, 400);
+    return report ? "" : steps(target->receiver->last_report());
+  };
+  Demand all = requiring("run", "a");
+  all.kinds = {"vllm_fused"};
+  EXPECT_EQ(refit(recorded, all), "");
+  all.require.push_back({.key = "step", .value = "70"});
+  EXPECT_EQ(refit(given, all), "");
+  EXPECT_THAT(refit(recorded, all), HasSubstr("'step' is not stated, '70' is demanded"));
+  recorded.metadata = {{"run", "b"}};
+  EXPECT_THAT(refit(recorded, {}), HasSubstr("expected 'run' to be 'b', its files record 'a'"));
+  recorded = {.path = recorded.path, .spec = recorded.spec, .kind = "trtllm"};
+  EXPECT_THAT(refit(recorded, {}),
+              HasSubstr("expected kind 'trtllm', its files record 'vllm_fused'"));
+  // Files that say different things are no checkpoint.
+  std::filesystem::copy_file(folder_ / "c" / "rank1.safetensors",
+                             folder_ / "r" / "rank1.safetensors",
+                             std::filesystem::copy_options::overwrite_existing);
+  recorded.kind = "";
+  EXPECT_THAT(refit(recorded, {}), HasSubstr("records version 7, kind 'vllm_fused', run 'a'; "));
+  // I13
+  auto large = options(given);
+  large.checkpoint->metadata["k"] = std::string(kMaxMetadataValueBytes + 1, 'v');
+  large.name = "large";
+  Parameters parameters(layouts("hf")[0]);
+  const auto opened =
+      Receiver::open(*transport_, *control_, parameters.layout(), parameters.memory(), large);
+  ASSERT_FALSE(opened);
+  EXPECT_EQ(opened.error().code, ErrorCode::kInvalidArgument);
+  EXPECT_THAT(opened.error().message, HasSubstr("checkpoint " + given.path));
+}
+
+TEST_P(CheckpointRefit, ADemandedRevisionIsThatOfTheFilesHoweverTheyAreSharded) {
+  const auto revision = [](const char* spec, uint64_t version) {
+    Parameters whole(layouts(spec)[0]);
+    whole.write(version);
+    return revision_of(whole.layout(), whole.memory()).value();
+  };
+  const Digest expected = revision("hf", 7);
+  const Digest wide = revision("hf:dtype=f32", 7);
+  int number = 0;
+  for (const char* spec : {"hf", "fsdp:dp=3", "vllm:tp=2", "megatron:tp=2,pp=2",
+                           "fsdp:dp=2,replicas=2", "fsdp:dp=3,dtype=f32"}) {
+    SCOPED_TRACE(spec);
+    const std::string name = "engine" + std::to_string(++number);
+    auto target = engine(options(write(name, spec, 7, 7)), "vllm:tp=2", name, 1);
+    const bool is_wide = std::string_view(spec).ends_with("f32");
+    const Digest right = is_wide ? wide : expected;
+    const Digest wrong = is_wide ? expected : revision("hf", 8);
+    const auto refused = target->refit({.demand = {.revision = wrong}}, 300);
+    ASSERT_FALSE(refused);
+    EXPECT_EQ(refused.error().code, ErrorCode::kNoFittingSource);
+    EXPECT_THAT(refused.error().message, HasSubstr("its revision is " + right.to_string() + ", " +
+                                                   wrong.to_string() + " is demanded"));
+    EXPECT_EQ(target->receiver->version(), 0U);
+    const auto report = target->refit({.demand = {.revision = right}});
+    ASSERT_TRUE(report) << report.error().to_string();
+    EXPECT_EQ(report->revision, right);
+    EXPECT_EQ(target->parameters.wrong_elements(7), 0);
+  }
+  // Replaced, they are summed again; undemanded, not at all.
+  auto target = engine(options(write("c", "hf", 7, 7)), "vllm", "last");
+  EXPECT_EQ(target->refit()->revision, Digest{});
+  EXPECT_EQ(target->refit({.demand = {.revision = expected}})->revision, expected);
+  write("c", "hf", 8, 8);
+  EXPECT_EQ(target->refit({.demand = {.revision = expected}}, 300).error().code,
+            ErrorCode::kNoFittingSource);
+  EXPECT_EQ(target->parameters.wrong_elements(7), 0);
+  EXPECT_EQ(target->refit()->revision, revision("hf", 8)) << "known by now";
+  EXPECT_EQ(target->parameters.wrong_elements(8), 0);
 }
 
 // Something happens to the file while it is read, slowly.

@@ -67,6 +67,12 @@ bool may_still_come(ErrorCode code, const VersionRequest& request) {
          (code == ErrorCode::kNoFittingSource && request.kind != VersionRequest::Kind::kExactly);
 }
 
+// Where no version came that fits, that of the checkpoint is named, too.
+Error with_reason(Error error, bool awaited, const std::string& unfit) {
+  if (unfit.empty() || (!awaited && error.code != ErrorCode::kNoFittingSource)) return error;
+  return {ErrorCode::kNoFittingSource, fmt::format("{}; {}", error.message, unfit)};
+}
+
 Deadline with_grace(Deadline deadline) {
   return Deadline(std::max(deadline.at(), std::chrono::steady_clock::now() + kReleaseGrace));
 }
@@ -195,17 +201,19 @@ Result<void> Fetch::attempt_all(const FetchOrder& order, const std::atomic<bool>
                                 RefitReport& report, Fetched& fetched) {
   FetchOrder peers = order;
   bool consider = fallback_ != nullptr;
+  std::string unfit;  // why the checkpoint is not what is demanded
   while (true) {
     if (consider) peers.deadline = Deadline::after(order.deadline.remaining() / 2);
     version_wait_ms_ = consider ? std::max<int64_t>(1, options_.checkpoint_wait_ms) : 0;
     auto outcome = attempt_peers(peers, cancelled, report, fetched);
     if (outcome) return {};
-    Error error = std::move(outcome).error();
+    Error error = with_reason(std::move(outcome).error(), version_awaited_, unfit);
     if (!consider || !checkpoint_may_help(error.code) || cancelled || order.deadline.passed()) {
       report.steps.push_back({error.code, "", error.message + ": give up"});
       return error;
     }
-    const auto version = fallback_->choose(order.request, memory_.held());
+    const auto version =
+        fallback_->choose(order.request, memory_.held(), order.deadline, cancelled);
     const std::string& path = fallback_->checkpoint().path;
     if (version) {
       report.steps.push_back(
@@ -220,7 +228,10 @@ Result<void> Fetch::attempt_all(const FetchOrder& order, const std::atomic<bool>
     report.steps.push_back({error.code, "", error.message + (again ? ": retry" : ": give up")});
     report.steps.push_back({version.error().code, fmt::format("checkpoint {}", path),
                             "not used: " + version.error().message});
-    if (!again) return error;
+    if (version.error().code == ErrorCode::kNoFittingSource) {
+      unfit = fmt::format("checkpoint {}: {}", path, version.error().message);
+    }
+    if (!again) return with_reason(std::move(error), version_awaited_, unfit);
     consider = false;
     peers = order;
   }
@@ -231,8 +242,9 @@ Result<void> Fetch::attempt_checkpoint(const FetchOrder& order, const std::atomi
   for (uint32_t attempts = 1;; ++attempts) {
     ++report.attempts;
     // Between two attempts the files may have become those of another version.
-    TRANSFUSE_ASSIGN_OR_RETURN(const uint64_t version,
-                               fallback_->choose(order.request, memory_.held()));
+    TRANSFUSE_ASSIGN_OR_RETURN(
+        const uint64_t version,
+        fallback_->choose(order.request, memory_.held(), order.deadline, cancelled));
     auto outcome = fallback_->prepare(order.deadline, report);
     if (outcome) {
       memory_.begin_write();

@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -13,6 +14,7 @@
 #include "session/target_member.h"
 #include "transfuse/control.h"
 #include "transfuse/layout.h"
+#include "transfuse/metadata.h"
 #include "transfuse/publisher.h"
 #include "transfuse/result.h"
 #include "transfuse/transport.h"
@@ -40,6 +42,11 @@ Result<void> check_options(const ReceiverOptions& options) {
     return Error{
         ErrorCode::kInvalidArgument,
         fmt::format("receiver '{}': a checkpoint needs a path; found an empty one", options.name)};
+  }
+  if (options.checkpoint) {
+    const std::string whose = "checkpoint " + options.checkpoint->path;
+    TRANSFUSE_RETURN_IF_ERROR(check_kind(whose, options.checkpoint->kind));
+    TRANSFUSE_RETURN_IF_ERROR(check_metadata(whose, options.checkpoint->metadata));
   }
   return check_demand(fmt::format("receiver '{}'", options.name), options.demand);
 }

@@ -15,6 +15,7 @@
 #include "session/known_weights.h"
 #include "transfuse/checkpoint.h"
 #include "transfuse/layout.h"
+#include "transfuse/metadata.h"
 
 namespace transfuse::testing {
 
@@ -25,11 +26,12 @@ inline constexpr const char* kSmallConfig = R"({"model_type": "qwen3", "hidden_s
   "torch_dtype": "bfloat16"})";
 
 // The parameters of one rank as a safetensors file, written without any code of src/files.
-inline void write_rank(const std::filesystem::path& path, Parameters& parameters,
-                       uint64_t recorded) {
+inline void write_rank(const std::filesystem::path& path, Parameters& parameters, uint64_t recorded,
+                       const Metadata& words = {}) {
   nlohmann::ordered_json header;
   header["__metadata__"] = {{"format", "pt"}};
   if (recorded > 0) header["__metadata__"]["transfuse.version"] = std::to_string(recorded);
+  for (const auto& [key, value] : words) header["__metadata__"]["transfuse." + key] = value;
   const std::vector<Dims> shapes = parameter_shapes(parameters.layout());
   std::string data;
   for (size_t i = 0; i < shapes.size(); ++i) {

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transfuse
 from safetensors.torch import save_file
-from transfuse import Checkpoint, hf
+from transfuse import PRESENT, AtLeast, Checkpoint, hf
 
 TRAINER = """
 import sys, torch, transfuse
@@ -32,10 +32,11 @@ def module(seed: int, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 32)).to(dtype)
 
 
-def save(model: torch.nn.Module, path: Path, version: int | None = None) -> None:
+def save(model: torch.nn.Module, path: Path, version: int | None = None, **words: str) -> None:
     metadata = {"format": "pt"}
     if version is not None:
         metadata["transfuse.version"] = str(version)
+    metadata |= {f"transfuse.{key}": value for key, value in words.items()}
     save_file(dict(model.named_parameters()), path, metadata=metadata)
 
 
@@ -103,6 +104,37 @@ def test_a_version_that_nobody_says_is_not_guessed(job, tmp_path):
         assert any("given or recorded in its files, found neither" in what for what in steps)
     with pytest.raises(transfuse.InvalidArgumentError, match="expected a version from 1, found 0"):
         receiver(module(2), job, checkpoint=Checkpoint(tmp_path, version=0))
+
+
+def test_what_is_demanded_is_demanded_of_the_checkpoint_too(job, tmp_path):
+    source, target = module(1), module(2)
+    save(source, tmp_path / "model.safetensors", version=4, step="40")
+    own = transfuse.revision(*hf.layout(source))
+    other = transfuse.revision(*hf.layout(target))
+    given = Checkpoint(tmp_path, metadata={"run": 7})
+    before = [each.clone() for each in target.parameters()]
+    with receiver(target, job, checkpoint=given, kinds="hf_raw") as engine:
+        for demand, reason in (
+            ({"require": {"step": AtLeast(41)}}, "'step' is '40', at least 41 is demanded"),
+            ({"require": {"scales": PRESENT}}, "'scales' is not stated, it is demanded"),
+            ({"revision": other}, f"its revision is {own}, {other} is demanded"),
+        ):
+            with pytest.raises(transfuse.NoFittingSourceError) as caught:
+                engine.refit(**demand, timeout_s=0.5)
+            assert f"checkpoint {tmp_path}: it holds version 4: {reason}" in str(caught.value)
+            assert engine.version == 0
+            assert all(map(torch.equal, before, target.parameters()))
+        demand = {"step": AtLeast(40), "run": "7"}
+        report = engine.refit(require=demand, revision=own, timeout_s=30)
+        assert (report.version, report.revision) == (4, own)
+        assert report.metadata == {"step": "40", "run": "7"}
+    assert same(source, target)
+    given = Checkpoint(tmp_path, kind="trtllm", metadata={"step": 41})
+    with receiver(target, job, checkpoint=given, kinds="hf_raw") as engine:
+        with pytest.raises(transfuse.DeadlineExceededError):
+            engine.refit(timeout_s=0.5)
+        steps = [step.what for step in engine.last_report.steps]
+        assert any("expected 'step' to be '41', its files record '40'" in what for what in steps)
 
 
 def test_the_catalog_of_an_unknown_model_is_in_its_files(tmp_path):
