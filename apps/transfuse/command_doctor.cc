@@ -22,13 +22,19 @@ struct TransportKind {
   std::string_view use;
 };
 
+#ifdef TRANSFUSE_CUDA
+constexpr bool kCuda = true;
+#else
+constexpr bool kCuda = false;
+#endif
+
 constexpr TransportKind kTransports[] = {
     {"local", true, "one process"},
     {"shm", true, "CPU memory of one host"},
-    {"cuda", false, "GPU memory of one host"},
+    {"cuda", kCuda, "GPU memory of one host"},
     {"fabric", false, "network: TCP, EFA, verbs"},
     {"ucx", false, "network: InfiniBand, RoCE"},
-    {"file", false, "safetensors checkpoints"},
+    {"file", true, "safetensors checkpoints"},
 };
 
 struct Host {
