@@ -3,14 +3,16 @@
 
 #include <cstdint>
 
+#include "base/host_device.h"
+
 namespace transfuse {
 
-inline uint16_t cast_f32_bits_to_bf16(uint32_t bits) {
+TRANSFUSE_HOST_DEVICE inline uint16_t cast_f32_bits_to_bf16(uint32_t bits) {
   if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return 0x7FC0;
   return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
 }
 
-inline uint16_t cast_f32_bits_to_f16(uint32_t bits) {
+TRANSFUSE_HOST_DEVICE inline uint16_t cast_f32_bits_to_f16(uint32_t bits) {
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
   if (magnitude > 0x7F800000u) return 0x7E00;
