@@ -1,5 +1,5 @@
-// What one thread of a block does with an item of a device table: moves its units, casts and sums
-// them. Kernels and host tests run the same code.
+// What one thread of a block (a lane) does with an item of a device table: moves its units, casts
+// and sums them. Kernels and host tests run the same code.
 #pragma once
 
 #include <cstddef>
@@ -12,75 +12,146 @@
 
 namespace transfuse {
 
-// A thread among those that share an item.
-struct Lane {
-  uint32_t index = 0;
-  uint32_t count = 1;
-};
-
 struct alignas(kVectorBytes) Vector {
   uint32_t word[4];
 };
 
-// Adds up fingerprints. Elements that are summed together mostly share the upper half of their
-// linear indices: the seed is made anew only where it changes.
+// Aligned ones. On the device the address space is said, which the compiler cannot know.
+TRANSFUSE_HOST_DEVICE inline Vector load_vector(const std::byte* source) {
+#ifdef __CUDA_ARCH__
+  Vector v;
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+               : "l"(source));
+  return v;
+#else
+  return *reinterpret_cast<const Vector*>(source);
+#endif
+}
+TRANSFUSE_HOST_DEVICE inline void store_vector(std::byte* target, const Vector& v) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(target), "r"(v.word[0]),
+               "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
+               : "memory");
+#else
+  *reinterpret_cast<Vector*>(target) = v;
+#endif
+}
+
+// What the lanes of an item share, made by one of them. One row begins source_pitch after the one
+// before it; so at the target and in the catalog tensor.
+struct ItemView {
+  const std::byte* source = nullptr;  // of the first unit of the first row
+  std::byte* target = nullptr;
+  uint64_t index = 0;
+  int64_t source_pitch = 0;  // bytes
+  int64_t target_pitch = 0;  // bytes
+  int64_t index_pitch = 0;   // elements
+  int64_t source_step = 0;   // bytes from unit to unit
+  int64_t target_step = 0;   // bytes
+  int64_t index_step = 0;    // from element to element
+  uint64_t key = 0;
+  MixSeed seed{};   // for the upper half of `index`
+  MixSeed upper{};  // the same of an 8-byte element's upper half
+  uint32_t rows = 0;
+  uint32_t units = 0;
+  uint32_t lanes = 1;
+  uint32_t row_step = 0;  // from a lane's unit to its next one
+  uint32_t unit_step = 0;
+  uint32_t sum = 0;
+  ElementOp op = ElementOp::kCopy1;
+  RunWalk walk = RunWalk::kElements;
+  bool fingerprint = false;
+};
+
+TRANSFUSE_HOST_DEVICE inline ItemView view_of(const DeviceRun& run, const DeviceItem& item,
+                                              const std::byte* base, uint32_t lanes) {
+  const auto elements = static_cast<int64_t>(unit_elements(run.walk, run.op));
+  const int64_t outer = item.first_row / run.inner_rows;
+  const int64_t inner = item.first_row % run.inner_rows;
+  const int64_t element = static_cast<int64_t>(item.first_unit) * elements;
+  ItemView view{.source = base + run.source_offset + outer * run.source_pitch[0] +
+                          inner * run.source_pitch[1] + element * run.source_step,
+                .target = reinterpret_cast<std::byte*>(run.target) + outer * run.target_pitch[0] +
+                          inner * run.target_pitch[1] + element * run.target_step,
+                .index = run.linear_index + static_cast<uint64_t>(outer * run.index_pitch[0] +
+                                                                  inner * run.index_pitch[1] +
+                                                                  element * run.index_step),
+                .source_pitch = run.source_pitch[1],
+                .target_pitch = run.target_pitch[1],
+                .index_pitch = run.index_pitch[1],
+                .source_step = elements * run.source_step,
+                .target_step = elements * run.target_step,
+                .index_step = run.index_step,
+                .key = run.key,
+                .rows = item.rows,
+                .units = item.units,
+                .lanes = lanes,
+                .row_step = lanes / item.units,
+                .unit_step = lanes % item.units,
+                .sum = run.sum,
+                .op = run.op,
+                .walk = run.walk,
+                .fingerprint = run.fingerprint};
+  if (run.fingerprint) {
+    const auto high = static_cast<uint32_t>(view.index >> 32);
+    const uint32_t bytes = target_bytes_of(run.op);
+    view.seed = mix_seed(run.key, high, bytes);
+    if (bytes == 8) view.upper = mix_seed(run.key, high, kUpperPart);
+  }
+  return view;
+}
+
+// Adds up fingerprints. Elements of an item mostly share the upper half of their linear indices,
+// and with it the seed.
 template <uint32_t kElementBytes>
 class Summer {
  public:
   static constexpr bool kSums = true;
 
-  TRANSFUSE_HOST_DEVICE Summer(uint64_t key, uint64_t first_index)
-      : key_(key), high_(static_cast<uint32_t>(first_index >> 32)) {
-    seed();
-  }
+  TRANSFUSE_HOST_DEVICE explicit Summer(const ItemView& view) : view_(view) {}
 
-  // Elements `index`, `index` + `step`, ...: bits(i) are those of the i-th.
+  // Elements `index`, `index` + view.index_step, ...: bits(i) are those of the i-th.
   template <uint32_t kCount, class Bits>
-  TRANSFUSE_HOST_DEVICE void add(uint64_t index, int64_t step, const Bits& bits) {
-    const uint64_t last = index + static_cast<uint64_t>((kCount - 1) * step);
-    if (static_cast<uint32_t>(index >> 32) == high_ && static_cast<uint32_t>(last >> 32) == high_) {
-      uint32_t scaled = static_cast<uint32_t>(index) * kIndexFactor;
-      const uint32_t scaled_step = static_cast<uint32_t>(step) * kIndexFactor;
+  TRANSFUSE_HOST_DEVICE void add(uint64_t index, const Bits& bits) {
+    const uint64_t last =
+        index + static_cast<uint64_t>(static_cast<int64_t>(kCount - 1) * view_.index_step);
+    const auto high = static_cast<uint32_t>(view_.index >> 32);
+    uint32_t scaled = static_cast<uint32_t>(index) * kIndexFactor;
+    const uint32_t step = static_cast<uint32_t>(view_.index_step) * kIndexFactor;
+    if (static_cast<uint32_t>(index >> 32) == high && static_cast<uint32_t>(last >> 32) == high) {
       TRANSFUSE_UNROLL
-      for (uint32_t i = 0; i < kCount; ++i, scaled += scaled_step) mix(scaled, bits(i));
+      for (uint32_t i = 0; i < kCount; ++i, scaled += step) {
+        mix(scaled, view_.seed, view_.upper, bits(i));
+      }
       return;
     }
-#ifdef __CUDA_ARCH__
-#pragma unroll 1
-#endif
-    for (uint32_t i = 0; i < kCount; ++i) {
-      const uint64_t at = index + static_cast<uint64_t>(static_cast<int64_t>(i) * step);
-      if (static_cast<uint32_t>(at >> 32) != high_) {
-        high_ = static_cast<uint32_t>(at >> 32);
-        seed();
-      }
-      mix(static_cast<uint32_t>(at) * kIndexFactor, bits(i));
+    TRANSFUSE_UNROLL
+    for (uint32_t i = 0; i < kCount; ++i, scaled += step) {
+      const uint64_t at = index + static_cast<uint64_t>(static_cast<int64_t>(i) * view_.index_step);
+      const auto own_high = static_cast<uint32_t>(at >> 32);
+      mix(scaled, mix_seed(view_.key, own_high, kElementBytes),
+          mix_seed(view_.key, own_high, kUpperPart), bits(i));
     }
   }
   TRANSFUSE_HOST_DEVICE uint64_t sum() const { return sum_; }
 
  private:
-  TRANSFUSE_HOST_DEVICE void mix(uint32_t scaled, uint64_t bits) {
-    sum_ += mix_word(scaled + seed_.first, seed_.second, static_cast<uint32_t>(bits));
+  TRANSFUSE_HOST_DEVICE void mix(uint32_t scaled, MixSeed seed, MixSeed upper, uint64_t bits) {
+    sum_ += mix_word(scaled + seed.first, seed.second, static_cast<uint32_t>(bits));
     if constexpr (kElementBytes == 8) {
-      sum_ += mix_word(scaled + upper_.first, upper_.second, static_cast<uint32_t>(bits >> 32));
+      sum_ += mix_word(scaled + upper.first, upper.second, static_cast<uint32_t>(bits >> 32));
     }
   }
-  TRANSFUSE_HOST_DEVICE void seed() {
-    seed_ = mix_seed(key_, high_, kElementBytes);
-    if constexpr (kElementBytes == 8) upper_ = mix_seed(key_, high_, kUpperPart);
-  }
 
-  uint64_t key_;
+  const ItemView& view_;
   uint64_t sum_ = 0;
-  MixSeed seed_{};
-  MixSeed upper_{};
-  uint32_t high_;
 };
 
 // In place of a Summer where no sum is wanted.
 struct NoSum {
   static constexpr bool kSums = false;
+  TRANSFUSE_HOST_DEVICE explicit NoSum(const ItemView& /*view*/) {}
   TRANSFUSE_HOST_DEVICE uint64_t sum() const { return 0; }
 };
 
@@ -147,7 +218,7 @@ struct ElementUnit {
   }
   template <class Sum>
   TRANSFUSE_HOST_DEVICE static void store(std::byte* target, const Loaded& loaded, uint64_t index,
-                                          int64_t /*index_step*/, Sum& sum) {
+                                          Sum& sum) {
     const Target bits = Cast::cast(loaded.bits);
     if (reinterpret_cast<uintptr_t>(target) % sizeof(Target) == 0) {
       *reinterpret_cast<Target*>(target) = bits;
@@ -157,7 +228,7 @@ struct ElementUnit {
       }
     }
     if constexpr (Sum::kSums) {
-      sum.template add<1>(index, 0, [&](uint32_t) { return uint64_t{bits}; });
+      sum.template add<1>(index, [&](uint32_t) { return uint64_t{bits}; });
     }
   }
 };
@@ -181,15 +252,15 @@ struct VectorUnit {
     Loaded loaded;
     TRANSFUSE_UNROLL
     for (uint32_t i = 0; i < kSourceVectors; ++i) {
-      loaded.vector[i] = reinterpret_cast<const Vector*>(source)[i];
+      loaded.vector[i] = load_vector(source + i * kVectorBytes);
     }
     return loaded;
   }
   template <class Sum>
   TRANSFUSE_HOST_DEVICE static void store(std::byte* target, const Loaded& loaded, uint64_t index,
-                                          int64_t index_step, Sum& sum) {
+                                          Sum& sum) {
     if constexpr (kPlain && !Sum::kSums) {
-      *reinterpret_cast<Vector*>(target) = loaded.vector[0];
+      store_vector(target, loaded.vector[0]);
     } else {
       Vector out[kTargetVectors] = {};
       TRANSFUSE_UNROLL
@@ -197,9 +268,9 @@ struct VectorUnit {
         put<Target>(out, i, Cast::cast(element<Source>(loaded.vector, i)));
       }
       TRANSFUSE_UNROLL
-      for (uint32_t i = 0; i < kTargetVectors; ++i) reinterpret_cast<Vector*>(target)[i] = out[i];
+      for (uint32_t i = 0; i < kTargetVectors; ++i) store_vector(target + i * kVectorBytes, out[i]);
       if constexpr (Sum::kSums) {
-        sum.template add<kElements>(index, index_step,
+        sum.template add<kElements>(index,
                                     [&](uint32_t i) { return uint64_t{element<Target>(out, i)}; });
       }
     }
@@ -231,83 +302,72 @@ struct VectorUnit {
   }
 };
 
-// Where in an item a lane is: its units are lane.count apart.
-class Cursor {
+// Where one lane is on one side of an item: units further along a row, and on the next row after
+// the last one.
+class Walk {
  public:
-  TRANSFUSE_HOST_DEVICE Cursor(const DeviceItem& item, Lane lane)
-      : units_(item.units),
-        row_step_(lane.count / item.units),
-        unit_step_(lane.count % item.units),
-        row_(lane.index / item.units),
-        unit_(lane.index % item.units) {}
+  TRANSFUSE_HOST_DEVICE Walk(const ItemView& view, uint64_t first, int64_t pitch, int64_t step,
+                             uint32_t row, uint32_t unit)
+      : at_(first + static_cast<uint64_t>(row * pitch + unit * step)),
+        advance_(static_cast<uint64_t>(view.row_step * pitch + view.unit_step * step)),
+        wrap_(static_cast<uint64_t>(pitch - view.units * step)) {}
 
-  TRANSFUSE_HOST_DEVICE uint32_t row() const { return row_; }
-  TRANSFUSE_HOST_DEVICE uint32_t unit() const { return unit_; }
-  TRANSFUSE_HOST_DEVICE void next() {
-    row_ += row_step_;
-    unit_ += unit_step_;
-    if (unit_ >= units_) {
-      unit_ -= units_;
-      ++row_;
-    }
-  }
+  TRANSFUSE_HOST_DEVICE uint64_t at() const { return at_; }
+  TRANSFUSE_HOST_DEVICE void next(bool wraps) { at_ += advance_ + (wraps ? wrap_ : 0); }
 
  private:
-  uint32_t units_;
-  uint32_t row_step_;
-  uint32_t unit_step_;
-  uint32_t row_;
-  uint32_t unit_;
+  uint64_t at_;
+  uint64_t advance_;
+  uint64_t wrap_;
 };
 
-// Offset of an element from the first one of its run, in what `pitch` and `step` are given in.
-template <bool kOneLevel>
-TRANSFUSE_HOST_DEVICE int64_t offset_of(const DeviceRun& run, uint32_t row, uint32_t element,
-                                        const int64_t (&pitch)[2], int64_t step) {
-  if constexpr (kOneLevel) return row * pitch[1] + element * step;
-  return row / run.inner_rows * pitch[0] + row % run.inner_rows * pitch[1] + element * step;
-}
-
-// Moves the lane's share of `item` and returns its part of the sum. Loads of kInFlight units are
-// under way before the first is stored. A function of its own on the device: inlined into one
-// switch, they share too few registers.
-template <class Unit, class Sum, uint32_t kInFlight, bool kOneLevel>
-TRANSFUSE_NOINLINE TRANSFUSE_HOST_DEVICE uint64_t copy_units(const DeviceRun& run,
-                                                             const DeviceItem& item,
-                                                             const std::byte* base, Lane lane,
-                                                             Sum sum) {
-  const std::byte* const source = base + run.source_offset;
-  std::byte* const target = reinterpret_cast<std::byte*>(run.target);
-  Cursor loading(item, lane);
-  Cursor storing = loading;
-  while (storing.row() < item.rows) {
+// Moves the lane's share of an item and returns its part of the sum. Loads of kInFlight units are
+// under way before the first is stored.
+template <class Unit, class Sum, uint32_t kInFlight>
+TRANSFUSE_HOST_DEVICE uint64_t copy_units(const ItemView& view, uint32_t lane) {
+  const uint32_t total = view.rows * view.units;
+  if (lane >= total) return 0;
+  const uint32_t units = view.units;
+  const uint32_t unit_step = view.unit_step;
+  uint32_t left = (total - lane - 1) / view.lanes + 1;
+  const uint32_t row = lane / units;
+  uint32_t unit = lane % units;
+  Walk source(view, reinterpret_cast<uint64_t>(view.source), view.source_pitch, view.source_step,
+              row, unit);
+  Walk target(view, reinterpret_cast<uint64_t>(view.target), view.target_pitch, view.target_step,
+              row, unit);
+  Walk index(view, view.index, view.index_pitch, Unit::kElements * view.index_step, row, unit);
+  Sum sum(view);
+  // The next unit of the lane: whether it is on a later row than the step alone says.
+  const auto step = [&] {
+    unit += unit_step;
+    const bool wraps = unit >= units;
+    if (wraps) unit -= units;
+    return wraps;
+  };
+  for (; left >= kInFlight; left -= kInFlight) {
     typename Unit::Loaded loaded[kInFlight];
+    bool wraps[kInFlight];
     TRANSFUSE_UNROLL
     for (uint32_t i = 0; i < kInFlight; ++i) {
-      if (loading.row() < item.rows) {
-        loaded[i] = Unit::load(
-            source + offset_of<kOneLevel>(run, item.first_row + loading.row(),
-                                          (item.first_unit + loading.unit()) * Unit::kElements,
-                                          run.source_pitch, run.source_step));
-      }
-      loading.next();
+      loaded[i] = Unit::load(reinterpret_cast<const std::byte*>(source.at()));
+      wraps[i] = step();
+      source.next(wraps[i]);
     }
     TRANSFUSE_UNROLL
     for (uint32_t i = 0; i < kInFlight; ++i) {
-      if (storing.row() < item.rows) {
-        const uint32_t row = item.first_row + storing.row();
-        const uint32_t element = (item.first_unit + storing.unit()) * Unit::kElements;
-        uint64_t index = 0;
-        if constexpr (Sum::kSums) {
-          index = run.linear_index + static_cast<uint64_t>(offset_of<kOneLevel>(
-                                         run, row, element, run.index_pitch, run.index_step));
-        }
-        Unit::store(
-            target + offset_of<kOneLevel>(run, row, element, run.target_pitch, run.target_step),
-            loaded[i], index, run.index_step, sum);
-      }
-      storing.next();
+      Unit::store(reinterpret_cast<std::byte*>(target.at()), loaded[i], index.at(), sum);
+      target.next(wraps[i]);
+      if constexpr (Sum::kSums) index.next(wraps[i]);
     }
+  }
+  for (; left > 0; --left) {
+    Unit::store(reinterpret_cast<std::byte*>(target.at()),
+                Unit::load(reinterpret_cast<const std::byte*>(source.at())), index.at(), sum);
+    const bool wraps = step();
+    source.next(wraps);
+    target.next(wraps);
+    if constexpr (Sum::kSums) index.next(wraps);
   }
   return sum.sum();
 }
@@ -315,48 +375,60 @@ TRANSFUSE_NOINLINE TRANSFUSE_HOST_DEVICE uint64_t copy_units(const DeviceRun& ru
 inline constexpr uint32_t kVectorsInFlight = 4;
 inline constexpr uint32_t kElementsInFlight = 8;
 
-template <class Unit, uint32_t kInFlight>
-TRANSFUSE_HOST_DEVICE uint64_t copy_walk(const DeviceRun& run, const DeviceItem& item,
-                                         const std::byte* base, Lane lane) {
-  using Sum = Summer<sizeof(typename Unit::Target)>;
-  const bool one_level =
-      run.source_pitch[0] == 0 && run.target_pitch[0] == 0 && run.index_pitch[0] == 0;
-  if (run.fingerprint) {
-    const Sum sum(run.key, run.linear_index);
-    return one_level ? copy_units<Unit, Sum, kInFlight, true>(run, item, base, lane, sum)
-                     : copy_units<Unit, Sum, kInFlight, false>(run, item, base, lane, sum);
+template <class Unit, uint32_t kInFlight, bool kSums>
+TRANSFUSE_HOST_DEVICE uint64_t copy_unit(const ItemView& view, uint32_t lane) {
+  if constexpr (kSums) {
+    if (view.fingerprint) {
+      return copy_units<Unit, Summer<sizeof(typename Unit::Target)>, kInFlight>(view, lane);
+    }
   }
-  return one_level ? copy_units<Unit, NoSum, kInFlight, true>(run, item, base, lane, NoSum())
-                   : copy_units<Unit, NoSum, kInFlight, false>(run, item, base, lane, NoSum());
+  return copy_units<Unit, NoSum, kInFlight>(view, lane);
 }
 
-template <class Cast>
-TRANSFUSE_HOST_DEVICE uint64_t copy_cast(const DeviceRun& run, const DeviceItem& item,
-                                         const std::byte* base, Lane lane) {
+template <class Cast, bool kSums>
+TRANSFUSE_HOST_DEVICE uint64_t copy_cast(const ItemView& view, uint32_t lane) {
   using Vectors = VectorUnit<Cast>;
-  return run.walk == RunWalk::kVectors
-             ? copy_walk<Vectors, kVectorsInFlight / Vectors::kSourceVectors>(run, item, base, lane)
-             : copy_walk<ElementUnit<Cast>, kElementsInFlight>(run, item, base, lane);
+  return view.walk == RunWalk::kVectors
+             ? copy_unit<Vectors, kVectorsInFlight / Vectors::kSourceVectors, kSums>(view, lane)
+             : copy_unit<ElementUnit<Cast>, kElementsInFlight, kSums>(view, lane);
 }
 
-// One lane's share of one item: the whole switch of the kernel.
-TRANSFUSE_HOST_DEVICE inline uint64_t copy_item(const DeviceRun& run, const DeviceItem& item,
-                                                const std::byte* base, Lane lane) {
-  switch (run.op) {
+// Everything but what copy_item() does itself. A function of its own on the device: inlined into
+// one switch with it, all would share too few registers.
+template <bool kSums>
+TRANSFUSE_NOINLINE TRANSFUSE_HOST_DEVICE uint64_t copy_rarely(const ItemView& view, uint32_t lane) {
+  switch (view.op) {
     case ElementOp::kCopy1:
-      return copy_cast<CopyCast<1>>(run, item, base, lane);
+      return copy_cast<CopyCast<1>, kSums>(view, lane);
     case ElementOp::kCopy2:
-      return copy_cast<CopyCast<2>>(run, item, base, lane);
+      return copy_cast<CopyCast<2>, kSums>(view, lane);
     case ElementOp::kCopy4:
-      return copy_cast<CopyCast<4>>(run, item, base, lane);
+      return copy_cast<CopyCast<4>, kSums>(view, lane);
     case ElementOp::kCopy8:
-      return copy_cast<CopyCast<8>>(run, item, base, lane);
+      return copy_cast<CopyCast<8>, kSums>(view, lane);
     case ElementOp::kF32ToBF16:
-      return copy_cast<F32ToBF16Cast>(run, item, base, lane);
+      return copy_cast<F32ToBF16Cast, kSums>(view, lane);
     case ElementOp::kF32ToF16:
-      return copy_cast<F32ToF16Cast>(run, item, base, lane);
+      return copy_cast<F32ToF16Cast, kSums>(view, lane);
   }
   return 0;
+}
+
+// One lane's share of one item. kSums: whether any run of the table has a fingerprint.
+template <bool kSums>
+TRANSFUSE_HOST_DEVICE uint64_t copy_item(const ItemView& view, uint32_t lane) {
+  if (view.walk == RunWalk::kVectors) {
+    // Without a fingerprint every plain copy is one of 8-byte elements (DeviceTableBuilder).
+    if (!view.fingerprint && view.op == ElementOp::kCopy8) {
+      return copy_units<VectorUnit<CopyCast<8>>, NoSum, kVectorsInFlight>(view, lane);
+    }
+    if constexpr (kSums) {
+      if (view.fingerprint && view.op == ElementOp::kCopy2) {
+        return copy_units<VectorUnit<CopyCast<2>>, Summer<2>, kVectorsInFlight>(view, lane);
+      }
+    }
+  }
+  return copy_rarely<kSums>(view, lane);
 }
 
 }  // namespace transfuse

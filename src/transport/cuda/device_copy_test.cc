@@ -48,9 +48,8 @@ void run_table(Random& random, const DeviceTable& table, const std::vector<const
   for (const DeviceItem& item : table.items) {
     const DeviceRun& run = table.runs[item.run];
     const auto lanes = 1 + static_cast<uint32_t>(random.below(70));
-    for (uint32_t lane = 0; lane < lanes; ++lane) {
-      sums[run.sum] += copy_item(run, item, bases[run.source], {.index = lane, .count = lanes});
-    }
+    const ItemView view = view_of(run, item, bases[run.source], lanes);
+    for (uint32_t lane = 0; lane < lanes; ++lane) sums[run.sum] += copy_item<true>(view, lane);
   }
 }
 
@@ -153,7 +152,8 @@ TEST(DeviceTable, CutsEveryUnitIntoExactlyOneItem) {
       }
     }
     const DeviceRun& run = table.runs[0];
-    EXPECT_EQ(seen.size() * unit_elements(run.walk, run.op), copy.element_count());
+    EXPECT_EQ(seen.size() * unit_elements(run.walk, run.op) * target_bytes_of(run.op),
+              copy.target_bytes());
     EXPECT_TRUE(std::ranges::all_of(seen, [](const auto& at) { return at.second == 1; }));
   }
 }

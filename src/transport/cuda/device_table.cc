@@ -38,8 +38,8 @@ bool merges(const Level& outer, const Level& inner) {
 // Levels that count, outermost first, at least one; neighbours merged. A level that is contiguous
 // at the target goes last where none is contiguous on both sides.
 std::vector<Level> levels_of(const StridedCopy& copy) {
-  const auto source_bytes = static_cast<int64_t>(source_element_bytes(copy.op));
-  const auto target_bytes = static_cast<int64_t>(target_element_bytes(copy.op));
+  const auto source_bytes = static_cast<int64_t>(source_bytes_of(copy.op));
+  const auto target_bytes = static_cast<int64_t>(target_bytes_of(copy.op));
   std::vector<Level> levels;
   for (int i = 0; i < 3; ++i) {
     if (copy.count[i] == 1) continue;
@@ -71,8 +71,27 @@ std::vector<Level> levels_of(const StridedCopy& copy) {
   return levels;
 }
 
-bool divisible(std::initializer_list<int64_t> values, int64_t by) {
-  return std::ranges::all_of(values, [&](int64_t value) { return value % by == 0; });
+// Every row of `run` begins at a multiple of `bytes` on both sides.
+bool aligned(const DeviceRun& run, uint32_t bytes) {
+  const auto by = static_cast<int64_t>(bytes);
+  return run.source_offset % bytes == 0 && run.target % bytes == 0 &&
+         run.source_pitch[0] % by == 0 && run.source_pitch[1] % by == 0 &&
+         run.target_pitch[0] % by == 0 && run.target_pitch[1] % by == 0;
+}
+
+// Where nobody asks which element is which, rows of `elements` small ones are rows of fewer large
+// ones. Returns how many.
+uint32_t widen(DeviceRun& run, uint32_t elements) {
+  const uint64_t row_bytes = uint64_t{elements} * source_bytes_of(run.op);
+  for (const ElementOp op : {ElementOp::kCopy8, ElementOp::kCopy4, ElementOp::kCopy2}) {
+    const uint32_t bytes = source_bytes_of(op);
+    if (bytes <= source_bytes_of(run.op)) break;
+    if (row_bytes % bytes != 0 || !aligned(run, bytes)) continue;
+    run.op = op;
+    run.source_step = run.target_step = bytes;
+    return static_cast<uint32_t>(row_bytes / bytes);
+  }
+  return elements;
 }
 
 }  // namespace
@@ -104,22 +123,19 @@ Result<void> DeviceTableBuilder::add(const StridedCopy& copy, uint32_t source, u
     rows *= levels[i].count;
     run.inner_rows = levels[i].count;
   }
-  const int64_t source_unit =
-      int64_t{kVectorBytes} * source_element_bytes(copy.op) / target_element_bytes(copy.op);
-  const auto vector_elements = static_cast<int64_t>(unit_elements(RunWalk::kVectors, copy.op));
-  const bool vectors = inner.source == source_element_bytes(copy.op) &&
-                       inner.target == target_element_bytes(copy.op) &&
-                       inner.count % vector_elements == 0 &&
-                       options_.base_alignment % kVectorBytes == 0 &&
-                       divisible({static_cast<int64_t>(run.source_offset),
-                                  static_cast<int64_t>(run.target), run.source_pitch[0],
-                                  run.source_pitch[1], run.target_pitch[0], run.target_pitch[1]},
-                                 kVectorBytes) &&
-                       source_unit % kVectorBytes == 0;
-  run.walk = vectors ? RunWalk::kVectors : RunWalk::kElements;
   table_.target_bytes += copy.target_bytes();
-  table_.source_bytes += copy.element_count() * source_element_bytes(copy.op);
-  return cut(run, rows, inner.count);
+  table_.source_bytes += copy.element_count() * source_bytes_of(copy.op);
+  uint32_t row_elements = inner.count;
+  const bool contiguous =
+      inner.source == source_bytes_of(run.op) && inner.target == target_bytes_of(run.op);
+  if (contiguous && !run.fingerprint && source_bytes_of(run.op) == target_bytes_of(run.op)) {
+    row_elements = widen(run, row_elements);
+  }
+  const bool vectors = contiguous && aligned(run, kVectorBytes) &&
+                       options_.base_alignment % kVectorBytes == 0 &&
+                       row_elements % unit_elements(RunWalk::kVectors, run.op) == 0;
+  run.walk = vectors ? RunWalk::kVectors : RunWalk::kElements;
+  return cut(run, rows, row_elements);
 }
 
 // Whole rows while they are short, else pieces of one row; tiles where an element's neighbours lie
@@ -127,28 +143,32 @@ Result<void> DeviceTableBuilder::add(const StridedCopy& copy, uint32_t source, u
 Result<void> DeviceTableBuilder::cut(const DeviceRun& run, uint32_t rows, uint32_t row_elements) {
   const uint32_t elements = unit_elements(run.walk, run.op);
   const uint32_t units = row_elements / elements;
-  const uint64_t unit_bytes = uint64_t{elements} * target_element_bytes(run.op);
+  const uint64_t unit_bytes = uint64_t{elements} * target_bytes_of(run.op);
   const uint64_t item_units = std::max<uint64_t>(options_.item_bytes / unit_bytes, 1);
-  const bool transposes = run.source_step != source_element_bytes(run.op);
+  const bool transposes = run.source_step != source_bytes_of(run.op);
   const auto units_at_once = static_cast<uint32_t>(
       transposes ? std::min(units, kTileElements) : std::min<uint64_t>(units, item_units));
-  const auto rows_at_once = static_cast<uint32_t>(
-      std::clamp<uint64_t>(transposes ? kTileElements : item_units / units_at_once, 1, rows));
-  const uint64_t count = ((uint64_t{rows} + rows_at_once - 1) / rows_at_once) *
-                         ((uint64_t{units} + units_at_once - 1) / units_at_once);
+  const auto rows_at_once = static_cast<uint32_t>(std::clamp<uint64_t>(
+      transposes ? kTileElements : item_units / units_at_once, 1, run.inner_rows));
+  const auto pieces = [](uint64_t whole, uint64_t piece) { return (whole + piece - 1) / piece; };
+  const uint64_t count =
+      rows / run.inner_rows * pieces(run.inner_rows, rows_at_once) * pieces(units, units_at_once);
   if (table_.runs.size() >= std::numeric_limits<uint32_t>::max() ||
       table_.items.size() + count > std::numeric_limits<uint32_t>::max()) {
     return Error{ErrorCode::kResourceExhausted, "more than 2^32 - 1 runs or pieces in one table"};
   }
   const auto number = static_cast<uint32_t>(table_.runs.size());
   table_.runs.push_back(run);
-  for (uint32_t row = 0; row < rows; row += std::min(rows_at_once, rows - row)) {
-    for (uint32_t unit = 0; unit < units; unit += std::min(units_at_once, units - unit)) {
-      table_.items.push_back({.run = number,
-                              .first_row = row,
-                              .rows = std::min(rows_at_once, rows - row),
-                              .first_unit = unit,
-                              .units = std::min(units_at_once, units - unit)});
+  for (uint32_t outer = 0; outer < rows / run.inner_rows; ++outer) {
+    for (uint32_t row = 0; row < run.inner_rows;
+         row += std::min(rows_at_once, run.inner_rows - row)) {
+      for (uint32_t unit = 0; unit < units; unit += std::min(units_at_once, units - unit)) {
+        table_.items.push_back({.run = number,
+                                .first_row = outer * run.inner_rows + row,
+                                .rows = std::min(rows_at_once, run.inner_rows - row),
+                                .first_unit = unit,
+                                .units = std::min(units_at_once, units - unit)});
+      }
     }
   }
   return {};
