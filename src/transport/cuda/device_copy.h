@@ -42,7 +42,7 @@ TRANSFUSE_HOST_DEVICE inline void store_vector(std::byte* target, const Vector& 
 // before it; so at the target and in the catalog tensor.
 struct ItemView {
   const std::byte* source = nullptr;  // of the first unit of the first row
-  std::byte* target = nullptr;
+  std::byte* target = nullptr;        // null: sum only
   uint64_t index = 0;
   int64_t source_pitch = 0;  // bytes
   int64_t target_pitch = 0;  // bytes
@@ -70,29 +70,32 @@ TRANSFUSE_HOST_DEVICE inline ItemView view_of(const DeviceRun& run, const Device
   const int64_t outer = item.first_row / run.inner_rows;
   const int64_t inner = item.first_row % run.inner_rows;
   const int64_t element = static_cast<int64_t>(item.first_unit) * elements;
-  ItemView view{.source = base + run.source_offset + outer * run.source_pitch[0] +
-                          inner * run.source_pitch[1] + element * run.source_step,
-                .target = reinterpret_cast<std::byte*>(run.target) + outer * run.target_pitch[0] +
+  ItemView view{
+      .source = base + run.source_offset + outer * run.source_pitch[0] +
+                inner * run.source_pitch[1] + element * run.source_step,
+      .target = run.target == 0
+                    ? nullptr
+                    : reinterpret_cast<std::byte*>(run.target) + outer * run.target_pitch[0] +
                           inner * run.target_pitch[1] + element * run.target_step,
-                .index = run.linear_index + static_cast<uint64_t>(outer * run.index_pitch[0] +
-                                                                  inner * run.index_pitch[1] +
-                                                                  element * run.index_step),
-                .source_pitch = run.source_pitch[1],
-                .target_pitch = run.target_pitch[1],
-                .index_pitch = run.index_pitch[1],
-                .source_step = elements * run.source_step,
-                .target_step = elements * run.target_step,
-                .index_step = run.index_step,
-                .key = run.key,
-                .rows = item.rows,
-                .units = item.units,
-                .lanes = lanes,
-                .row_step = lanes / item.units,
-                .unit_step = lanes % item.units,
-                .sum = run.sum,
-                .op = run.op,
-                .walk = run.walk,
-                .fingerprint = run.fingerprint};
+      .index = run.linear_index +
+               static_cast<uint64_t>(outer * run.index_pitch[0] + inner * run.index_pitch[1] +
+                                     element * run.index_step),
+      .source_pitch = run.source_pitch[1],
+      .target_pitch = run.target_pitch[1],
+      .index_pitch = run.index_pitch[1],
+      .source_step = elements * run.source_step,
+      .target_step = elements * run.target_step,
+      .index_step = run.index_step,
+      .key = run.key,
+      .rows = item.rows,
+      .units = item.units,
+      .lanes = lanes,
+      .row_step = lanes / item.units,
+      .unit_step = lanes % item.units,
+      .sum = run.sum,
+      .op = run.op,
+      .walk = run.walk,
+      .fingerprint = run.fingerprint};
   if (run.fingerprint) {
     const auto high = static_cast<uint32_t>(view.index >> 32);
     const uint32_t bytes = target_bytes_of(run.op);
@@ -216,11 +219,13 @@ struct ElementUnit {
     }
     return {bits};
   }
-  template <class Sum>
+  template <bool kStores, class Sum>
   TRANSFUSE_HOST_DEVICE static void store(std::byte* target, const Loaded& loaded, uint64_t index,
                                           Sum& sum) {
     const Target bits = Cast::cast(loaded.bits);
-    if (reinterpret_cast<uintptr_t>(target) % sizeof(Target) == 0) {
+    if constexpr (!kStores) {
+      // Summed only.
+    } else if (reinterpret_cast<uintptr_t>(target) % sizeof(Target) == 0) {
       *reinterpret_cast<Target*>(target) = bits;
     } else {
       for (uint32_t i = 0; i < sizeof(Target); ++i) {
@@ -256,10 +261,10 @@ struct VectorUnit {
     }
     return loaded;
   }
-  template <class Sum>
+  template <bool kStores, class Sum>
   TRANSFUSE_HOST_DEVICE static void store(std::byte* target, const Loaded& loaded, uint64_t index,
                                           Sum& sum) {
-    if constexpr (kPlain && !Sum::kSums) {
+    if constexpr (kPlain && kStores && !Sum::kSums) {
       store_vector(target, loaded.vector[0]);
     } else {
       Vector out[kTargetVectors] = {};
@@ -267,8 +272,12 @@ struct VectorUnit {
       for (uint32_t i = 0; i < kElements; ++i) {
         put<Target>(out, i, Cast::cast(element<Source>(loaded.vector, i)));
       }
-      TRANSFUSE_UNROLL
-      for (uint32_t i = 0; i < kTargetVectors; ++i) store_vector(target + i * kVectorBytes, out[i]);
+      if constexpr (kStores) {
+        TRANSFUSE_UNROLL
+        for (uint32_t i = 0; i < kTargetVectors; ++i) {
+          store_vector(target + i * kVectorBytes, out[i]);
+        }
+      }
       if constexpr (Sum::kSums) {
         sum.template add<kElements>(index,
                                     [&](uint32_t i) { return uint64_t{element<Target>(out, i)}; });
@@ -323,7 +332,7 @@ class Walk {
 
 // Moves the lane's share of an item and returns its part of the sum. Loads of kInFlight units are
 // under way before the first is stored.
-template <class Unit, class Sum, uint32_t kInFlight>
+template <class Unit, class Sum, uint32_t kInFlight, bool kStores = true>
 TRANSFUSE_HOST_DEVICE uint64_t copy_units(const ItemView& view, uint32_t lane) {
   const uint32_t total = view.rows * view.units;
   if (lane >= total) return 0;
@@ -356,14 +365,16 @@ TRANSFUSE_HOST_DEVICE uint64_t copy_units(const ItemView& view, uint32_t lane) {
     }
     TRANSFUSE_UNROLL
     for (uint32_t i = 0; i < kInFlight; ++i) {
-      Unit::store(reinterpret_cast<std::byte*>(target.at()), loaded[i], index.at(), sum);
+      Unit::template store<kStores>(reinterpret_cast<std::byte*>(target.at()), loaded[i],
+                                    index.at(), sum);
       target.next(wraps[i]);
       if constexpr (Sum::kSums) index.next(wraps[i]);
     }
   }
   for (; left > 0; --left) {
-    Unit::store(reinterpret_cast<std::byte*>(target.at()),
-                Unit::load(reinterpret_cast<const std::byte*>(source.at())), index.at(), sum);
+    Unit::template store<kStores>(reinterpret_cast<std::byte*>(target.at()),
+                                  Unit::load(reinterpret_cast<const std::byte*>(source.at())),
+                                  index.at(), sum);
     const bool wraps = step();
     source.next(wraps);
     target.next(wraps);
@@ -378,8 +389,10 @@ inline constexpr uint32_t kElementsInFlight = 8;
 template <class Unit, uint32_t kInFlight, bool kSums>
 TRANSFUSE_HOST_DEVICE uint64_t copy_unit(const ItemView& view, uint32_t lane) {
   if constexpr (kSums) {
+    using Sum = Summer<sizeof(typename Unit::Target)>;
     if (view.fingerprint) {
-      return copy_units<Unit, Summer<sizeof(typename Unit::Target)>, kInFlight>(view, lane);
+      return view.target == nullptr ? copy_units<Unit, Sum, kInFlight, false>(view, lane)
+                                    : copy_units<Unit, Sum, kInFlight>(view, lane);
     }
   }
   return copy_units<Unit, NoSum, kInFlight>(view, lane);
@@ -423,7 +436,7 @@ TRANSFUSE_HOST_DEVICE uint64_t copy_item(const ItemView& view, uint32_t lane) {
       return copy_units<VectorUnit<CopyCast<8>>, NoSum, kVectorsInFlight>(view, lane);
     }
     if constexpr (kSums) {
-      if (view.fingerprint && view.op == ElementOp::kCopy2) {
+      if (view.fingerprint && view.op == ElementOp::kCopy2 && view.target != nullptr) {
         return copy_units<VectorUnit<CopyCast<2>>, Summer<2>, kVectorsInFlight>(view, lane);
       }
     }

@@ -121,6 +121,13 @@ TEST(DeviceCopy, WritesWhatTheModelWritesAndSumsTheSame) {
         << "op " << static_cast<int>(copy.op) << " counts " << copy.count[0] << " " << copy.count[1]
         << " " << copy.count[2];
     ASSERT_EQ(sums[0], copy.fingerprint ? sum : 0);
+    copy.target = nullptr;
+    copy.fingerprint = true;
+    DeviceTableBuilder summing({.item_bytes = 16 + random.below(6000)});
+    ASSERT_TRUE(summing.add(copy, 0, 0).has_value());
+    sums[0] = 0;
+    run_table(random, summing.build(0), {source.data()}, sums);
+    ASSERT_EQ(sums[0], sum);
   }
   EXPECT_EQ(walks.size(), 2U) << "the seeds no longer try both walks";
 }

@@ -97,7 +97,7 @@ uint32_t widen(DeviceRun& run, uint32_t elements) {
 }  // namespace
 
 Result<void> DeviceTableBuilder::add(const StridedCopy& copy, uint32_t source, uint32_t sum) {
-  if (copy.element_count() == 0) return {};
+  if (copy.element_count() == 0 || (copy.target == nullptr && !copy.fingerprint)) return {};
   const std::vector<Level> levels = levels_of(copy);
   const Level& inner = levels.back();
   DeviceRun run{.source_offset = copy.source_offset_bytes,

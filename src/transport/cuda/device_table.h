@@ -93,8 +93,8 @@ struct DeviceTable {
 };
 
 struct DeviceTableOptions {
-  // Target bytes of an item: large enough to hide what a block does once an item, small enough to end
-  // evenly. 64 KiB is 2 % faster without fingerprints, 128 KiB 15 % with them (docs/decisions).
+  // Target bytes of an item: large enough to hide what a block does once an item, small enough to
+  // end evenly. 64 KiB is 2 % faster without fingerprints, 128 KiB 15 % with them (docs/decisions).
   uint64_t item_bytes = uint64_t{128} << 10;
   // What divides every source base; an allocation's is at least 256.
   uint64_t base_alignment = 256;
