@@ -79,6 +79,9 @@ struct ReadRequest {
   std::span<const StridedCopy> copies{};
   std::span<uint64_t>
       fingerprints{};  // empty, or one per copy: written where copies[i].fingerprint is set
+  // Not 0: every request of this region with this number has the same copies, so that what was made
+  // ready for one serves the next. 0: nothing is kept.
+  uint64_t reuse = 0;
 };
 
 enum class TicketState : uint8_t {
@@ -159,6 +162,11 @@ class Transport {
 
 // Within one process; the memory of every `local` transport is reachable from every other.
 Result<std::unique_ptr<Transport>> open_local_transport(const TransportOptions& options = {});
+// Memory of GPUs between processes of one host, and, through `host`, all that lies in memory of the
+// host. Reads into memory of `device` (an ordinal of this process). kUnsupported where this build,
+// or this host, has no CUDA. Takes `host` over.
+Result<std::unique_ptr<Transport>> open_cuda_transport(std::unique_ptr<Transport> host,
+                                                       int device);
 // Between processes of one host. `runtime_folder` (0700, the caller's) holds the socket.
 Result<std::unique_ptr<Transport>> open_shm_transport(std::string_view runtime_folder,
                                                       const TransportOptions& options = {});
