@@ -2,10 +2,12 @@
 #pragma once
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
 
 #include <exception>
 #include <initializer_list>
+#include <optional>
 #include <span>
 #include <string>
 #include <type_traits>
@@ -41,10 +43,17 @@ std::vector<T> to_vector(std::span<const T> values) {
   return {values.begin(), values.end()};
 }
 
+// None in Python where it is zero.
+std::optional<Digest> stated(const Digest& revision);
+
 void bind_errors(nb::module_& m);
+void bind_metadata(nb::module_& m);  // before the layout
+void bind_revision(nb::module_& m);
 void bind_layout(nb::module_& m);
 void bind_plan(nb::module_& m);
 void bind_model(nb::module_& m);
+void bind_expert_map(nb::module_& m);  // after bind_model
+void bind_checkpoint(nb::module_& m);
 void bind_arena(nb::module_& m);
 void bind_report(nb::module_& m);
 void bind_session(nb::module_& m);

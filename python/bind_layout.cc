@@ -1,6 +1,7 @@
 // Catalog, box, tile, layout and their codec for Python.
 #include <nanobind/nanobind.h>
 #include <nanobind/operators.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
@@ -135,15 +136,6 @@ void bind_specs(nb::module_& m) {
       .def(nb::self == nb::self, nb::sig(kEqual));
 }
 
-void bind_digest(nb::module_& m) {
-  nb::class_<Digest>(m, "Digest", "Identity of a layout or plan, equal in every process.")
-      .def(nb::self == nb::self, nb::sig(kEqual))
-      .def(nb::self < nb::self)
-      .def("__hash__", [](const Digest& d) { return DigestHash{}(d); })
-      .def("__str__", &Digest::to_string)
-      .def("__repr__", [](const Digest& d) { return "Digest(" + d.to_string() + ")"; });
-}
-
 Layout decode(const nb::bytes& data) {
   const std::span bytes(reinterpret_cast<const std::byte*>(data.data()), data.size());
   const nb::gil_scoped_release unlocked;
@@ -173,6 +165,20 @@ void bind_layout_class(nb::module_& m) {
       .def("find_parameter", &Layout::find_parameter, "name"_a,
            "Index of a parameter in `parameters`, or None.")
       .def_prop_ro("digest", [](const Layout& l) { return l.digest(); })
+      .def_prop_ro("kind", &Layout::kind,
+                   "For which consumer the values were made: \"hf_raw\", ...; \"\": not stated.")
+      .def(
+          "metadata_of",
+          [](const Layout& l, const std::string& tensor) {
+            const auto index = l.find_tensor(tensor);
+            if (!index) throw Failure({ErrorCode::kNotFound, "no tensor '" + tensor + "'"});
+            return l.metadata_of(*index);
+          },
+          "tensor"_a, "What the layout says of a tensor.")
+      .def(
+          "with_kind",
+          [](const Layout& l, const std::string& kind) { return take(l.with_kind(kind)); },
+          "kind"_a, "The same layout with this kind, and with another digest.")
       .def_prop_ro("tile_bytes", &Layout::tile_bytes)
       .def_prop_ro("parameter_bytes", &Layout::parameter_bytes)
       .def("encode", &encode_layout, "The compact wire form.")
@@ -218,6 +224,11 @@ class CheckedBuilder {
     builder_.fill(parameter, element_offset, length,
                   element_strides ? *element_strides : row_major_strides(length));
   }
+  void kind(const std::string& kind) { builder_.kind(kind); }
+  void metadata(uint32_t tensor, const Metadata& metadata) {
+    check(tensor, tensor_count_, "tensor");
+    builder_.metadata(tensor, metadata);
+  }
   Layout build() {
     const nb::gil_scoped_release unlocked;
     return take(builder_.build());
@@ -249,6 +260,10 @@ void bind_builder(nb::module_& m) {
            "row-major over the box.")
       .def("fill", &CheckedBuilder::fill, "parameter"_a, "element_offset"_a, "length"_a,
            "element_strides"_a = nb::none(), "Declares elements that hold zeros.")
+      .def("kind", &CheckedBuilder::kind, "kind"_a,
+           "States for which consumer the values are made.")
+      .def("metadata", &CheckedBuilder::metadata, "tensor"_a, "metadata"_a,
+           "Says something of a tensor that lasts as long as the layout.")
       .def("build", &CheckedBuilder::build);
 }
 
@@ -259,7 +274,6 @@ void bind_layout(nb::module_& m) {
   bind_dtype(m);
   bind_box(m);
   bind_specs(m);
-  bind_digest(m);
   bind_layout_class(m);
   bind_builder(m);
 }

@@ -1,6 +1,7 @@
 // What a refit, a write and a verification report.
 #include <nanobind/nanobind.h>
 #include <nanobind/operators.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -51,9 +52,12 @@ void bind_refit(nb::module_& m) {
       .def_ro("verified_bytes", &RefitReport::verified_bytes)
       .def_ro("attempts", &RefitReport::attempts)
       .def_ro("planned", &RefitReport::planned)
+      .def_ro("checkpoint", &RefitReport::checkpoint)
       .def_ro("gigabytes_per_second", &RefitReport::gigabytes_per_second)
       .def_ro("routes", &RefitReport::routes)
       .def_ro("steps", &RefitReport::steps)
+      .def_prop_ro("revision", [](const RefitReport& r) { return stated(r.revision); })
+      .def_ro("metadata", &RefitReport::metadata)
       .def("to_json", &RefitReport::to_json)
       .def("to_text", &RefitReport::to_text)
       .def("__repr__", &RefitReport::to_text);
@@ -81,6 +85,8 @@ void bind_versions(nb::module_& m) {
       .def_ro("source_count", &VersionInfo::source_count)
       .def_ro("leases", &VersionInfo::leases)
       .def_ro("reason", &VersionInfo::reason)
+      .def_prop_ro("revision", [](const VersionInfo& v) { return stated(v.revision); })
+      .def_ro("metadata", &VersionInfo::metadata)
       .def("__repr__", [](const VersionInfo& v) {
         return "VersionInfo(" + v.model + " " + std::to_string(v.version) + " " +
                std::string(version_state_name(v.state)) + ", published by " +
@@ -94,7 +100,11 @@ void bind_versions(nb::module_& m) {
       .def_ro("model", &MemberInfo::model)
       .def_ro("name", &MemberInfo::name)
       .def_ro("layout", &MemberInfo::layout)
-      .def_ro("version", &MemberInfo::version);
+      .def_ro("version", &MemberInfo::version)
+      .def_ro("kind", &MemberInfo::kind)
+      .def_ro("metadata", &MemberInfo::metadata)
+      .def_ro("version_metadata", &MemberInfo::version_metadata)
+      .def_prop_ro("revision", [](const MemberInfo& i) { return stated(i.revision); });
 }
 
 void bind_groups(nb::module_& m) {
@@ -154,6 +164,10 @@ void bind_verdicts(nb::module_& m) {
       .def_ro("mismatches", &TargetVerdict::mismatches)
       .def_ro("not_compared", &TargetVerdict::not_compared)
       .def_prop_ro("matches", &TargetVerdict::matches);
+  nb::class_<VersionRevision>(m, "VersionRevision", "The content address of a version.")
+      .def_ro("version", &VersionRevision::version)
+      .def_ro("computed", &VersionRevision::computed)
+      .def_prop_ro("stated", [](const VersionRevision& r) { return stated(r.stated); });
   nb::class_<VerifyReport>(m, "VerifyReport", "Every target of a model against its sources.")
       .def_ro("model", &VerifyReport::model)
       .def_ro("targets", &VerifyReport::targets)

@@ -1,5 +1,6 @@
 // Publisher, Receiver and Control for Python: each with its job's transport and coordinator inside.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
@@ -19,6 +20,7 @@
 #include "memory.h"
 #include "operation.h"
 #include "session.h"
+#include "transfuse/checkpoint.h"
 #include "transfuse/control.h"
 #include "transfuse/deadline.h"
 #include "transfuse/layout.h"
@@ -140,9 +142,13 @@ class PythonPublisher : public Member<Publisher> {
     Publisher& publisher = native();
     return take(thread().run([&publisher, version] { return publisher.begin_write(version); }));
   }
-  PublishTiming publish(uint64_t version) {
+  PublishTiming publish(uint64_t version, Metadata metadata,
+                        const std::optional<Digest>& revision) {
     Publisher& publisher = native();
-    return take(thread().run([&publisher, version] { return publisher.publish(version); }));
+    const VersionWords words{.metadata = std::move(metadata),
+                             .revision = revision.value_or(Digest{})};
+    return take(
+        thread().run([&publisher, version, words] { return publisher.publish(version, words); }));
   }
   void set_retention(Retention retention) {
     Publisher& publisher = native();
@@ -158,17 +164,17 @@ class PythonReceiver : public Member<Receiver> {
  public:
   using Member::Member;
   RefitReport refit(std::optional<uint64_t> exactly, std::optional<uint64_t> at_least,
-                    int64_t timeout_ms) {
-    const VersionRequest request = version_request(exactly, at_least);
+                    const Demand& demand, int64_t timeout_ms) {
+    const VersionRequest request = version_request(exactly, at_least, demand);
     Receiver& receiver = native();
     const auto call = [&receiver, request, timeout_ms] {
       return receiver.refit(request, Deadline::after_ms(timeout_ms));
     };
     return take(thread().run(call, [&receiver] { receiver.cancel(); }));
   }
-  void stage(std::optional<uint64_t> exactly, std::optional<uint64_t> at_least, int64_t timeout_ms,
-             double max_gigabytes_per_second) {
-    const VersionRequest request = version_request(exactly, at_least);
+  void stage(std::optional<uint64_t> exactly, std::optional<uint64_t> at_least,
+             const Demand& demand, int64_t timeout_ms, double max_gigabytes_per_second) {
+    const VersionRequest request = version_request(exactly, at_least, demand);
     const StageOptions options{.max_gigabytes_per_second = max_gigabytes_per_second};
     Receiver& receiver = native();
     take(thread().run([&receiver, request, timeout_ms, options] {
@@ -205,13 +211,14 @@ class PythonReceiver : public Member<Receiver> {
 
  private:
   static VersionRequest version_request(std::optional<uint64_t> exactly,
-                                        std::optional<uint64_t> at_least) {
+                                        std::optional<uint64_t> at_least, const Demand& demand) {
     if (exactly && at_least) {
       throw Failure({ErrorCode::kInvalidArgument, "give `exactly` or `at_least`, not both"});
     }
     VersionRequest request;
     if (exactly) request = {.kind = VersionRequest::Kind::kExactly, .version = *exactly};
     if (at_least) request = {.kind = VersionRequest::Kind::kAtLeast, .version = *at_least};
+    request.demand = demand;
     return request;
   }
 };
@@ -233,10 +240,12 @@ void bind_publisher(nb::module_& m) {
           [](PythonPublisher* self, const Layout& layout, const Parameters& parameters,
              std::string name, std::string model, uint32_t source_count, int64_t drain_ms,
              Retention retention, uint32_t snapshot_slots, WhenLeased when_leased,
-             uint32_t fingerprint_threads, std::string job, std::optional<std::string> address,
-             std::optional<std::string> token, std::optional<uint32_t> threads,
-             std::optional<bool> allow_any_tracer) {
+             uint32_t fingerprint_threads, Metadata metadata, bool compute_revision,
+             std::string job, std::optional<std::string> address, std::optional<std::string> token,
+             std::optional<uint32_t> threads, std::optional<bool> allow_any_tracer) {
             PublisherOptions options;
+            options.metadata = std::move(metadata);
+            options.compute_revision = compute_revision;
             options.model = std::move(model);
             options.name = std::move(name);
             options.source_count = source_count;
@@ -251,10 +260,10 @@ void bind_publisher(nb::module_& m) {
           },
           "layout"_a, "parameters"_a, nb::kw_only(), "name"_a, "model"_a, "source_count"_a,
           "drain_ms"_a, "retention"_a, "snapshot_slots"_a, "when_leased"_a, "fingerprint_threads"_a,
-          "job"_a, "address"_a.none(), "token"_a.none(), "threads"_a.none(),
-          "allow_any_tracer"_a.none())
+          "metadata"_a, "compute_revision"_a, "job"_a, "address"_a.none(), "token"_a.none(),
+          "threads"_a.none(), "allow_any_tracer"_a.none())
       .def("begin_write", &PythonPublisher::begin_write, "version"_a)
-      .def("publish", &PythonPublisher::publish, "version"_a)
+      .def("publish", &PythonPublisher::publish, "version"_a, "metadata"_a, "revision"_a.none())
       .def("abort_write", &PythonPublisher::abort_write, "reason"_a)
       .def("set_retention", &PythonPublisher::set_retention, "retention"_a)
       .def_prop_ro("version", [](PythonPublisher& p) { return p.native().version(); })
@@ -277,6 +286,7 @@ void bind_receiver(nb::module_& m) {
              std::string name, std::string model, Verify verify, uint64_t chunk_bytes,
              uint64_t spread, int64_t no_progress_ms, uint32_t max_attempts, ReceiveInto into,
              bool keep_previous, std::string group, uint32_t group_size, int64_t round_ms,
+             std::optional<Checkpoint> checkpoint, int64_t checkpoint_wait_ms, const Demand& demand,
              std::string job, std::optional<std::string> address, std::optional<std::string> token,
              std::optional<uint32_t> threads, std::optional<bool> allow_any_tracer) {
             ReceiverOptions options;
@@ -292,18 +302,22 @@ void bind_receiver(nb::module_& m) {
             options.group = std::move(group);
             options.group_size = group_size;
             options.round_ms = round_ms;
+            options.demand = demand;
+            options.checkpoint = std::move(checkpoint);
+            options.checkpoint_wait_ms = checkpoint_wait_ms;
             new (self) PythonReceiver(session_options(std::move(job), std::move(address),
                                                       std::move(token), threads, allow_any_tracer),
                                       layout, parameters, true, std::move(options));
           },
           "layout"_a, "parameters"_a, nb::kw_only(), "name"_a, "model"_a, "verify"_a,
           "chunk_bytes"_a, "spread"_a, "no_progress_ms"_a, "max_attempts"_a, "into"_a,
-          "keep_previous"_a, "group"_a, "group_size"_a, "round_ms"_a, "job"_a, "address"_a.none(),
-          "token"_a.none(), "threads"_a.none(), "allow_any_tracer"_a.none())
+          "keep_previous"_a, "group"_a, "group_size"_a, "round_ms"_a, "checkpoint"_a.none(),
+          "checkpoint_wait_ms"_a, "demand"_a, "job"_a, "address"_a.none(), "token"_a.none(),
+          "threads"_a.none(), "allow_any_tracer"_a.none())
       .def("refit", &PythonReceiver::refit, nb::kw_only(), "exactly"_a.none(), "at_least"_a.none(),
-           "timeout_ms"_a)
+           "demand"_a, "timeout_ms"_a)
       .def("stage", &PythonReceiver::stage, nb::kw_only(), "exactly"_a.none(), "at_least"_a.none(),
-           "timeout_ms"_a, "max_gigabytes_per_second"_a)
+           "demand"_a, "timeout_ms"_a, "max_gigabytes_per_second"_a)
       .def_prop_ro("staged", [](PythonReceiver& r) { return r.native().staged(); })
       .def("wait_staged", &PythonReceiver::wait_staged, "timeout_ms"_a)
       .def("commit", &PythonReceiver::commit, "timeout_ms"_a)
@@ -368,6 +382,13 @@ class PythonControl {
     const nb::gil_scoped_release unlocked;
     return std::make_unique<PythonWatch>(session_, take(control_->watch(model)));
   }
+  VersionRevision revision(const std::string& model, uint64_t version, int64_t timeout_ms) {
+    OperationThread thread;
+    return take(thread.run([session = session_, control = control_, model, version, timeout_ms] {
+      return version_revision(session->transport(), *control, model, version,
+                              Deadline::after_ms(timeout_ms));
+    }));
+  }
   VerifyReport verify(const std::string& model, int64_t timeout_ms) {
     OperationThread thread;
     return take(thread.run([session = session_, control = control_, model, timeout_ms] {
@@ -392,6 +413,7 @@ void bind_control(nb::module_& m) {
       .def("groups", &PythonControl::groups, "model"_a)
       .def("history", &PythonControl::history, "model"_a, "version"_a)
       .def("watch", &PythonControl::watch, "model"_a)
+      .def("revision", &PythonControl::revision, "model"_a, "version"_a, "timeout_ms"_a)
       .def("verify", &PythonControl::verify, "model"_a, "timeout_ms"_a);
 }
 

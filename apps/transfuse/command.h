@@ -5,7 +5,10 @@
 #include <CLI/CLI.hpp>
 #include <functional>
 #include <nlohmann/json_fwd.hpp>
+#include <string>
 
+#include "transfuse/digest.h"
+#include "transfuse/metadata.h"
 #include "transfuse/result.h"
 #include "transfuse/versions.h"
 
@@ -31,6 +34,10 @@ int report_failure(const Error& error, bool json);
 
 // As every command writes a version.
 nlohmann::json version_to_json(const VersionInfo& version);
+// A revision that is not stated is null, or "-"; text is short.
+nlohmann::json revision_to_json(const Digest& revision);
+std::string revision_to_text(const Digest& revision);
+std::string metadata_to_text(const Metadata& metadata);  // "step=41 run=x"
 
 // Each adds one subcommand to `app` whose callback sets context.run; defined in command_<name>.cc.
 void add_bench_command(CLI::App& app, CommandContext& context);

@@ -109,7 +109,9 @@ void print_json(const Arguments& arguments, const ConvertReport& report) {
 
 Result<void> run_convert(Arguments& arguments) {
   ConvertRequest& request = arguments.request;
-  TRANSFUSE_ASSIGN_OR_RETURN(request.config_json, read_file(arguments.config));
+  if (!arguments.config.empty()) {
+    TRANSFUSE_ASSIGN_OR_RETURN(request.config_json, read_file(arguments.config));
+  }
   request.shard_bytes = static_cast<uint64_t>(arguments.shard_gb * 1e9);
   ProgressBar bar;
   if (isatty(STDERR_FILENO) != 0) {
@@ -131,8 +133,9 @@ void add_convert_command(CLI::App& app, CommandContext& context) {
   ConvertRequest& request = arguments->request;
   CLI::App* command =
       app.add_subcommand("convert", "Convert a safetensors checkpoint between any two layouts");
-  command->add_option("--config", arguments->config, "config.json of the model")
-      ->required()
+  command
+      ->add_option("--config", arguments->config,
+                   "config.json of the model (default: that of the source folder)")
       ->check(CLI::ExistingFile);
   command->add_option("--from", request.from, "Layout of the source, e.g. hf or fsdp:dp=4")
       ->required();
@@ -146,13 +149,18 @@ void add_convert_command(CLI::App& app, CommandContext& context) {
   command->add_option("--shard-gb", arguments->shard_gb, "Most tensor bytes of a file (hf)")
       ->check(CLI::Range(1e-9, 1e6))
       ->capture_default_str();
+  command
+      ->add_option("--version", request.version,
+                   "Version of the weights, to be recorded (default: what the source records)")
+      ->check(CLI::PositiveNumber);
   command->add_option("--threads", request.threads, "0: one per core, at most 8")
       ->check(CLI::Range(0, 256))
       ->capture_default_str();
   command->add_flag("--json", arguments->json, "JSON to stdout");
   command->footer(
       R"(A rank's parameters lie in rank0.safetensors, rank1.safetensors and so on; hf is a normal
-checkpoint folder. The target appears when it is complete and synced, or not at all.
+checkpoint folder. The target appears when it is complete and synced, or not at all. Between hf and
+fsdp, models of any architecture are converted by the tensors of the source itself.
 
 Examples:
   transfuse convert --config m/config.json --from hf m --to vllm:tp=2 m-vllm --verify

@@ -41,13 +41,16 @@ void add_demo_command(CLI::App& app, CommandContext& context) {
   --out FOLDER   results: plots, plan picture, report.json (default ./demo-out)
   --steps N      optimizer steps
   --seed N       of weights, data and samples
+  --trainer SPEC what trains: fsdp:dp=2 (default) or megatron:tp=2 (needs megatron-core)
   --tiny         small model, few steps
   --plain        no colours, no progress bar
+  --engine HOW   its layout: formula (default) or captured, from its own load_weights
   --pretrain     pre-training into one inference process instead
   --text PATH    with --pretrain: file or folder to train on (default: the GPL of this system)
 
 Examples:
   transfuse demo
+  transfuse demo --trainer megatron:tp=2
   transfuse demo --pretrain --steps 200 --text README.md --out /tmp/demo
 
 Exit codes: 0 the reward is there, and a control run shows that it needs the refits (--pretrain: the

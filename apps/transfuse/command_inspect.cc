@@ -1,15 +1,16 @@
 // `transfuse inspect`: what a checkpoint or a layout holds, per tensor and summed.
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <system_error>
-#include <utility>
 #include <vector>
 
 #include "command.h"
@@ -42,6 +43,7 @@ struct Inspection {
   std::string holder_kind;           // "file" or "rank"
   std::vector<std::string> holders;  // names
   std::vector<Row> rows;
+  uint64_t version = 0;  // of the weights, as all files record it; 0: they do not
 };
 
 Result<Inspection> inspect_checkpoint(const std::string& path) {
@@ -50,6 +52,9 @@ Result<Inspection> inspect_checkpoint(const std::string& path) {
   for (const StoredFile& file : listing.files) {
     inspection.holders.push_back(std::filesystem::path(file.path).filename().string());
   }
+  const bool same =
+      std::ranges::adjacent_find(listing.versions, std::not_equal_to()) == listing.versions.end();
+  if (same && !listing.versions.empty()) inspection.version = listing.versions[0];
   for (const StoredTensor& tensor : listing.tensors) {
     inspection.rows.push_back({.name = tensor.name,
                                .dtype = tensor.dtype_text,
@@ -67,7 +72,7 @@ Result<Inspection> inspect_spec(const Arguments& arguments) {
   }
   TRANSFUSE_ASSIGN_OR_RETURN(const std::string text, read_file(arguments.config));
   TRANSFUSE_ASSIGN_OR_RETURN(const ModelConfig config, parse_model_config(text));
-  TRANSFUSE_ASSIGN_OR_RETURN(const ParallelSpec spec, parse_parallel_spec(arguments.what));
+  TRANSFUSE_ASSIGN_OR_RETURN(const ParallelSpec spec, read_parallel_spec(arguments.what));
   TRANSFUSE_ASSIGN_OR_RETURN(const std::vector<Layout> layouts, make_layouts(config, spec));
   Inspection inspection{.holder_kind = "rank", .holders = {}, .rows = {}};
   for (size_t rank = 0; rank < layouts.size(); ++rank) {
@@ -136,6 +141,9 @@ void print_text(const Inspection& inspection) {
   for (const auto& [dtype, sum] : sums.dtypes) add(dtype, sum);
   add("all", sums.all);
   std::printf("%s", summary.to_text().c_str());
+  if (inspection.version > 0) {
+    std::printf("version %llu\n", static_cast<unsigned long long>(inspection.version));
+  }
 }
 
 nlohmann::ordered_json to_json(const Sum& sum) {
@@ -163,6 +171,7 @@ void print_json(const Inspection& inspection) {
   auto& dtypes = body["dtypes"] = nlohmann::ordered_json::object();
   for (const auto& [dtype, sum] : sums.dtypes) dtypes[dtype] = to_json(sum);
   body["all"] = to_json(sums.all);
+  if (inspection.version > 0) body["version"] = inspection.version;
   std::printf("%s\n", body.dump(2).c_str());
 }
 

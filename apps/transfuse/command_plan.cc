@@ -19,6 +19,7 @@
 
 #include "command.h"
 #include "read_file.h"
+#include "transfuse/checkpoint.h"
 #include "transfuse/layout.h"
 #include "transfuse/model.h"
 #include "transfuse/plan.h"
@@ -61,7 +62,7 @@ Result<void> write_file(const std::string& path, const std::string& text) {
 }
 
 Result<Side> make_side(const ModelConfig& config, const std::string& text) {
-  TRANSFUSE_ASSIGN_OR_RETURN(const ParallelSpec spec, parse_parallel_spec(text));
+  TRANSFUSE_ASSIGN_OR_RETURN(const ParallelSpec spec, read_parallel_spec(text));
   Side side;
   TRANSFUSE_ASSIGN_OR_RETURN(side.layouts, make_layouts(config, spec));
   for (size_t rank = 0; rank < side.layouts.size(); ++rank) {

@@ -94,6 +94,13 @@ TEST_F(PlanCommand, MemoryOfEveryChoiceIsSaidForEveryRank) {
   }
 }
 
+TEST_F(PlanCommand, AnEngineMayBeSglang) {
+  ASSERT_EQ(plan("--from megatron:tp=2,pp=2 --to sglang:tp=4,dp=2,pp=2 --json"), 0) << output_;
+  EXPECT_EQ(nlohmann::json::parse(output_)["plans"].size(), 8u);
+  EXPECT_EQ(plan("--from hf --to sglang:expert_map=" + (folder_ / "none.json").string()), 1);
+  EXPECT_NE(output_.find("NOT_FOUND"), std::string::npos) << output_;
+}
+
 TEST_F(PlanCommand, SvgIsWrittenAsOneDocument) {
   const std::string file = (folder_ / "plan.svg").string();
   ASSERT_EQ(plan("--from fsdp:dp=4 --to vllm:tp=2 --svg " + file), 0) << output_;
@@ -104,8 +111,8 @@ TEST_F(PlanCommand, SvgIsWrittenAsOneDocument) {
 }
 
 TEST_F(PlanCommand, LayoutsThatDoNotFitEndWithThreeAndTheReason) {
-  EXPECT_EQ(plan("--from fsdp:dp=2,dtype=bf16 --to vllm:tp=2,dtype=f32"), 3) << output_;
-  EXPECT_NE(output_.find("expects f32"), std::string::npos) << output_;
+  EXPECT_EQ(plan("--from fsdp:dp=2,dtype=bf16 --to vllm:tp=2,dtype=f16"), 3) << output_;
+  EXPECT_NE(output_.find("expects f16"), std::string::npos) << output_;
 }
 
 TEST_F(PlanCommand, AWrongSpecIsATypedError) {

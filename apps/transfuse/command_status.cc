@@ -18,6 +18,7 @@
 #include "rpc/rpc.h"
 #include "text_table.h"
 #include "transfuse/control.h"
+#include "transfuse/metadata.h"
 #include "transfuse/result.h"
 #include "transfuse/versions.h"
 
@@ -58,6 +59,13 @@ std::string version_or_none(uint64_t version) {
   return version == 0 ? "-" : std::to_string(version);
 }
 
+// Of a source and of the version that it offers.
+Metadata words_of(const MemberInfo& source) {
+  Metadata words = source.version_metadata;
+  words.insert(source.metadata.begin(), source.metadata.end());
+  return words;
+}
+
 std::string last_refit(const RefitSummary& refit) {
   if (refit.version == 0) return "-";
   const double seconds = static_cast<double>(refit.transfer_us) / 1e6;
@@ -87,11 +95,14 @@ std::string to_text(const CoordinatorInfo& coordinator,
   if (models.empty()) out += "no members\n";
   for (const auto& [name, model] : models) {
     out += fmt::format("\nmodel {}\n", name);
-    TextTable sources({"source", "version", "slot", "writing", "layout"});
+    TextTable sources(
+        {"source", "version", "slot", "writing", "layout", "kind", "revision", "metadata"});
     for (const MemberInfo& each : model.sources) {
       sources.add({each.name, version_or_none(each.version),
                    each.version == 0 ? "-" : std::to_string(each.slot),
-                   version_or_none(each.writing), each.layout.to_string().substr(0, 12)});
+                   version_or_none(each.writing), each.layout.to_string().substr(0, 12),
+                   each.kind.empty() ? "-" : each.kind, revision_to_text(each.revision),
+                   metadata_to_text(words_of(each))});
     }
     TextTable targets({"target", "version", "leases", "group", "layout", "last refit"});
     for (const MemberInfo& each : model.targets) {
@@ -106,11 +117,12 @@ std::string to_text(const CoordinatorInfo& coordinator,
                   fmt::format("{} of {}", each.ranks.size(), each.size),
                   each.round == 0 ? "-" : fmt::format("{:x}", each.round), each.reason});
     }
-    TextTable versions({"version", "state", "published", "leases", "why"});
+    TextTable versions({"version", "state", "published", "leases", "revision", "metadata", "why"});
     for (const VersionInfo& each : of_interest(model.versions)) {
       versions.add({std::to_string(each.version), std::string(version_state_name(each.state)),
                     fmt::format("{} of {}", each.published, each.source_count),
-                    std::to_string(each.leases), each.reason});
+                    std::to_string(each.leases), revision_to_text(each.revision),
+                    metadata_to_text(each.metadata), each.reason});
     }
     for (const TextTable* table : {&sources, &targets, &groups, &versions}) {
       if (!table->empty()) out += table->to_text(2);
@@ -127,6 +139,10 @@ json to_json(const MemberInfo& member) {
   if (member.role == MemberRole::kSource) {
     out["slot"] = member.slot;
     out["writing"] = member.writing;
+    out["kind"] = member.kind.empty() ? json() : json(member.kind);
+    out["metadata"] = member.metadata;
+    out["version_metadata"] = member.version_metadata;
+    out["revision"] = revision_to_json(member.revision);
     return out;
   }
   out["leases"] = member.leases;

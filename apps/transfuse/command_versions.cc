@@ -14,6 +14,8 @@
 #include "job.h"
 #include "text_table.h"
 #include "transfuse/control.h"
+#include "transfuse/digest.h"
+#include "transfuse/metadata.h"
 #include "transfuse/result.h"
 #include "transfuse/versions.h"
 
@@ -26,7 +28,25 @@ nlohmann::json version_to_json(const VersionInfo& version) {
           {"published", version.published},
           {"source_count", version.source_count},
           {"leases", version.leases},
-          {"reason", version.reason}};
+          {"reason", version.reason},
+          {"revision", revision_to_json(version.revision)},
+          {"metadata", version.metadata}};
+}
+
+nlohmann::json revision_to_json(const Digest& revision) {
+  return revision == Digest{} ? nlohmann::json() : nlohmann::json(revision.to_string());
+}
+
+std::string revision_to_text(const Digest& revision) {
+  return revision == Digest{} ? "-" : revision.to_string().substr(0, 12);
+}
+
+std::string metadata_to_text(const Metadata& metadata) {
+  std::string out;
+  for (const auto& [key, value] : metadata) {
+    out += fmt::format("{}{}={}", out.empty() ? "" : " ", key, value);
+  }
+  return out.empty() ? "-" : out;
 }
 
 namespace {
@@ -49,12 +69,13 @@ int run_versions(const Options& options) {
     std::printf("%s\n", out.dump().c_str());
     return kExitOk;
   }
-  TextTable table({"model", "version", "state", "published", "leases", "why"});
+  TextTable table(
+      {"model", "version", "state", "published", "leases", "revision", "metadata", "why"});
   for (const VersionInfo& each : *versions) {
-    table.add({each.model, std::to_string(each.version),
-               std::string(version_state_name(each.state)),
-               fmt::format("{} of {}", each.published, each.source_count),
-               std::to_string(each.leases), each.reason});
+    table.add(
+        {each.model, std::to_string(each.version), std::string(version_state_name(each.state)),
+         fmt::format("{} of {}", each.published, each.source_count), std::to_string(each.leases),
+         revision_to_text(each.revision), metadata_to_text(each.metadata), each.reason});
   }
   std::fputs(table.empty() ? "no versions\n" : table.to_text().c_str(), stdout);
   return kExitOk;

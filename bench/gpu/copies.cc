@@ -15,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-#include "session/copies.h"
+#include "plan/copies.h"
 #include "transfuse/copy.h"
 #include "transfuse/layout.h"
 #include "transfuse/plan.h"

@@ -11,8 +11,17 @@ namespace transfuse {
 
 // What happens to one element on its way. The number in a copy is the element size in bytes on both
 // sides.
-enum class ElementOp : uint8_t { kCopy1, kCopy2, kCopy4, kCopy8, kF32ToBF16, kF32ToF16 };
-inline constexpr int kElementOpCount = 6;
+enum class ElementOp : uint8_t {
+  kCopy1,
+  kCopy2,
+  kCopy4,
+  kCopy8,
+  kF32ToBF16,
+  kF32ToF16,
+  kBF16ToF32,
+  kF16ToF32
+};
+inline constexpr int kElementOpCount = 8;
 uint32_t source_element_bytes(ElementOp op);
 uint32_t target_element_bytes(ElementOp op);
 

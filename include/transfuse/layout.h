@@ -11,6 +11,8 @@
 #include <string_view>
 #include <vector>
 
+#include "transfuse/digest.h"    // IWYU pragma: export
+#include "transfuse/metadata.h"  // IWYU pragma: export
 #include "transfuse/result.h"
 
 namespace transfuse {
@@ -20,8 +22,8 @@ inline constexpr int kDtypeCount = 9;
 uint32_t dtype_size_bytes(Dtype dtype);
 std::string_view dtype_name(Dtype dtype);  // "f32", "bf16", "f8e4m3", ...
 Result<Dtype> parse_dtype(std::string_view name);
-// True if a refit may read `source` and write `target`: equal, or f32 -> bf16/f16 (round to nearest
-// even).
+// True if a refit may read `source` and write `target`: equal, f32 -> bf16/f16 (round to nearest
+// even), or bf16/f16 -> f32 (exact).
 bool castable(Dtype source, Dtype target);
 
 // Up to kMaxRank numbers, one per dimension. A value type without allocation.
@@ -98,16 +100,6 @@ struct Fill {
   bool operator==(const Fill&) const = default;
 };
 
-struct Digest {
-  uint64_t high = 0;
-  uint64_t low = 0;
-  auto operator<=>(const Digest&) const = default;
-  std::string to_string() const;  // 32 hexadecimal digits
-};
-struct DigestHash {
-  size_t operator()(const Digest& d) const { return static_cast<size_t>(d.low); }
-};
-
 // Immutable and cheap to copy (shared content: layouts are passed around by value between planner,
 // sessions and codec). Canonical: tensors and parameters sorted by name, tiles by (tensor, box,
 // parameter, offset), so that equal layouts have equal digests in every process. Holds no
@@ -123,6 +115,11 @@ class Layout {
   std::optional<uint32_t> find_tensor(std::string_view name) const;
   std::optional<uint32_t> find_parameter(std::string_view name) const;
   const Digest& digest() const;
+  // Both are part of what is digested, so they are for what lasts as long as the layout; what
+  // changes from version to version belongs to the offer of a version.
+  std::string_view kind() const;  // see metadata.h; "": not stated
+  const Metadata& metadata_of(uint32_t tensor) const;
+  Result<Layout> with_kind(std::string_view kind) const;
   uint64_t tile_bytes() const;       // bytes that tiles cover, in the dtypes of the parameters
   uint64_t parameter_bytes() const;  // bytes of all parameters
 
@@ -154,6 +151,9 @@ class LayoutBuilder {
             const Dims& element_strides);
   void fill(uint32_t parameter, int64_t element_offset, const Dims& length,
             const Dims& element_strides);
+
+  void kind(std::string_view kind);
+  void metadata(uint32_t tensor, const Metadata& metadata);  // replaces what was said before
 
   // Empty tiles are dropped; the stride of a dimension of length 1 means nothing and becomes 1.
   // Fails with kInvalidArgument (bad box, stride, name) or kLayoutMismatch (a tile reaches beyond

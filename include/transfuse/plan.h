@@ -24,13 +24,13 @@ enum class FindingKind : uint8_t {
   kUncovered,      // elements of a target parameter that no tile and no fill covers
   kOverlap,        // elements of a target parameter that two tiles or fills write
   kDtype,          // source and target dtypes have no cast
-  kShape,          // the tensor has another shape at a source
+  kShape,          // the tensor has another shape at a source, not only split dimensions
   kUnknownTensor,  // no source knows the name
 };
 std::string_view finding_kind_name(FindingKind kind);  // "gap", "uncovered", ...
 
-// One reason why no plan exists. `box` is in catalog coordinates where `tensor` is set, else in
-// elements of `parameter`.
+// One reason why no plan exists. `box` is in catalog coordinates where `tensor` is set (bounding
+// box where a source splits a dimension of the target's shape), else in elements of `parameter`.
 struct Finding {
   FindingKind kind = FindingKind::kGap;
   std::string tensor;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -43,6 +44,17 @@ struct PublisherOptions {
   Retention retention = Retention::kInPlace;
   // kSnapshot: if readers hold a lease on every slot. kRevokeAtDeadline waits drain_ms first.
   WhenLeased when_leased = WhenLeased::kRevokeAtDeadline;
+  Metadata metadata;  // of this source, for as long as it lives; its kind is that of the layout
+  // publish() states the revision of what it publishes: one more pass over the weights. For sources
+  // that hold the whole model; revision_of() says what else it needs.
+  bool compute_revision = false;
+};
+
+// What a source says of one version.
+struct VersionWords {
+  Metadata metadata{};
+  // Zero: not stated, or computed. With compute_revision: what the weights must have.
+  Digest revision{};
 };
 
 struct WriteTiming {
@@ -61,6 +73,11 @@ struct PublishTiming {
 uint64_t snapshot_bytes(const Layout& layout, uint32_t slots);
 // Memory of the fingerprint tables that a source with so many snapshot slots keeps for `plan`.
 uint64_t fingerprint_table_bytes(const Plan& plan, const Layout& source, uint32_t slots);
+
+// The content address of the weights in `memory`, see content_revision(). kLayoutMismatch names a
+// tensor of which the layout holds only a part. `threads` 0: one per core.
+Result<Digest> revision_of(const Layout& layout, std::span<const ParameterMemory> memory,
+                           uint32_t threads = 0);
 
 // kInPlace: the weights are read where the trainer keeps them. Between begin_write() and publish()
 // nobody may read; outside of it the caller must not write. kSnapshot: the caller may write at any
@@ -81,7 +98,10 @@ class Publisher {
   // Versions rise. Waits for readers of the weights themselves (options.drain_ms), then revokes
   // them; for none if the version before was a snapshot.
   virtual Result<WriteTiming> begin_write(uint64_t version) = 0;
-  virtual Result<PublishTiming> publish(uint64_t version) = 0;
+  // kFingerprintMismatch: the weights do not have the stated revision; nothing is published, and
+  // publish() may be called again.
+  Result<PublishTiming> publish(uint64_t version) { return publish(version, VersionWords{}); }
+  virtual Result<PublishTiming> publish(uint64_t version, const VersionWords& words) = 0;
   // From the next begin_write() on. kInvalidArgument: kSnapshot without slots, or while writing.
   virtual Result<void> set_retention(Retention retention) = 0;
   // Gives up the version that is being written: nothing of it is ever visible. The version before

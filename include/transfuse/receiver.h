@@ -3,9 +3,11 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "transfuse/checkpoint.h"
 #include "transfuse/control.h"
 #include "transfuse/layout.h"
 #include "transfuse/plan.h"
@@ -40,6 +42,13 @@ struct ReceiverOptions {
   std::string group;
   uint32_t group_size = 0;
   int64_t round_ms = 60000;  // a group without a decision after so long gives the round up
+  // The last step of the fallback order: read when no peer can serve what is asked for. Peers have
+  // half of a refit's time; without a version that fits they are waited for so long at most. In a
+  // group only ranks that hold no version fall back.
+  std::optional<Checkpoint> checkpoint = {};
+  int64_t checkpoint_wait_ms = 2000;
+  // Of every version; a VersionRequest may demand more. The ranks of a group demand the same.
+  Demand demand;
 };
 
 struct StageOptions {
@@ -89,9 +98,12 @@ struct RefitReport {
   uint64_t verified_bytes = 0;  // covered by matching fingerprints
   uint32_t attempts = 1;
   bool planned = false;             // a plan was compiled in this cycle
+  std::string checkpoint;           // all of it came from here, not from peers; empty: from peers
   double gigabytes_per_second = 0;  // size_bytes / transfer
   std::vector<RefitRoute> routes;
-  std::vector<RefitStep> steps;
+  std::vector<RefitStep> steps;  // sources that do not fit the demand, too
+  Digest revision;               // as the version's sources state it; zero: none does
+  Metadata metadata;             // what they all say alike, of themselves and of the version
   std::string to_json() const;
   std::string to_text() const;
 };

@@ -28,8 +28,9 @@ enum class ErrorCode : uint8_t {
   kCancelled,            // ended by the caller
   kGroupBroken,  // ranks of one engine do not hold the same version: none may serve until repaired
   kUnsupported,  // not available in this build or on this host; the message names what is missing
+  kNoFittingSource,  // sources are there, but not what the target demands; the message says why
 };
-inline constexpr int kErrorCodeCount = 16;
+inline constexpr int kErrorCodeCount = 17;
 
 // "INVALID_ARGUMENT", "LAYOUT_MISMATCH", ...
 std::string_view error_code_name(ErrorCode code);

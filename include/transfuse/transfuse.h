@@ -5,6 +5,7 @@
 #include "transfuse/copy.h"
 #include "transfuse/deadline.h"
 #include "transfuse/layout.h"
+#include "transfuse/live_module.h"
 #include "transfuse/model.h"
 #include "transfuse/plan.h"
 #include "transfuse/publisher.h"

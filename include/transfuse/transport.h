@@ -170,5 +170,9 @@ Result<std::unique_ptr<Transport>> open_cuda_transport(std::unique_ptr<Transport
 // Between processes of one host. `runtime_folder` (0700, the caller's) holds the socket.
 Result<std::unique_ptr<Transport>> open_shm_transport(std::string_view runtime_folder,
                                                       const TransportOptions& options = {});
+// Files of this host, read by offset; nobody needs to be alive who wrote them. `folder`: where
+// allocate() puts files; empty: it only reads. Memory of the caller cannot be served.
+Result<std::unique_ptr<Transport>> open_file_transport(std::string_view folder = {},
+                                                       const TransportOptions& options = {});
 
 }  // namespace transfuse

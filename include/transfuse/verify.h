@@ -44,4 +44,17 @@ struct VerifyReport {
 Result<VerifyReport> verify_model(Transport& transport, Control& control, std::string_view model,
                                   Deadline deadline);
 
+// The revision of a version, whoever holds its tensors and however they are sharded: every tensor
+// counts once, in the dtype in which its sources hold it. See content_revision().
+struct VersionRevision {
+  uint64_t version = 0;
+  Digest computed;
+  Digest stated;  // by all of its sources alike; zero: not
+};
+// Takes a lease on the version meanwhile (0: the newest) and asks its sources for sums, as
+// verify_model() does; moves no weights.
+Result<VersionRevision> version_revision(Transport& transport, Control& control,
+                                         std::string_view model, uint64_t version,
+                                         Deadline deadline);
+
 }  // namespace transfuse

@@ -6,7 +6,9 @@
 #include <string_view>
 #include <vector>
 
-#include "transfuse/layout.h"
+#include "transfuse/digest.h"
+#include "transfuse/groups.h"    // IWYU pragma: export
+#include "transfuse/metadata.h"  // IWYU pragma: export
 
 namespace transfuse {
 
@@ -36,6 +38,9 @@ struct Registration {
   // kTarget: the ranks of one engine, which commit together; "" and 0 for one that is alone.
   std::string group{};
   uint32_t group_size = 0;
+  // kSource: what it says of itself for as long as it lives; the kind is that of its layout.
+  std::string kind{};
+  Metadata metadata{};
 };
 
 // How the last refit of a target went.
@@ -62,6 +67,10 @@ struct MemberInfo {
   uint32_t leases = 0;   // target
   std::string group{};   // target
   RefitSummary last_refit{};
+  std::string kind{};           // source
+  Metadata metadata{};          // source
+  Metadata version_metadata{};  // source: of `version`, as its offer says
+  Digest revision{};            // likewise
 };
 
 enum class VersionState : uint8_t { kOpen, kReady, kRetired, kAborted };
@@ -75,6 +84,9 @@ struct VersionInfo {
   uint32_t source_count = 0;
   uint32_t leases = 0;
   std::string reason;  // why aborted or retired
+  // What all sources that have published it say alike; zero and empty where they do not.
+  Digest revision{};
+  Metadata metadata{};
 };
 
 // One entry in the story of a version.
@@ -91,6 +103,9 @@ struct Offer {
   uint64_t version = 0;
   Generation generation;
   uint32_t slot = 0;  // 0: the weights themselves (in place); 1 to k: a snapshot
+  // What the source says of this version alone; layouts, plans and registrations do not change.
+  Metadata metadata{};
+  Digest revision{};  // see content_revision(); zero: not stated
 };
 
 // What happens if readers hold a lease on every version that could make room.
@@ -123,6 +138,15 @@ struct VersionRequest {
   // In a group: the first rank that asks opens a round, which all ranks enter and which chooses the
   // version for all. Without a decision after so long the round is aborted.
   int64_t round_ms = 60000;
+  Demand demand{};  // some source of the version fits it (requirements of tensors aside)
+};
+
+// A source that has published the version and is not listed, since it does not fit the demand.
+struct Refusal {
+  uint64_t member = 0;
+  std::string source;  // its name
+  Digest layout;
+  std::string reason;
 };
 
 struct Lease {
@@ -131,7 +155,8 @@ struct Lease {
   uint64_t round = 0;  // of the group; 0: the target is alone
   int64_t ttl_ms = 0;  // renewed by the heartbeat of the member; a dead member's leases end with it
   std::vector<MemberInfo>
-      sources;  // everyone who published the version, with the generation and slot of it
+      sources;  // everyone who published the version and fits, with the generation and slot of it
+  std::vector<Refusal> refused{};
 };
 
 // What became of the target's parameters under a lease that is given back.
@@ -143,37 +168,6 @@ enum class LeaseEnd : uint8_t {
 struct LeaseOutcome {
   LeaseEnd end = LeaseEnd::kUnchanged;
   RefitSummary summary{};  // kept and shown if its version is not 0
-};
-
-// -- groups of targets --
-
-struct Decision {
-  bool commit = false;
-  std::string reason;  // of an abort: who gave up, and why
-};
-
-enum class GroupState : uint8_t {
-  kForming,    // ranks have yet to join or to land their first version
-  kWhole,      // every rank is there and holds the same version: the engine may serve
-  kSwitching,  // a commit is decided, and not every rank has applied it yet
-  kBroken,     // a rank was lost, or ranks hold different versions or none: no rank may serve
-};
-std::string_view group_state_name(GroupState state);
-
-struct GroupRank {
-  std::string name;
-  uint64_t version = 0;  // held; 0: none
-};
-
-struct GroupInfo {
-  std::string model;
-  std::string name;
-  uint32_t size = 0;
-  GroupState state = GroupState::kForming;
-  uint64_t version = 0;            // kWhole: of every rank
-  uint64_t round = 0;              // under way; 0: none
-  std::string reason{};            // why it is not whole, naming ranks
-  std::vector<GroupRank> ranks{};  // alive
 };
 
 // -- fingerprint tables --

@@ -1,8 +1,8 @@
 """Live weight transfer between sharded models.
 
 A trainer publishes, an engine receives; layouts say where weights live on each side. Importing this
-package needs neither torch nor numpy; `transfuse.fsdp2`, `transfuse.hf` and
-`transfuse.torch_optimizer` need torch.
+package needs neither torch nor numpy; `transfuse.fsdp2`, `transfuse.hf`,
+`transfuse.megatron` and `transfuse.torch_optimizer` need torch.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from transfuse._transfuse import (
     BoxMismatch,
     Chunk,
     CoordinatorInfo,
+    Demand,
     Digest,
     Dtype,
     ErrorCode,
+    ExpertMap,
     Explanation,
     Fill,
     Finding,
@@ -30,6 +32,7 @@ from transfuse._transfuse import (
     MemberRole,
     ModelConfig,
     PairTraffic,
+    ParallelRanks,
     ParallelSpec,
     ParameterSpec,
     Placement,
@@ -41,6 +44,8 @@ from transfuse._transfuse import (
     RefitReport,
     RefitRoute,
     RefitStep,
+    Requirement,
+    RequirementKind,
     Retention,
     Run,
     RunLengthBucket,
@@ -53,6 +58,7 @@ from transfuse._transfuse import (
     VerifyReport,
     VersionEvent,
     VersionInfo,
+    VersionRevision,
     VersionState,
     WhenLeased,
     WriteTiming,
@@ -65,13 +71,21 @@ from transfuse._transfuse import (
     make_catalog,
     make_layout,
     make_layouts,
+    parallel_ranks,
+    parse_expert_map,
     parse_model_config,
     parse_parallel_spec,
     plan_key,
+    read_catalog,
+    revision,
     shadow_bytes,
     snapshot_bytes,
+    with_expert_map,
 )
+from transfuse.after_commit import AfterCommitError, HookRun
 from transfuse.arena import Arena
+from transfuse.captured import Captured, CaptureReport, TensorWay, capture
+from transfuse.demand import PRESENT, AtLeast
 from transfuse.errors import (
     AlreadyExistsError,
     CancelledError,
@@ -81,6 +95,7 @@ from transfuse.errors import (
     GroupBrokenError,
     InvalidArgumentError,
     LayoutMismatchError,
+    NoFittingSourceError,
     NotFoundError,
     PermissionDeniedError,
     PoisonedError,
@@ -91,11 +106,22 @@ from transfuse.errors import (
     UnsupportedError,
     VersionGoneError,
 )
-from transfuse.session import Control, Publisher, Receiver, Stage
+from transfuse.guard import PointerGuard, PointerMovedError
+from transfuse.session import Checkpoint, Control, Publisher, Receiver, Stage
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AfterCommitError",
+    "CaptureReport",
+    "Captured",
+    "HookRun",
+    "PointerGuard",
+    "PointerMovedError",
+    "TensorWay",
+    "capture",
+    "Checkpoint",
+    "read_catalog",
     "Stage",
     "shadow_bytes",
     "StageState",
@@ -107,6 +133,7 @@ __all__ = [
     "MAX_RANK",
     "AlreadyExistsError",
     "Arena",
+    "AtLeast",
     "Box",
     "BoxMismatch",
     "CancelledError",
@@ -115,8 +142,10 @@ __all__ = [
     "CoordinatorInfo",
     "CorruptError",
     "DeadlineExceededError",
+    "Demand",
     "Digest",
     "Dtype",
+    "ExpertMap",
     "ErrorCode",
     "Explanation",
     "Fill",
@@ -132,8 +161,11 @@ __all__ = [
     "MemberInfo",
     "MemberRole",
     "ModelConfig",
+    "NoFittingSourceError",
     "NotFoundError",
     "PairTraffic",
+    "ParallelRanks",
+    "PRESENT",
     "ParallelSpec",
     "ParameterSpec",
     "PermissionDeniedError",
@@ -148,6 +180,8 @@ __all__ = [
     "RefitReport",
     "RefitRoute",
     "RefitStep",
+    "Requirement",
+    "RequirementKind",
     "ResourceExhaustedError",
     "Retention",
     "Run",
@@ -164,6 +198,7 @@ __all__ = [
     "VersionGoneError",
     "VersionEvent",
     "VersionInfo",
+    "VersionRevision",
     "VersionState",
     "WhenLeased",
     "WriteTiming",
@@ -176,8 +211,12 @@ __all__ = [
     "make_catalog",
     "make_layout",
     "make_layouts",
+    "parallel_ranks",
+    "parse_expert_map",
     "parse_model_config",
     "parse_parallel_spec",
     "plan_key",
+    "revision",
     "snapshot_bytes",
+    "with_expert_map",
 ]

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
-from transfuse._transfuse import Box, Dtype, Layout, LayoutBuilder
+from transfuse._transfuse import (
+    Box,
+    Dtype,
+    Layout,
+    LayoutBuilder,
+    ModelConfig,
+    Tile,
+    make_layout,
+    parse_parallel_spec,
+)
 from transfuse.errors import InvalidArgumentError, UnsupportedError
 
 _DTYPES: dict[torch.dtype, Dtype] = {
@@ -21,6 +30,7 @@ _DTYPES: dict[torch.dtype, Dtype] = {
     torch.int32: Dtype.I32,
     torch.int64: Dtype.I64,
 }
+TORCH_DTYPES: dict[Dtype, torch.dtype] = {ours: torchs for torchs, ours in _DTYPES.items()}
 
 # What wrappers put into the names of what they wrap.
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
@@ -28,12 +38,48 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 @dataclass(frozen=True)
 class Holding:
-    """What this process holds of one catalog tensor: `local` is the box of the whole."""
+    """What this process holds of one catalog tensor: `local` is the box of the whole.
+
+    Where a live tensor holds several catalog tensors, `local` is a view of it for each.
+    """
 
     name: str
     local: torch.Tensor
     shape: tuple[int, ...]
     box: Box
+    live_name: str = ""  # "": the name
+    live: torch.Tensor | None = None  # None: local
+
+
+class PublishedNames:
+    """How the modules of transformers 5 hold what a checkpoint publishes.
+
+    They stack the experts of a layer in two tensors, and some have names of their own.
+    """
+
+    def __init__(self, config: ModelConfig | None) -> None:
+        self._places: dict[str, list[tuple[str, tuple[int, ...], Tile]]] = {}
+        self._sizes: dict[str, int] = {}
+        if config is None or config.num_experts == 0:
+            return
+        modules = make_layout(config, parse_parallel_spec("hf:experts=stacked"), 0)
+        for tile in modules.tiles:
+            parameter, tensor = modules.parameters[tile.parameter], modules.tensors[tile.tensor]
+            self._sizes[parameter.name] = parameter.element_count
+            place = (tensor.name, tensor.shape, tile)
+            self._places.setdefault(parameter.name, []).append(place)
+
+    def holdings(self, live: Holding) -> Iterator[Holding]:
+        """What a live tensor holds, by published names; itself where those do not differ."""
+        places = self._places.get(live.name, [])
+        if not places or (len(places) == 1 and places[0][0] == live.name):
+            yield live
+            return
+        if torch.Size(live.shape).numel() != self._sizes[live.name]:
+            message = f"{live.name}: the config says {self._sizes[live.name]} elements"
+            raise InvalidArgumentError(f"{message}, the module has {list(live.shape)}")
+        for name, shape, tile in places:
+            yield _holding_of(live, name, shape, tile)
 
 
 def dtype_of(name: str, tensor: torch.Tensor) -> Dtype:
@@ -66,6 +112,17 @@ def named_tensors(
             yield next((entry for entry in group if entry[0] not in tied), group[0])
 
 
+def refuse_flattened(model: torch.nn.Module) -> None:
+    """UnsupportedError if FSDP1 wraps a part of the model: its parameters have other shapes."""
+    for name, module in model.named_modules():
+        if hasattr(module, "_fsdp_wrapped_module"):
+            message = (
+                f"{name or 'the module'}: is wrapped by FullyShardedDataParallel (FSDP1), which "
+                "flattens parameters; use transfuse.fsdp1.layout(model)"
+            )
+            raise UnsupportedError(message)
+
+
 def build_layout(holdings: Iterable[Holding]) -> tuple[Layout, dict[str, torch.Tensor]]:
     """One parameter for every span of storage; spans that interleave become one parameter."""
     builder = LayoutBuilder()
@@ -86,9 +143,9 @@ def build_layout(holdings: Iterable[Holding]) -> tuple[Layout, dict[str, torch.T
         if holding.local.numel() > 0:
             present.append(holding)
     for group in _spans(present):
-        first = min(_begin(h.local) for h in group)
-        last = max(_end(h.local) for h in group)
-        name = min(h.name for h in group)
+        first = min(_begin(_live(h)) for h in group)
+        last = max(_end(_live(h)) for h in group)
+        name = min(h.live_name or h.name for h in group)
         storage = group[0].local.detach().as_strided((last - first,), (1,), first)
         parameters[name] = storage
         parameter = builder.parameter(name, dtype_of(name, storage), last - first)
@@ -126,6 +183,36 @@ def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
     return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
+def _holding_of(live: Holding, name: str, shape: tuple[int, ...], tile: Tile) -> Holding:
+    """The part of a live tensor that is one catalog tensor, as far as this process holds it."""
+    start, rest = [], tile.element_offset
+    for d in range(len(live.shape)):
+        below = torch.Size(live.shape[d + 1 :]).numel()
+        start.append(rest // below)
+        rest %= below
+    outer = len(live.shape) - len(shape)  # dimensions of which the catalog tensor has one place
+    length = [1] * outer + list(tile.box.length)
+    begin = [max(a, b) for a, b in zip(start, live.box.offset, strict=True)]
+    end = [
+        max(low, min(a + n, b + m))
+        for low, a, n, b, m in zip(
+            begin, start, length, live.box.offset, live.box.length, strict=True
+        )
+    ]
+    local = live.local
+    empty = any(low == high for low, high in zip(begin, end, strict=True))
+    for d, (low, high, offset) in enumerate(zip(begin, end, live.box.offset, strict=True)):
+        local = local.narrow(d, 0 if empty else low - offset, 0 if empty else high - low)
+    local = local.reshape([0] * len(shape)) if empty else local.view(local.shape[outer:])
+    first = [0 if empty else a - b for a, b in zip(begin, start, strict=True)]
+    box = Box(tuple(first[outer:]), tuple(local.shape))
+    return Holding(name, local, shape, box, live.name, live.local)
+
+
+def _live(holding: Holding) -> torch.Tensor:
+    return holding.local if holding.live is None else holding.live
+
+
 def _begin(tensor: torch.Tensor) -> int:
     """The first storage element of the tensor."""
     return int(tensor.storage_offset())
@@ -141,19 +228,20 @@ def _spans(holdings: list[Holding]) -> Iterator[list[Holding]]:
     """Groups of holdings whose spans of one storage overlap, such as the columns of a matrix."""
 
     def place(h: Holding) -> tuple[int, str, int, int]:
-        storage = h.local.untyped_storage().data_ptr()
-        return (storage, str(h.local.dtype), _begin(h.local), -_end(h.local))
+        live = _live(h)
+        storage = live.untyped_storage().data_ptr()
+        return (storage, str(live.dtype), _begin(live), -_end(live))
 
     group: list[Holding] = []
     end = 0
     for h in sorted(holdings, key=place):
-        if group and place(h)[:2] == place(group[0])[:2] and _begin(h.local) < end:
+        if group and place(h)[:2] == place(group[0])[:2] and _begin(_live(h)) < end:
             group.append(h)
-            end = max(end, _end(h.local))
+            end = max(end, _end(_live(h)))
             continue
         if group:
             yield group
         group = [h]
-        end = _end(h.local)
+        end = _end(_live(h))
     if group:
         yield group

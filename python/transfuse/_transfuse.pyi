@@ -1,7 +1,8 @@
 """Native part of transfuse; use the package, not this module."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import enum
+from typing import overload
 
 
 class ErrorCode(enum.Enum):
@@ -38,6 +39,73 @@ class ErrorCode(enum.Enum):
     GROUP_BROKEN = 14
 
     UNSUPPORTED = 15
+
+    NO_FITTING_SOURCE = 16
+
+class Digest:
+    """
+    Identity of a layout, a plan, or the bytes of a version (a revision): equal in every process.
+    """
+
+    def __eq__(self, arg: object, /) -> bool: ...
+
+    def __lt__(self, arg: Digest, /) -> bool: ...
+
+    @staticmethod
+    def parse(text: str) -> Digest:
+        """Reads what str() gives."""
+
+    def __hash__(self) -> int: ...
+
+    def __str__(self) -> str: ...
+
+    def __repr__(self) -> str: ...
+
+class RequirementKind(enum.Enum):
+    """How a requirement is met."""
+
+    EQUALS = 0
+
+    AT_LEAST = 1
+
+    PRESENT = 2
+
+class Requirement:
+    """
+    One condition on the metadata of a version or source, or (with a pattern) of every tensor of a source's layout whose name matches.
+    """
+
+    def __init__(self, key: str, kind: RequirementKind, value: str = '', tensors: str = '') -> None: ...
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def kind(self) -> RequirementKind: ...
+
+    @property
+    def value(self) -> str: ...
+
+    @property
+    def tensors(self) -> str: ...
+
+    def __eq__(self, arg: object, /) -> bool: ...
+
+class Demand:
+    """What a target accepts; a source that does not fit is not read."""
+
+    def __init__(self, kinds: Sequence[str] = [], require: Sequence[Requirement] = [], revision: Digest | None = None) -> None: ...
+
+    @property
+    def kinds(self) -> list[str]: ...
+
+    @property
+    def require(self) -> list[Requirement]: ...
+
+    @property
+    def revision(self) -> Digest | None: ...
+
+    def __eq__(self, arg: object, /) -> bool: ...
 
 MAX_RANK: int = 8
 
@@ -178,19 +246,6 @@ class Fill:
 
     def __eq__(self, arg: object, /) -> bool: ...
 
-class Digest:
-    """Identity of a layout or plan, equal in every process."""
-
-    def __eq__(self, arg: object, /) -> bool: ...
-
-    def __lt__(self, arg: Digest, /) -> bool: ...
-
-    def __hash__(self) -> int: ...
-
-    def __str__(self) -> str: ...
-
-    def __repr__(self) -> str: ...
-
 class Layout:
     """
     Which boxes of which catalog tensors lie where in the parameters of one process. Immutable; holds no addresses; build it with LayoutBuilder.
@@ -218,6 +273,18 @@ class Layout:
 
     @property
     def digest(self) -> Digest: ...
+
+    @property
+    def kind(self) -> str:
+        """
+        For which consumer the values were made: "hf_raw", ...; "": not stated.
+        """
+
+    def metadata_of(self, tensor: str) -> dict[str, str]:
+        """What the layout says of a tensor."""
+
+    def with_kind(self, kind: str) -> Layout:
+        """The same layout with this kind, and with another digest."""
 
     @property
     def tile_bytes(self) -> int: ...
@@ -257,7 +324,18 @@ class LayoutBuilder:
     def fill(self, parameter: int, element_offset: int, length: Sequence[int], element_strides: Sequence[int] | None = None) -> None:
         """Declares elements that hold zeros."""
 
+    def kind(self, kind: str) -> None:
+        """States for which consumer the values are made."""
+
+    def metadata(self, tensor: int, metadata: Mapping[str, str]) -> None:
+        """Says something of a tensor that lasts as long as the layout."""
+
     def build(self) -> Layout: ...
+
+def revision(layout: Layout, parameters: dict[str, object], threads: int = 0) -> Digest:
+    """
+    The content address of weights that this process holds whole: the same however they are fused or sharded. LayoutMismatchError names a tensor that is here in part.
+    """
 
 class FindingKind(enum.Enum):
     """What is wrong between a target and its sources."""
@@ -506,6 +584,15 @@ class ModelConfig:
     @property
     def dtype(self) -> Dtype: ...
 
+    @property
+    def dense_layers(self) -> int: ...
+
+    @property
+    def shared_experts(self) -> int: ...
+
+    @property
+    def mtp_layers(self) -> int: ...
+
 def parse_model_config(json: str) -> ModelConfig:
     """Reads the text of an HF config.json."""
 
@@ -513,7 +600,9 @@ def make_catalog(config: ModelConfig) -> list[TensorSpec]:
     """The tensors of the published checkpoint, by HF name."""
 
 class ParallelSpec:
-    """Parallelism of one side, such as 'fsdp:dp=4' or 'vllm:tp=2'."""
+    """
+    Parallelism of one side, such as 'fsdp:dp=4' or 'vllm:tp=2'. 0 where the spec leaves a number open.
+    """
 
     @property
     def family(self) -> str: ...
@@ -531,16 +620,148 @@ class ParallelSpec:
     def dtype(self) -> Dtype: ...
 
     @property
+    def pp(self) -> int: ...
+
+    @property
+    def vpp(self) -> int: ...
+
+    @property
+    def cp(self) -> int: ...
+
+    @property
+    def ep(self) -> int: ...
+
+    @property
+    def etp(self) -> int: ...
+
+    @property
+    def first(self) -> int: ...
+
+    @property
+    def last(self) -> int: ...
+
+    @property
+    def layers(self) -> list[int]: ...
+
+    @property
+    def vocab_divisor(self) -> int: ...
+
+    @property
+    def padded_vocab(self) -> int: ...
+
+    @property
+    def expert_parallel(self) -> bool: ...
+
+    @property
+    def round_robin(self) -> bool: ...
+
+    @property
+    def up_before_gate(self) -> bool: ...
+
+    @property
+    def separate_norms(self) -> bool: ...
+
+    @property
+    def sequential_experts(self) -> bool: ...
+
+    @property
+    def account_for_embedding(self) -> bool: ...
+
+    @property
+    def account_for_loss(self) -> bool: ...
+
+    @property
     def rank_count(self) -> int: ...
+
+class ParallelRanks:
+    """A process's place in every group of its framework."""
+
+    def __init__(self, *, tp: int = 0, pp: int = 0, dp: int = 0, cp: int = 0, etp: int = 0, ep: int = 0, edp: int = 0) -> None: ...
+
+    @property
+    def tp(self) -> int: ...
+
+    @property
+    def pp(self) -> int: ...
+
+    @property
+    def dp(self) -> int: ...
+
+    @property
+    def cp(self) -> int: ...
+
+    @property
+    def etp(self) -> int:
+        """Of experts."""
+
+    @property
+    def ep(self) -> int: ...
+
+    @property
+    def edp(self) -> int:
+        """Replica of the experts."""
+
+    def __eq__(self, arg: object, /) -> bool: ...
+
+    def __repr__(self) -> str: ...
 
 def parse_parallel_spec(text: str) -> ParallelSpec: ...
 
+def parallel_ranks(spec: ParallelSpec, rank: int) -> ParallelRanks:
+    """
+    The place of a rank, counted within the spec, in the framework's own order of ranks.
+    """
+
+@overload
 def make_layouts(config: ModelConfig, spec: ParallelSpec) -> list[Layout]:
     """One layout per rank, in the family's own rank order."""
 
+@overload
+def make_layouts(catalog: Sequence[TensorSpec], spec: ParallelSpec, dtype: Dtype | None = None) -> list[Layout]:
+    """
+    For a model of which nothing is known but its tensors: hf, or fsdp without tp. `dtype` is of all parameters; None: each as in the catalog.
+    """
+
+@overload
 def make_layout(config: ModelConfig, spec: ParallelSpec, rank: int) -> Layout:
     """
     The layout of one rank, counted within the spec (never the world rank).
+    """
+
+@overload
+def make_layout(config: ModelConfig, spec: ParallelSpec, ranks: ParallelRanks) -> Layout:
+    """The same for a process that knows its ranks from its own groups."""
+
+@overload
+def make_layout(catalog: Sequence[TensorSpec], spec: ParallelSpec, rank: int, dtype: Dtype | None = None) -> Layout:
+    """The same for one rank, counted within the spec."""
+
+class LiveTensor:
+    """A parameter or persistent buffer as its framework describes it."""
+
+    def __init__(self, name: str, dtype: Dtype, shape: Sequence[int], *, tensor_model_parallel: bool = False, partition_dim: int = -1, partition_stride: int = 1) -> None: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dtype(self) -> Dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def tensor_model_parallel(self) -> bool: ...
+
+    @property
+    def partition_dim(self) -> int: ...
+
+    @property
+    def partition_stride(self) -> int: ...
+
+def make_live_layout(config: ModelConfig, spec: ParallelSpec, ranks: ParallelRanks, tensors: Sequence[LiveTensor], layers: Sequence[Sequence[int]], *, layers_of_module: bool) -> Layout:
+    """
+    The layout of a rank's Megatron-Core modules, or LayoutMismatchError where they are not what the spec means. `layers`: of each model chunk, the numbers of its decoder layers. With `layers_of_module` the spec says nothing of layers, and they are the module's.
     """
 
 class PlacementKind(enum.Enum):
@@ -569,6 +790,45 @@ class Placement:
 def dtensor_box(global_shape: Sequence[int], placements: Sequence[Placement], mesh_shape: Sequence[int], coordinate: Sequence[int]) -> Box:
     """
     The box of a DTensor that the process at a mesh coordinate holds, possibly empty.
+    """
+
+def flat_range_boxes(shape: Sequence[int], begin: int, end: int) -> list[Box]:
+    """
+    The boxes of elements begin to end of a row-major tensor, in the order of the elements.
+    """
+
+class ExpertMap:
+    """
+    Which logical expert every physical place of an engine holds (EPLB): one list a layer, of all decoder layers or of those with experts.
+    """
+
+    def __init__(self, physical_to_logical: Sequence[Sequence[int]], version: int = 0) -> None: ...
+
+    @property
+    def physical_to_logical(self) -> list[list[int]]: ...
+
+    @property
+    def version(self) -> int:
+        """The engine's own count."""
+
+def parse_expert_map(json: str) -> ExpertMap:
+    """
+    Reads {'version': 3, 'physical_to_logical_map': [[0, 1, ...], ...]}, or the list alone.
+    """
+
+def with_expert_map(spec: ParallelSpec, expert_map: ExpertMap) -> ParallelSpec:
+    """
+    The spec of an engine whose experts lie as the map says. make_layout refuses a map that does not fit the model.
+    """
+
+class NativeCheckpoint:
+    """See transfuse.Checkpoint."""
+
+    def __init__(self, path: str, *, spec: str, config_json: str, version: int) -> None: ...
+
+def read_catalog(path: str, spec: str = 'hf') -> list[TensorSpec]:
+    """
+    The tensors of a model, from a checkpoint's own headers and index: hf, or fsdp without tp.
     """
 
 class NativeArena:
@@ -670,6 +930,9 @@ class RefitReport:
     def planned(self) -> bool: ...
 
     @property
+    def checkpoint(self) -> str: ...
+
+    @property
     def gigabytes_per_second(self) -> float: ...
 
     @property
@@ -677,6 +940,12 @@ class RefitReport:
 
     @property
     def steps(self) -> list[RefitStep]: ...
+
+    @property
+    def revision(self) -> Digest | None: ...
+
+    @property
+    def metadata(self) -> dict[str, str]: ...
 
     def to_json(self) -> str: ...
 
@@ -743,6 +1012,12 @@ class VersionInfo:
     @property
     def reason(self) -> str: ...
 
+    @property
+    def revision(self) -> Digest | None: ...
+
+    @property
+    def metadata(self) -> dict[str, str]: ...
+
     def __repr__(self) -> str: ...
 
 class MemberRole(enum.Enum):
@@ -769,6 +1044,18 @@ class MemberInfo:
 
     @property
     def version(self) -> int: ...
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def metadata(self) -> dict[str, str]: ...
+
+    @property
+    def version_metadata(self) -> dict[str, str]: ...
+
+    @property
+    def revision(self) -> Digest | None: ...
 
 class StageState(enum.Enum):
     """Where a version is on its way into a shadow."""
@@ -900,6 +1187,18 @@ class TargetVerdict:
     @property
     def matches(self) -> bool: ...
 
+class VersionRevision:
+    """The content address of a version."""
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def computed(self) -> Digest: ...
+
+    @property
+    def stated(self) -> Digest | None: ...
+
 class VerifyReport:
     """Every target of a model against its sources."""
 
@@ -942,11 +1241,11 @@ def snapshot_bytes(layout: Layout, slots: int) -> int:
 class NativePublisher:
     """See transfuse.Publisher."""
 
-    def __init__(self, layout: Layout, parameters: dict[str, object], *, name: str, model: str, source_count: int, drain_ms: int, retention: Retention, snapshot_slots: int, when_leased: WhenLeased, fingerprint_threads: int, job: str, address: str | None, token: str | None, threads: int | None, allow_any_tracer: bool | None) -> None: ...
+    def __init__(self, layout: Layout, parameters: dict[str, object], *, name: str, model: str, source_count: int, drain_ms: int, retention: Retention, snapshot_slots: int, when_leased: WhenLeased, fingerprint_threads: int, metadata: Mapping[str, str], compute_revision: bool, job: str, address: str | None, token: str | None, threads: int | None, allow_any_tracer: bool | None) -> None: ...
 
     def begin_write(self, version: int) -> WriteTiming: ...
 
-    def publish(self, version: int) -> PublishTiming: ...
+    def publish(self, version: int, metadata: Mapping[str, str], revision: Digest | None) -> PublishTiming: ...
 
     def abort_write(self, reason: str) -> None: ...
 
@@ -977,11 +1276,11 @@ def shadow_bytes(layout: Layout) -> int:
 class NativeReceiver:
     """See transfuse.Receiver."""
 
-    def __init__(self, layout: Layout, parameters: dict[str, object], *, name: str, model: str, verify: Verify, chunk_bytes: int, spread: int, no_progress_ms: int, max_attempts: int, into: ReceiveInto, keep_previous: bool, group: str, group_size: int, round_ms: int, job: str, address: str | None, token: str | None, threads: int | None, allow_any_tracer: bool | None) -> None: ...
+    def __init__(self, layout: Layout, parameters: dict[str, object], *, name: str, model: str, verify: Verify, chunk_bytes: int, spread: int, no_progress_ms: int, max_attempts: int, into: ReceiveInto, keep_previous: bool, group: str, group_size: int, round_ms: int, checkpoint: NativeCheckpoint | None, checkpoint_wait_ms: int, demand: Demand, job: str, address: str | None, token: str | None, threads: int | None, allow_any_tracer: bool | None) -> None: ...
 
-    def refit(self, *, exactly: int | None, at_least: int | None, timeout_ms: int) -> RefitReport: ...
+    def refit(self, *, exactly: int | None, at_least: int | None, demand: Demand, timeout_ms: int) -> RefitReport: ...
 
-    def stage(self, *, exactly: int | None, at_least: int | None, timeout_ms: int, max_gigabytes_per_second: float) -> None: ...
+    def stage(self, *, exactly: int | None, at_least: int | None, demand: Demand, timeout_ms: int, max_gigabytes_per_second: float) -> None: ...
 
     @property
     def staged(self) -> StageProgress: ...
@@ -1024,6 +1323,8 @@ class NativeControl:
     def history(self, model: str, version: int) -> list[VersionEvent]: ...
 
     def watch(self, model: str) -> NativeWatch: ...
+
+    def revision(self, model: str, version: int, timeout_ms: int) -> VersionRevision: ...
 
     def verify(self, model: str, timeout_ms: int) -> VerifyReport: ...
 

@@ -109,6 +109,12 @@ class UnsupportedError(TransfuseError):
     code = ErrorCode.UNSUPPORTED
 
 
+class NoFittingSourceError(TransfuseError):
+    """Sources are there, but not what the target demands; the message says which, and why."""
+
+    code = ErrorCode.NO_FITTING_SOURCE
+
+
 CLASS_OF_CODE: dict[ErrorCode, type[TransfuseError]] = {
     cls.code: cls
     for cls in (
@@ -128,5 +134,6 @@ CLASS_OF_CODE: dict[ErrorCode, type[TransfuseError]] = {
         CancelledError,
         GroupBrokenError,
         UnsupportedError,
+        NoFittingSourceError,
     )
 }

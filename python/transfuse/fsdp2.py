@@ -8,35 +8,48 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement as TorchPlacement
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from transfuse._module_layout import Holding, build_layout, named_tensors
-from transfuse._transfuse import Box, Layout, Placement, PlacementKind, dtensor_box
+from transfuse._module_layout import (
+    Holding,
+    PublishedNames,
+    build_layout,
+    named_tensors,
+    refuse_flattened,
+)
+from transfuse._transfuse import Box, Layout, ModelConfig, Placement, PlacementKind, dtensor_box
 from transfuse.arena import Arena, aligned
 from transfuse.errors import UnsupportedError
 from transfuse.session import DEFAULT_JOB
 
 
 def layout(
-    model: torch.nn.Module, *, buffers: bool = False, aliases: bool = False
+    model: torch.nn.Module,
+    *,
+    buffers: bool = False,
+    aliases: bool = False,
+    config: ModelConfig | None = None,
 ) -> tuple[Layout, dict[str, torch.Tensor]]:
     """The layout of what this process holds of every parameter, and the memory to bind it to.
 
     Where a parameter lies follows from its own device mesh and this process's coordinate on it,
     never from the world rank. Parameters that are no DTensors are whole here. FSDP modules that are
     gathered at the moment are resharded first: what is published is the sharded storage. Tied
-    weights, `aliases`, `buffers` and the returned tensors are as in transfuse.hf.layout().
+    weights, `aliases`, `buffers`, `config` and the tensors returned: see transfuse.hf.layout().
     """
+    refuse_flattened(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    holdings = []
+    published = PublishedNames(config)
+    holdings: list[Holding] = []
     for name, tensor in named_tensors(model, buffers=buffers, aliases=aliases):
         shape = tuple(tensor.shape)
         if not isinstance(tensor, DTensor):
-            holdings.append(Holding(name, tensor.detach(), shape, Box.whole(shape)))
+            holdings += published.holdings(Holding(name, tensor.detach(), shape, Box.whole(shape)))
             continue
         box = box_of(name, tensor)
         if box is not None:
-            holdings.append(Holding(name, tensor.to_local().detach(), shape, box))
+            live = Holding(name, tensor.to_local().detach(), shape, box)
+            holdings += published.holdings(live)
     return build_layout(holdings)
 
 

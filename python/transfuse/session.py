@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from transfuse._transfuse import (
+    Digest,
     GroupInfo,
     Layout,
     MemberInfo,
+    NativeCheckpoint,
     NativeControl,
     NativePublisher,
     NativeReceiver,
@@ -24,10 +28,17 @@ from transfuse._transfuse import (
     VerifyReport,
     VersionEvent,
     VersionInfo,
+    VersionRevision,
     WhenLeased,
     WriteTiming,
 )
-from transfuse.errors import InvalidArgumentError
+from transfuse.after_commit import AfterCommit, Derive, HookRun
+from transfuse.demand import Condition, demand_of, metadata_of, revision_of
+from transfuse.errors import GroupBrokenError, InvalidArgumentError
+from transfuse.guard import PointerGuard, PointerMovedError
+
+if TYPE_CHECKING:
+    import torch
 
 DEFAULT_JOB = ""  # $TRANSFUSE_JOB or "default"
 _FOREVER_MS = 1 << 40
@@ -55,6 +66,18 @@ def _choice(what: str, value: _T | str, names: Mapping[str, _T]) -> _T:
     return names[value]
 
 
+def _native_checkpoint(checkpoint: Checkpoint) -> NativeCheckpoint:
+    if checkpoint.version is not None and checkpoint.version < 1:
+        message = f"checkpoint: expected a version from 1, found {checkpoint.version}"
+        raise InvalidArgumentError(message)
+    return NativeCheckpoint(
+        os.fspath(checkpoint.path),
+        spec=checkpoint.spec,
+        config_json=checkpoint.config or "",
+        version=checkpoint.version or 0,
+    )
+
+
 def _milliseconds(seconds: float) -> int:
     return max(0, min(_FOREVER_MS, round(seconds * 1000)))
 
@@ -74,6 +97,12 @@ class Publisher:
     revoke the readers of the oldest), "wait" (DeadlineExceededError after drain_s, readers are left
     alone), "revoke" (at once) or "skip" (readers never see this version).
 
+    `kind` says for which consumer the values were made ("hf_raw", "vllm_fused", "deepgemm_fp8",
+    "cutlass_fp8", "trtllm", or a word of yours; None: what the layout says), `metadata` whatever
+    receivers may ask for, for as long as this publisher lives. `compute_revision`: publish() states
+    the content address of the weights (transfuse.revision(); one more pass over them), for sources
+    that hold the whole model.
+
     Use it from one thread at a time. Transport and coordinator of the job are opened inside and
     shared by everything of the job in this process; `address` names a coordinator started by hand,
     `token` is what it may ask for.
@@ -92,6 +121,9 @@ class Publisher:
         snapshot_slots: int | None = None,
         when_leased: WhenLeased | str = WhenLeased.REVOKE_AT_DEADLINE,
         fingerprint_threads: int = 0,
+        kind: str | None = None,
+        metadata: Mapping[str, str | int] | None = None,
+        compute_revision: bool = False,
         job: str = DEFAULT_JOB,
         address: str | None = None,
         token: str | None = None,
@@ -102,7 +134,7 @@ class Publisher:
         if snapshot_slots is None:
             snapshot_slots = _DEFAULT_SLOTS if kept == Retention.SNAPSHOT else 0
         self._native = NativePublisher(
-            layout,
+            layout if kind is None else layout.with_kind(kind),
             dict(parameters),
             name=name,
             model=model,
@@ -112,6 +144,8 @@ class Publisher:
             snapshot_slots=snapshot_slots,
             when_leased=_choice("when_leased", when_leased, _WHEN_LEASED),
             fingerprint_threads=fingerprint_threads,
+            metadata=metadata_of(metadata),
+            compute_revision=compute_revision,
             job=job,
             address=address,
             token=token,
@@ -132,12 +166,20 @@ class Publisher:
         """
         return self._native.begin_write(version)
 
-    def publish(self, version: int) -> PublishTiming:
+    def publish(
+        self,
+        version: int,
+        *,
+        metadata: Mapping[str, str | int] | None = None,
+        revision: Digest | str | None = None,
+    ) -> PublishTiming:
         """Offers what was written. READY when all `source_count` sources have published it.
 
+        `metadata` and `revision` are said of this version alone, and cost readers no new plan. With
+        `compute_revision` a revision that the weights do not have is a FingerprintMismatchError.
         After DeadlineExceededError or UnavailableError it may be called again.
         """
-        return self._native.publish(version)
+        return self._native.publish(version, metadata_of(metadata), revision_of(revision))
 
     def set_retention(self, retention: Retention | str) -> None:
         """From the next begin_write() on; not while a version is being written."""
@@ -151,7 +193,13 @@ class Publisher:
         self._native.abort_write(reason)
 
     @contextlib.contextmanager
-    def write(self, version: int) -> Iterator[WriteTiming]:
+    def write(
+        self,
+        version: int,
+        *,
+        metadata: Mapping[str, str | int] | None = None,
+        revision: Digest | str | None = None,
+    ) -> Iterator[WriteTiming]:
         """begin_write(), the body, publish(); an exception in the body aborts the version."""
         timing = self.begin_write(version)
         try:
@@ -159,7 +207,7 @@ class Publisher:
         except BaseException as error:
             self.abort_write(f"{type(error).__name__}: {error}")
             raise
-        self.publish(version)
+        self.publish(version, metadata=metadata, revision=revision)
 
     def close(self) -> None:
         """Leaves the job and ends the registration of the memory. A second call does nothing."""
@@ -203,6 +251,22 @@ class Stage:
         self._native.cancel()
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights on disk, of one version, that a receiver may fall back to.
+
+    `path` is a folder in the layout `spec` (for "hf" also a file); `config` the text of the model's
+    config.json (None: that of the folder; without one "hf" and "fsdp:dp=N" are read by their own
+    headers). `version` is the number of the weights in it; None: the one that every file records
+    under "transfuse.version" in its metadata.
+    """
+
+    path: str | os.PathLike[str]
+    spec: str = "hf"
+    config: str | None = None
+    version: int | None = None
+
+
 class Receiver:
     """Brings versions into the parameters of this process, proved.
 
@@ -218,6 +282,28 @@ class Receiver:
     means that no rank may serve until a refit() of all of them, or check_group(), succeeds;
     `version` is what the parameters of this rank hold, whatever the others do. A round without a
     decision is given up after `round_s`.
+
+    `after_commit` (hooks by name, or one) and then `derived` run whenever the parameters have
+    changed: in refit(), commit() and rollback(), before these return. `derived` has patterns of
+    parameter names; its functions get (name, memory of the parameter). After AfterCommitError the
+    weights are there and what is derived from them is not: `version` is 0 and check_group() fails
+    on this rank until run_hooks() or the next refit() succeeds. `hook_runs` says what ran.
+
+    `guard`: a module, tensors by name, or a callable that returns them. PointerMovedError, before
+    anything is written or after it, names the one that does not lie where it lay when the receiver
+    was made; then too `version` is 0.
+
+    `kinds`, `require`, `require_tensors` and `revision` are demanded of sources; those that do not
+    fit are not read, and `report.steps` says why. `require` maps keys of metadata to a value,
+    AtLeast(n) or PRESENT; `require_tensors` maps patterns of tensor names ("*.experts.*") to such
+    requirements. A refit waits for a version that fits; NoFittingSourceError names who is there and
+    why it does not fit. The ranks of a group demand the same.
+
+    `checkpoint` is the last source: it is read when no peer can serve what is asked for, and the
+    report says so (`report.checkpoint`, `report.steps`). A version of peers is waited for
+    `checkpoint_wait_s` at most, and peers have half of a refit's time. Nothing goes back to older
+    weights unless exactly those were asked for; in a group only ranks that hold no version fall
+    back.
 
     Use it from one thread at a time; cancel() and Stage.progress from any.
     """
@@ -239,12 +325,28 @@ class Receiver:
         group: str = "",
         group_size: int = 0,
         round_s: float = 60.0,
+        after_commit: Mapping[str, Callable[[], object]] | Callable[[], object] | None = None,
+        derived: Mapping[str, Derive] | None = None,
+        guard: torch.nn.Module
+        | Mapping[str, torch.Tensor]
+        | Callable[[], Mapping[str, torch.Tensor]]
+        | None = None,
+        kinds: Iterable[str] = (),
+        require: Mapping[str, Condition] | None = None,
+        require_tensors: Mapping[str, Mapping[str, Condition]] | None = None,
+        revision: Digest | str | None = None,
+        checkpoint: Checkpoint | None = None,
+        checkpoint_wait_s: float = 2.0,
         job: str = DEFAULT_JOB,
         address: str | None = None,
         token: str | None = None,
         threads: int | None = None,
         allow_any_tracer: bool | None = None,
     ) -> None:
+        self._name = name
+        self._hooks = AfterCommit(parameters, after_commit, derived)
+        self._guard = None if guard is None else PointerGuard(guard)
+        self._moved = ""  # what the guard said last
         self._native = NativeReceiver(
             layout,
             dict(parameters),
@@ -260,6 +362,9 @@ class Receiver:
             group=group,
             group_size=group_size,
             round_ms=_milliseconds(round_s),
+            demand=demand_of(kinds, require, require_tensors, revision),
+            checkpoint=None if checkpoint is None else _native_checkpoint(checkpoint),
+            checkpoint_wait_ms=_milliseconds(checkpoint_wait_s),
             job=job,
             address=address,
             token=token,
@@ -270,8 +375,14 @@ class Receiver:
 
     @property
     def version(self) -> int:
-        """What the parameters hold; 0: no version."""
-        return self._native.version
+        """What the parameters, and what is derived from them, hold; 0: no version."""
+        version = self._native.version
+        return version if self._hooks.hold(version) and not self._moved else 0
+
+    @property
+    def hook_runs(self) -> list[HookRun]:
+        """The hooks that ran after the last commit, the one that failed last."""
+        return list(self._hooks.runs)
 
     @property
     def last_report(self) -> RefitReport:
@@ -283,21 +394,39 @@ class Receiver:
         *,
         exactly: int | None = None,
         at_least: int | None = None,
+        require: Mapping[str, Condition] | None = None,
+        revision: Digest | str | None = None,
         timeout_s: float = 60.0,
     ) -> RefitReport:
         """Waits for a version that fits (without a wish: the newest) and brings it in.
 
         Returns when every byte of the one version in the report is in place and proved; raises a
-        typed error otherwise. Call it at the engine's own safe point.
+        typed error otherwise. Call it at the engine's own safe point. `require` and `revision` are
+        demanded besides what the receiver demands.
         """
         timeout_ms = _milliseconds(timeout_s)
-        return self._native.refit(exactly=exactly, at_least=at_least, timeout_ms=timeout_ms)
+        self._check_places("before the refit")
+        report = self._native.refit(
+            exactly=exactly,
+            at_least=at_least,
+            demand=demand_of(require=require, revision=revision),
+            timeout_ms=timeout_ms,
+        )
+        self.run_hooks()
+        return report
+
+    def run_hooks(self) -> None:
+        """The hooks once more, for the version that the parameters hold: after one has failed."""
+        self._hooks.run(self._native.version)
+        self._check_places("after the commit")
 
     def stage(
         self,
         *,
         exactly: int | None = None,
         at_least: int | None = None,
+        require: Mapping[str, Condition] | None = None,
+        revision: Digest | str | None = None,
         timeout_s: float = 60.0,
         max_gigabytes_per_second: float = 0.0,
     ) -> Stage:
@@ -308,6 +437,7 @@ class Receiver:
         self._native.stage(
             exactly=exactly,
             at_least=at_least,
+            demand=demand_of(require=require, revision=revision),
             timeout_ms=_milliseconds(timeout_s),
             max_gigabytes_per_second=max_gigabytes_per_second,
         )
@@ -319,18 +449,43 @@ class Receiver:
         In a group: CancelledError if it was decided to give the version up (the one before stays),
         GroupBrokenError if the decision or a rank was lost.
         """
-        return self._native.commit(_milliseconds(timeout_s))
+        self._check_places("before the commit")
+        report = self._native.commit(_milliseconds(timeout_s))
+        self.run_hooks()
+        return report
 
     def rollback(self, *, timeout_s: float = 10.0) -> int:
         """The version before the last commit comes back (keep_previous); returns its number.
 
         NotFoundError if it was not kept, or a stage began since.
         """
-        return self._native.rollback(_milliseconds(timeout_s))
+        self._check_places("before the rollback")
+        version = self._native.rollback(_milliseconds(timeout_s))
+        self.run_hooks()
+        return version
 
     def check_group(self) -> GroupInfo:
-        """Asks the coordinator; GroupBrokenError unless every rank holds the same version."""
-        return self._native.check_group()
+        """Asks the coordinator; GroupBrokenError unless every rank holds the same version.
+
+        And unless this rank's hooks have succeeded and its parameters lie where they lay.
+        """
+        if self._moved:
+            raise GroupBrokenError(f"{self._name}: {self._moved}")
+        group, version = self._native.check_group(), self._native.version
+        if not self._hooks.hold(version):
+            failed = self._hooks.failed or f"hooks have not run for version {version}"
+            raise GroupBrokenError(f"{self._name}: {failed}; call run_hooks()")
+        return group
+
+    def _check_places(self, when: str) -> None:
+        if self._guard is None:
+            return
+        try:
+            self._guard.check(when)
+        except PointerMovedError as error:
+            self._moved = str(error)
+            raise
+        self._moved = ""
 
     def cancel(self) -> None:
         """A refit, stage or commit that runs in another thread ends with CancelledError."""
@@ -382,6 +537,13 @@ class Control:
         timeout_ms = _FOREVER_MS if timeout_s == float("inf") else _milliseconds(timeout_s)
         while (change := watch.next(timeout_ms)) is not None:
             yield change
+
+    def revision(self, model: str, version: int = 0, *, timeout_s: float = 60.0) -> VersionRevision:
+        """The content address of a version (0: the newest), however its sources shard it.
+
+        Its sources sum what they hold; no weights move. `stated` is what they say it is.
+        """
+        return self._native.revision(model, version, _milliseconds(timeout_s))
 
     def verify(self, model: str, *, timeout_s: float = 60.0) -> VerifyReport:
         """Compares what the targets of a model hold with what its sources publish."""

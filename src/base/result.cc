@@ -41,6 +41,8 @@ std::string_view error_code_name(ErrorCode code) {
       return "GROUP_BROKEN";
     case ErrorCode::kUnsupported:
       return "UNSUPPORTED";
+    case ErrorCode::kNoFittingSource:
+      return "NO_FITTING_SOURCE";
   }
   check_failed(__FILE__, __LINE__, "an ErrorCode outside the enum");
 }

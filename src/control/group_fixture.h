@@ -43,7 +43,7 @@ class Group : public Table {
     return groups.empty() ? GroupInfo{} : groups.front();
   }
   // Leases for all, staged: as receivers with a shadow do.
-  Lease stage(const std::vector<uint64_t>& ranks, VersionRequest request = {}) {
+  Lease stage(const std::vector<uint64_t>& ranks, const VersionRequest& request = {}) {
     Lease last;
     for (const uint64_t rank : ranks) {
       last = lease(rank, request);

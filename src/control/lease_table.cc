@@ -129,6 +129,9 @@ Result<void> LeaseTable::check_join(const JoinRequest& request) const {
     return Error{ErrorCode::kInvalidArgument,
                  fmt::format("times to live of {} must lie between 10 ms and 24 h", wanted.name)};
   }
+  const std::string whose = fmt::format("{} {}", role_name(wanted.role), wanted.name);
+  TRANSFUSE_RETURN_IF_ERROR(check_kind(whose, wanted.kind));
+  TRANSFUSE_RETURN_IF_ERROR(check_metadata(whose, wanted.metadata));
   if (!layouts_.contains(wanted.layout)) {
     return Error{ErrorCode::kNotFound,
                  fmt::format("{} {} joins with layout {}, which was not put first",
@@ -186,6 +189,7 @@ void LeaseTable::take_over(Member& member, const JoinRequest& request, TimePoint
     layouts_.use(request.registration.layout);
     layouts_.unuse(member.registration.layout, now);
     member.registration.layout = request.registration.layout;
+    member.registration.kind = request.registration.kind;
     models_.find(member.registration.model)->second.roster = ++rosters_;
   }
   renew(member, now);
@@ -390,7 +394,11 @@ MemberInfo LeaseTable::info(const Member& member) const {
                     .writing = member.writing,
                     .leases = static_cast<uint32_t>(member.leases.size()),
                     .group = member.registration.group,
-                    .last_refit = member.last_refit};
+                    .last_refit = member.last_refit,
+                    .kind = member.registration.kind,
+                    .metadata = member.registration.metadata,
+                    .version_metadata = newest.metadata,
+                    .revision = newest.revision};
 }
 
 bool LeaseTable::from_this_life(uint64_t id) const { return id - limits_.first_id < kIdRange; }

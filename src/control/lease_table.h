@@ -268,6 +268,8 @@ class LeaseTable {
     std::vector<VersionEvent> events;
     std::string reason;
     std::map<std::string, Participant> participants;
+    // What all have said alike, once it has ended; see VersionInfo.
+    std::optional<std::pair<Digest, Metadata>> said{};
     std::set<uint64_t> leases;
     std::set<uint64_t> drains;
   };
@@ -367,6 +369,8 @@ class LeaseTable {
   void end_lease(uint64_t lease, TimePoint now);
   void drained_if_empty(const std::string& model, uint64_t version, TimePoint now);
   VersionInfo info(const std::string& model, uint64_t number, const Version& version) const;
+  static std::pair<Digest, Metadata> said_alike(const Version& version);
+  static void forget_words(Version& version);
   void changed(const std::string& model, uint64_t number, const Version& version);
   void note(const std::string& model, uint64_t number, std::string_view who, std::string what,
             TimePoint now);
@@ -374,6 +378,12 @@ class LeaseTable {
   std::optional<uint64_t> choose(const Model& model, const VersionRequest& request) const;
   std::optional<Error> never(const std::string& name, const Model& model,
                              const VersionRequest& request) const;
+  std::optional<std::string> misfit_of(const Participant& part, const Demand& demand) const;
+  bool any_fits(const Version& version, const Demand& demand) const;
+  std::optional<Error> none_fits(const std::string& name, const Model& model,
+                                 const VersionRequest& request) const;
+  Error no_fitting_source(const std::string& name, uint64_t number, const Version& version,
+                          const Demand& demand) const;
   bool try_grant(uint64_t waiter_id, TimePoint now);
   void grant(uint64_t waiter_id, uint64_t number, uint64_t round, TimePoint now);
   void serve_waiters(const std::string& model, TimePoint now);

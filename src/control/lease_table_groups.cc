@@ -259,6 +259,10 @@ bool LeaseTable::try_grant_in_group(uint64_t waiter_id, Group& group, TimePoint 
                                   target.registration.group, number)});
     return true;
   }
+  if (const Version& version = model.versions.at(number); !any_fits(version, request.demand)) {
+    fail_waiter(waiter_id, no_fitting_source(at->first, number, version, request.demand));
+    return true;
+  }
   group.round->ready.erase(waiter.member);  // it starts again
   grant(waiter_id, number, group.round->id, now);
   return true;

@@ -1,7 +1,9 @@
 // Leases: which version fits, who gets it, when it ends, and what a waiter is told in vain.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <set>
@@ -31,6 +33,14 @@ std::string asked_for(const VersionRequest& request) {
   check_failed(__FILE__, __LINE__, "a VersionRequest::Kind outside the enum");
 }
 
+constexpr size_t kMaxReasonsBytes = 2048;  // of all sources together, in one message
+constexpr size_t kMaxStoryBytes = 512;     // likewise, in an entry of the story of a version
+
+std::string shortened(std::string text) {
+  if (text.size() <= kMaxStoryBytes) return text;
+  return text.substr(0, kMaxStoryBytes) + "...";
+}
+
 }  // namespace
 
 void LeaseTable::acquire(WaiterId waiter, uint64_t target, const VersionRequest& request,
@@ -52,6 +62,9 @@ void LeaseTable::acquire(WaiterId waiter, uint64_t target, const VersionRequest&
                           "its own",
                           member->registration.name, waiters_.size(), member->waiters.size())});
   }
+  if (auto checked = check_demand(member->registration.name, request.demand); !checked) {
+    return refuse(std::move(checked).error());
+  }
   const auto id = static_cast<uint64_t>(waiter);
   add_waiter(id, Waiter{.kind = WaiterKind::kLease,
                         .member = target,
@@ -70,6 +83,7 @@ std::optional<uint64_t> LeaseTable::choose(const Model& model,
                                            const VersionRequest& request) const {
   for (auto at = model.versions.rbegin(); at != model.versions.rend(); ++at) {
     if (at->second.state != VersionState::kReady || at->second.closing) continue;
+    if (!any_fits(at->second, request.demand)) continue;
     switch (request.kind) {
       case VersionRequest::Kind::kNewest:
         return at->first;
@@ -94,6 +108,9 @@ std::optional<Error> LeaseTable::never(const std::string& name, const Model& mod
   };
   const auto found = model.versions.find(request.version);
   if (found != model.versions.end()) {
+    if (found->second.state == VersionState::kReady && !any_fits(found->second, request.demand)) {
+      return no_fitting_source(name, request.version, found->second, request.demand);
+    }
     if (!finished(found->second.state)) return std::nullopt;
     return gone(fmt::format("it was {} ({})", version_state_name(found->second.state),
                             found->second.reason));
@@ -114,6 +131,57 @@ std::optional<Error> LeaseTable::never(const std::string& name, const Model& mod
     }
   }
   return std::nullopt;
+}
+
+// Why what a participant offers does not fit; nullopt: it does.
+std::optional<std::string> LeaseTable::misfit_of(const Participant& part,
+                                                 const Demand& demand) const {
+  const Registration& registration = members_.at(part.member).registration;
+  return misfit(demand, Claim{.kind = registration.kind,
+                              .source = registration.metadata,
+                              .version = part.offer.metadata,
+                              .revision = part.offer.revision});
+}
+
+bool LeaseTable::any_fits(const Version& version, const Demand& demand) const {
+  if (demand.empty()) return true;
+  return std::ranges::any_of(version.participants, [&](const auto& each) {
+    const Participant& part = each.second;
+    return part.member != 0 && part.published && !misfit_of(part, demand);
+  });
+}
+
+Error LeaseTable::no_fitting_source(const std::string& name, uint64_t number,
+                                    const Version& version, const Demand& demand) const {
+  std::string reasons;
+  size_t more = 0;
+  for (const auto& [source, part] : version.participants) {
+    if (part.member == 0 || !part.published) continue;
+    const auto reason = misfit_of(part, demand);
+    if (!reason) continue;
+    if (reasons.size() > kMaxReasonsBytes) {
+      ++more;
+      continue;
+    }
+    reasons += fmt::format("{}source '{}': {}", reasons.empty() ? "" : "; ", source, *reason);
+  }
+  if (more > 0) reasons += fmt::format("; and {} more", more);
+  return Error{ErrorCode::kNoFittingSource,
+               fmt::format("version {} of model {} is READY, but no source of it fits: {}", number,
+                           name, reasons)};
+}
+
+// The error of a wait that has ended, if there is a version that only the demand keeps away.
+std::optional<Error> LeaseTable::none_fits(const std::string& name, const Model& model,
+                                           const VersionRequest& request) const {
+  if (request.demand.empty()) return std::nullopt;
+  VersionRequest anything = request;
+  anything.demand = {};
+  const auto number = choose(model, anything);
+  if (!number) return std::nullopt;
+  const Version& version = model.versions.at(*number);
+  if (any_fits(version, request.demand)) return std::nullopt;  // something else keeps it away
+  return no_fitting_source(name, *number, version, request.demand);
 }
 
 // Answers the waiter if its version is there, or can never come.
@@ -152,10 +220,21 @@ void LeaseTable::grant(uint64_t waiter_id, uint64_t number, uint64_t round, Time
               .round = round,
               .ttl_ms = target.lease_ttl / std::chrono::milliseconds(1),
               .sources = {}};
+  std::string refused;
   for (const auto& [name, part] : version.participants) {
     if (part.member == 0 || !part.published) continue;
     MemberInfo source = info(members_.at(part.member));
+    if (auto reason = misfit_of(part, waiter.request.demand)) {
+      refused += fmt::format("; not from {}: {}", name, *reason);
+      lease.refused.push_back({.member = source.id,
+                               .source = name,
+                               .layout = source.layout,
+                               .reason = std::move(*reason)});
+      continue;
+    }
     source.version = number;
+    source.version_metadata = part.offer.metadata;
+    source.revision = part.offer.revision;
     source.generation = part.offer.generation;
     source.slot = part.offer.slot;
     lease.sources.push_back(std::move(source));
@@ -176,7 +255,8 @@ void LeaseTable::grant(uint64_t waiter_id, uint64_t number, uint64_t round, Time
                                    .target = target.id,
                                    .roster = model.roster});
   note(at->first, number, target.registration.name,
-       fmt::format("leased, after {} us", (now - waiter.started) / std::chrono::microseconds(1)),
+       fmt::format("leased, after {} us{}", (now - waiter.started) / std::chrono::microseconds(1),
+                   shortened(refused)),
        now);
 }
 

@@ -42,6 +42,8 @@ class Judge {
     uint64_t offers = 0;   // published, and not writing since
     uint64_t closing = 0;  // its begin_write() waits for the readers of this one
     Generation generation;
+    std::string kind{};
+    uint64_t step = 0;  // that it says of what it offers
   };
   struct Lease {
     uint64_t holder = 0;
@@ -54,6 +56,8 @@ class Judge {
     TimePoint deadline;
     uint64_t writes = 0;  // begin_write() of this version
     VersionRequest wanted;
+    std::string kind{};  // demanded; empty: any
+    uint64_t step = 0;   // at least this one; 0: any
   };
 
   std::map<uint64_t, Member> members;
@@ -81,6 +85,9 @@ class Judge {
     } else if (const auto* lease = std::get_if<LeaseReply>(&effect)) {
       const auto waiter = answered(lease->waiter);
       if (waiter && lease->result) see_lease(*waiter, *lease->result, now);
+      if (waiter && !lease->result && lease->result.error().code == ErrorCode::kNoFittingSource) {
+        see_no_fit(*waiter);
+      }
     } else if (const auto* drain = std::get_if<DrainReply>(&effect)) {
       const auto waiter = answered(drain->waiter);
       if (waiter) see_drain(*waiter, *drain, now);
@@ -138,12 +145,45 @@ class Judge {
       if (found == members.end()) continue;
       expect(found->second.generation == source.generation || found->second.offers == 0,
              "a lease with another generation than was published");
+      expect(found->second.offers != lease.version || fits(waiter, found->second),
+             "a lease names a source that does not fit the demand");
+    }
+    for (const Refusal& refusal : lease.refused) {
+      expect(!refusal.reason.empty(), "a source was refused without a reason");
+      for (const auto& [id, member] : members) {
+        if (member.role != MemberRole::kSource || member.name != refusal.source) continue;
+        expect(member.offers != lease.version || !fits(waiter, member),
+               "a source that fits was refused");
+      }
+    }
+    for (const auto& [id, member] : members) {
+      if (member.role != MemberRole::kSource || member.offers != lease.version) continue;
+      const auto named = [&](const MemberInfo& source) { return source.id == id; };
+      expect(!fits(waiter, member) || std::ranges::any_of(lease.sources, named),
+             "a source that fits is not named");
     }
     for (const auto& [id, member] : members) {
       expect(member.closing != lease.version, "a lease on a version that a source waits to end");
     }
     leases[static_cast<uint64_t>(lease.id)] = {
         .holder = waiter.member, .version = lease.version, .ends = now + kLeaseTtl};
+  }
+
+  static bool fits(const Waiter& waiter, const Member& source) {
+    return (waiter.kind.empty() || waiter.kind == source.kind) && source.step >= waiter.step;
+  }
+
+  // Some version that could have been leased has no source that fits.
+  void see_no_fit(const Waiter& waiter) {
+    bool one = false;
+    for (const auto& [number, state] : versions) {
+      bool unfit = state == VersionState::kReady;
+      for (const auto& [id, member] : members) {
+        unfit = unfit && (member.offers != number || !fits(waiter, member));
+      }
+      one = one || unfit;
+    }
+    expect(one || !dying.empty(), "told that nothing fits, though every version has what fits");
   }
 
   void see_drain(const Waiter& waiter, const DrainReply& drain, TimePoint now) {
@@ -312,6 +352,7 @@ class World {
     request.registration.source_count = static_cast<uint32_t>(sources_);
     request.registration.incarnation = 1 + random_.below(2);
     request.registration.layout = kLayout;
+    if (source) request.registration.kind = random_.chance(0.7) ? "raw" : "packed";
     request.owner = ++last_owner_;
     request.ttl = kTtl;
     request.lease_ttl = kLeaseTtl;
@@ -335,7 +376,8 @@ class World {
                                .dead_at = now_ + kTtl,
                                .offers = 0,
                                .closing = 0,
-                               .generation = {}};
+                               .generation = {},
+                               .kind = request.registration.kind};
   }
 
   void beat() {
@@ -414,7 +456,12 @@ class World {
     if (id == 0) return;
     const uint64_t version = top_ + 1 - random_.below(2);
     const Generation generation{.incarnation = id, .counter = 2 * (version + random_.below(2))};
-    const auto done = table_.publish(id, {.version = version, .generation = generation}, now_);
+    const uint64_t step = random_.below(4) + version;
+    const auto done = table_.publish(id,
+                                     {.version = version,
+                                      .generation = generation,
+                                      .metadata = {{"step", std::to_string(step)}}},
+                                     now_);
     if (!done) {
       if (random_.chance(0.3)) (void)table_.abort_version(id, version, "no", now_).has_value();
       return;
@@ -423,6 +470,7 @@ class World {
     // Noted before the effects are judged: they follow from it.
     judge_.members[id].offers = version;
     judge_.members[id].generation = generation;
+    judge_.members[id].step = step;
     top_ = std::max(top_, version);
   }
 
@@ -433,6 +481,16 @@ class World {
     wanted.kind = static_cast<VersionRequest::Kind>(random_.below(3));
     wanted.version = top_ + 1 - std::min<uint64_t>(random_.below(4), top_);
     const uint64_t waiter = add_waiter(id, 0, wanted);
+    if (random_.chance(0.3)) {
+      judge_.waiters[waiter].kind = random_.chance(0.5) ? "raw" : "packed";
+      wanted.demand.kinds = {judge_.waiters[waiter].kind};
+    }
+    if (random_.chance(0.3)) {
+      judge_.waiters[waiter].step = top_ + random_.below(4);
+      wanted.demand.require.push_back({.key = "step",
+                                       .kind = Requirement::Kind::kAtLeast,
+                                       .value = std::to_string(judge_.waiters[waiter].step)});
+    }
     table_.acquire(WaiterId{waiter}, id, wanted, judge_.waiters[waiter].deadline, now_);
   }
 

@@ -14,6 +14,7 @@
 
 #include "control/lease_table.h"
 #include "transfuse/deadline.h"
+#include "transfuse/digest.h"
 #include "transfuse/result.h"
 #include "transfuse/versions.h"
 
@@ -22,6 +23,20 @@ namespace transfuse {
 namespace {
 
 constexpr size_t kMaxReasonBytes = 1024;
+
+// For the story of a version.
+std::string words_of(const Offer& offer) {
+  constexpr size_t kLongest = 256;
+  constexpr size_t kLongestValue = 64;
+  std::string words;
+  if (offer.revision != Digest{}) words += ", revision " + offer.revision.to_string();
+  for (const auto& [key, value] : offer.metadata) {
+    if (words.size() > kLongest) return words + ", ...";
+    words += fmt::format(", {}={}{}", key, value.substr(0, kLongestValue),
+                         value.size() > kLongestValue ? "..." : "");
+  }
+  return words;
+}
 
 }  // namespace
 
@@ -268,13 +283,15 @@ Result<void> LeaseTable::publish(uint64_t source, const Offer& offer, TimePoint 
                              found == model.versions.end() ? "it is no longer remembered"
                                                            : found->second.reason)};
   }
+  const std::string whose = fmt::format("version {} of source {}", version, registration.name);
+  TRANSFUSE_RETURN_IF_ERROR(check_metadata(whose, offer.metadata));
   Participant& participant = found->second.participants[registration.name];
   participant = Participant{
       .member = source, .incarnation = registration.incarnation, .published = true, .offer = offer};
   member->writing = 0;
   member->last_published = version;
   member->offers[version] = offer;
-  note(registration.model, version, registration.name, "published", now);
+  note(registration.model, version, registration.name, "published" + words_of(offer), now);
   maybe_ready(registration.model, version, now);
   return {};
 }
@@ -334,7 +351,10 @@ void LeaseTable::finish_version(const std::string& model_name, uint64_t number, 
     finish_begin(drain, now);
   }
   size_t count = 0;
-  for (const auto& [other, each] : model.versions) count += finished(each.state) ? 1u : 0u;
+  for (auto& [other, each] : model.versions) {
+    count += finished(each.state) ? 1u : 0u;
+    if (other != number && finished(each.state) && !each.lost) forget_words(each);
+  }
   for (auto at = model.versions.begin();
        count > limits_.finished_versions && at != model.versions.end();) {
     if (!finished(at->second.state)) {
@@ -469,7 +489,8 @@ void LeaseTable::resume_source(Member& source, const Resume& resume, TimePoint n
   source.last_published = resume.last_published;
   for (const Offer& offer : resume.offers) {
     source.last_published = std::max(source.last_published, offer.version);
-    if (offer.version == 0 || offer.generation.counter % 2 != 0 || !revive(source, offer.version)) {
+    if (offer.version == 0 || offer.generation.counter % 2 != 0 ||
+        !check_metadata(registration.name, offer.metadata) || !revive(source, offer.version)) {
       continue;
     }
     Model& model = models_.find(registration.model)->second;
@@ -495,8 +516,35 @@ void LeaseTable::resume_source(Member& source, const Resume& resume, TimePoint n
 
 // -- what is told --
 
+// Of the sources that have published it.
+std::pair<Digest, Metadata> LeaseTable::said_alike(const Version& version) {
+  if (version.said) return *version.said;
+  std::optional<std::pair<Digest, Metadata>> said;
+  for (const auto& [name, part] : version.participants) {
+    if (!part.published) continue;
+    if (!said) {
+      said.emplace(part.offer.revision, part.offer.metadata);
+      continue;
+    }
+    if (said->first != part.offer.revision) said->first = {};
+    std::erase_if(said->second, [&](const auto& entry) {
+      const auto found = part.offer.metadata.find(entry.first);
+      return found == part.offer.metadata.end() || found->second != entry.second;
+    });
+  }
+  return said.value_or(std::pair<Digest, Metadata>{});
+}
+
+// Of a version that nobody can read any more; what is told of it stays.
+void LeaseTable::forget_words(Version& version) {
+  if (version.said) return;
+  version.said = said_alike(version);
+  for (auto& [name, part] : version.participants) part.offer.metadata.clear();
+}
+
 VersionInfo LeaseTable::info(const std::string& model, uint64_t number,
                              const Version& version) const {
+  auto [revision, metadata] = said_alike(version);
   return VersionInfo{.model = model,
                      .version = number,
                      .state = version.state,
@@ -505,7 +553,9 @@ VersionInfo LeaseTable::info(const std::string& model, uint64_t number,
                                        [](const auto& p) { return p.second.published; })),
                      .source_count = version.source_count,
                      .leases = static_cast<uint32_t>(version.leases.size()),
-                     .reason = version.reason};
+                     .reason = version.reason,
+                     .revision = revision,
+                     .metadata = std::move(metadata)};
 }
 
 void LeaseTable::changed(const std::string& model, uint64_t number, const Version& version) {

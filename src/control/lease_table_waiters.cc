@@ -111,6 +111,11 @@ void LeaseTable::expire_waiter(uint64_t id, TimePoint now) {
       break;
     case WaiterKind::kLease: {
       const auto model = models_.find(registration.model);
+      if (const auto unfit = none_fits(model->first, model->second, waiter.request)) {
+        fail_waiter(id, Error{unfit->code, fmt::format("{} waited {} ms: {}", registration.name,
+                                                       waited_ms, unfit->message)});
+        break;
+      }
       fail_waiter(
           id,
           Error{ErrorCode::kDeadlineExceeded,

@@ -122,12 +122,12 @@ class Table : public testing::Test {
   }
 
   // -- targets --
-  WaiterId ask(uint64_t member, VersionRequest request = {}, int64_t deadline_ms = 1000) {
+  WaiterId ask(uint64_t member, const VersionRequest& request = {}, int64_t deadline_ms = 1000) {
     const WaiterId waiter{++last_waiter_};
     table().acquire(waiter, member, request, in_ms(deadline_ms), now_);
     return waiter;
   }
-  Lease lease(uint64_t member, VersionRequest request = {}) {
+  Lease lease(uint64_t member, const VersionRequest& request = {}) {
     const WaiterId waiter = ask(member, request);
     return reply<LeaseReply>(waiter)->result.value();
   }

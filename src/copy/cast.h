@@ -1,6 +1,7 @@
 // The casts of a copy, bit for bit: every path gives what these give.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
 #include "base/host_device.h"
@@ -29,6 +30,30 @@ TRANSFUSE_HOST_DEVICE inline uint16_t cast_f32_bits_to_f16(uint32_t bits) {
   const uint32_t half = 1u << (shift - 1u);
   const uint32_t up = (rest > half || (rest == half && (kept & 1u) != 0)) ? 1u : 0u;
   return static_cast<uint16_t>(sign | (kept + up));
+}
+
+// Exact. As torch does: a NaN keeps its payload.
+TRANSFUSE_HOST_DEVICE inline uint32_t cast_bf16_bits_to_f32(uint16_t bits) {
+  return uint32_t{bits} << 16;
+}
+
+// Exact. As torch does, and the CPUs: a NaN keeps its payload and becomes quiet.
+TRANSFUSE_HOST_DEVICE inline uint32_t cast_f16_bits_to_f32(uint16_t bits) {
+  const uint32_t sign = (bits & 0x8000u) << 16;
+  const uint32_t exponent = (bits >> 10) & 0x1Fu;
+  const uint32_t mantissa = bits & 0x03FFu;
+  if (exponent == 31) {
+    return sign | 0x7F800000u | (mantissa << 13) | (mantissa != 0 ? 0x00400000u : 0u);
+  }
+  if (exponent > 0) return sign | ((exponent + 112u) << 23) | (mantissa << 13);
+  if (mantissa == 0) return sign;
+#ifdef __CUDA_ARCH__
+  const uint32_t zeros = static_cast<uint32_t>(__clz(static_cast<int>(mantissa)));
+#else
+  const auto zeros = static_cast<uint32_t>(std::countl_zero(mantissa));
+#endif
+  const uint32_t shift = zeros - 21u;  // to bit 10
+  return sign | ((113u - shift) << 23) | (((mantissa << shift) & 0x03FFu) << 13);
 }
 
 }  // namespace transfuse

@@ -85,7 +85,7 @@ void move_elements(uint32_t element_bytes, const std::byte* source, int64_t sour
   }
 }
 
-bool is_cast(ElementOp op) { return op == ElementOp::kF32ToBF16 || op == ElementOp::kF32ToF16; }
+bool is_cast(ElementOp op) { return source_element_bytes(op) != target_element_bytes(op); }
 
 // One execution of a copy or of a sum. Used from one thread.
 class Walk {
@@ -328,6 +328,8 @@ uint32_t source_element_bytes(ElementOp op) {
     case ElementOp::kCopy1:
       return 1;
     case ElementOp::kCopy2:
+    case ElementOp::kBF16ToF32:
+    case ElementOp::kF16ToF32:
       return 2;
     case ElementOp::kCopy4:
     case ElementOp::kF32ToBF16:
@@ -339,7 +341,18 @@ uint32_t source_element_bytes(ElementOp op) {
   check_failed(__FILE__, __LINE__, "an ElementOp outside the enum");
 }
 
-uint32_t target_element_bytes(ElementOp op) { return is_cast(op) ? 2 : source_element_bytes(op); }
+uint32_t target_element_bytes(ElementOp op) {
+  switch (op) {
+    case ElementOp::kF32ToBF16:
+    case ElementOp::kF32ToF16:
+      return 2;
+    case ElementOp::kBF16ToF32:
+    case ElementOp::kF16ToF32:
+      return 4;
+    default:
+      return source_element_bytes(op);
+  }
+}
 
 uint64_t StridedCopy::source_end_bytes() const {
   constexpr uint64_t kMax = std::numeric_limits<uint64_t>::max();
@@ -390,6 +403,8 @@ void copy_fence() {
 
 uint16_t f32_bits_to_bf16(uint32_t bits) { return cast_f32_bits_to_bf16(bits); }
 uint16_t f32_bits_to_f16(uint32_t bits) { return cast_f32_bits_to_f16(bits); }
+uint32_t bf16_bits_to_f32(uint16_t bits) { return cast_bf16_bits_to_f32(bits); }
+uint32_t f16_bits_to_f32(uint16_t bits) { return cast_f16_bits_to_f32(bits); }
 
 std::string_view copy_path_name(CopyPath path) {
   switch (path) {

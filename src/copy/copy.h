@@ -32,6 +32,9 @@ uint64_t sum_copy(const StridedCopy& copy, const std::byte* source);
 // 0x7E00 (f16); f16 overflows to infinity and keeps subnormals. Argument and result are bits.
 uint16_t f32_bits_to_bf16(uint32_t bits);
 uint16_t f32_bits_to_f16(uint32_t bits);
+// Exact; a NaN keeps its payload, and that of f16 becomes quiet.
+uint32_t bf16_bits_to_f32(uint16_t bits);
+uint32_t f16_bits_to_f32(uint16_t bits);
 
 // kCorrupt unless every byte that `copy` reads lies in a region of `source_size_bytes`, nothing
 // overflows and no stride is negative (I13).

@@ -20,8 +20,8 @@ namespace transfuse {
 namespace {
 
 constexpr std::array<ElementOp, kElementOpCount> kOps = {
-    ElementOp::kCopy1, ElementOp::kCopy2,     ElementOp::kCopy4,
-    ElementOp::kCopy8, ElementOp::kF32ToBF16, ElementOp::kF32ToF16};
+    ElementOp::kCopy1,     ElementOp::kCopy2,    ElementOp::kCopy4,     ElementOp::kCopy8,
+    ElementOp::kF32ToBF16, ElementOp::kF32ToF16, ElementOp::kBF16ToF32, ElementOp::kF16ToF32};
 
 std::vector<std::byte> random_bytes(Random& random, uint64_t size) {
   std::vector<std::byte> bytes(size);
@@ -168,6 +168,31 @@ TEST_P(EveryPath, CastsEveryClassOfNumberLikeTheModel) {
       const bool bf16 = op == ElementOp::kF32ToBF16;
       ASSERT_EQ(found[i], bf16 ? slow_bf16(bits[i]) : slow_f16(bits[i])) << std::hex << bits[i];
       ASSERT_EQ(found[i], bf16 ? f32_bits_to_bf16(bits[i]) : f32_bits_to_f16(bits[i]));
+    }
+  }
+}
+
+TEST_P(EveryPath, WidensAll65536NumbersOfEitherHalfLikeTheModel) {
+  std::vector<uint16_t> bits(0x10000);
+  for (size_t i = 0; i < bits.size(); ++i) bits[i] = static_cast<uint16_t>(i);
+  std::vector<uint32_t> found(bits.size());
+  for (const ElementOp op : {ElementOp::kBF16ToF32, ElementOp::kF16ToF32}) {
+    StridedCopy copy;
+    copy.op = op;
+    copy.count[2] = static_cast<uint32_t>(bits.size());
+    copy.source_stride[2] = copy.target_stride[2] = copy.index_stride[2] = 1;
+    copy.target = reinterpret_cast<std::byte*>(found.data());
+    run_copy(copy, reinterpret_cast<const std::byte*>(bits.data()));
+    copy_fence();
+    const bool bf16 = op == ElementOp::kBF16ToF32;
+    for (size_t i = 0; i < bits.size(); ++i) {
+      ASSERT_EQ(found[i], bf16 ? slow_from_bf16(bits[i]) : slow_from_f16(bits[i]))
+          << std::hex << bits[i];
+      ASSERT_EQ(found[i], bf16 ? bf16_bits_to_f32(bits[i]) : f16_bits_to_f32(bits[i]));
+      // There and back: every number that is no NaN.
+      const bool nan = (found[i] & 0x7FFFFFFF) > 0x7F800000;
+      const uint16_t back = bf16 ? f32_bits_to_bf16(found[i]) : f32_bits_to_f16(found[i]);
+      ASSERT_EQ(back, nan ? (bf16 ? 0x7FC0 : 0x7E00) : bits[i]);
     }
   }
 }

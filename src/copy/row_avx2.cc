@@ -89,6 +89,15 @@ struct Vec {
     const __m128i half = _mm256_cvtps_ph(_mm256_castsi256_ps(v), _MM_FROUND_TO_NEAREST_INT);
     return unless_nan(_mm256_cvtepu16_epi32(half), 0x7E00);
   }
+  // Words from as many 16-bit numbers, of half a vector.
+  TRANSFUSE_VECTOR static Vec load_bf16(const std::byte* from) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return {_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16)};
+  }
+  TRANSFUSE_VECTOR static Vec load_f16(const std::byte* from) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return {_mm256_castps_si256(_mm256_cvtph_ps(half))};
+  }
   // The words of `low`, then those of `high`, as 16 bits each.
   TRANSFUSE_VECTOR static Vec pack(Vec low, Vec high) {
     return {_mm256_permute4x64_epi64(_mm256_packus_epi32(low.v, high.v), 0xD8)};

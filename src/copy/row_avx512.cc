@@ -90,6 +90,15 @@ struct Vec {
     return {
         _mm512_mask_mov_epi32(_mm512_cvtepu16_epi32(half), nan_words(), _mm512_set1_epi32(0x7E00))};
   }
+  // Words from as many 16-bit numbers, of half a vector.
+  TRANSFUSE_VECTOR static Vec load_bf16(const std::byte* from) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return {_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)};
+  }
+  TRANSFUSE_VECTOR static Vec load_f16(const std::byte* from) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return {_mm512_castps_si512(_mm512_cvtph_ps(half))};
+  }
   // The words of `low`, then those of `high`, as 16 bits each.
   TRANSFUSE_VECTOR static Vec pack(Vec low, Vec high) {
     return {_mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(low.v)),

@@ -86,6 +86,15 @@ struct Vec {
     const float16x4_t half = vcvt_f16_f32(vreinterpretq_f32_u32(v));
     return unless_nan(vmovl_u16(vreinterpret_u16_f16(half)), 0x7E00);
   }
+  // Words from as many 16-bit numbers, of half a vector.
+  TRANSFUSE_VECTOR static Vec load_bf16(const std::byte* from) {
+    const uint8x8_t half = vld1_u8(reinterpret_cast<const uint8_t*>(from));
+    return {vshll_n_u16(vreinterpret_u16_u8(half), 16)};
+  }
+  TRANSFUSE_VECTOR static Vec load_f16(const std::byte* from) {
+    const uint8x8_t half = vld1_u8(reinterpret_cast<const uint8_t*>(from));
+    return {vreinterpretq_u32_f32(vcvt_f32_f16(vreinterpret_f16_u8(half)))};
+  }
   // The words of `low`, then those of `high`, as 16 bits each.
   TRANSFUSE_VECTOR static Vec pack(Vec low, Vec high) {
     return {vreinterpretq_u32_u16(vcombine_u16(vmovn_u32(low.v), vmovn_u32(high.v)))};

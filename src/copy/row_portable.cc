@@ -55,7 +55,7 @@ struct Plain {
   }
 };
 
-template <uint16_t (*kCast)(uint32_t)>
+template <typename Source, typename Target, Target (*kCast)(Source)>
 struct Cast {
   template <bool kWrite, bool kSum>
   static uint64_t run(const std::byte* source, std::byte* target, uint64_t count,
@@ -63,7 +63,7 @@ struct Cast {
     uint64_t sum = 0;
     uint32_t place = seed.place;
     for (uint64_t i = 0; i < count; ++i, place += seed.step) {
-      const uint16_t bits = kCast(load<uint32_t>(source, i));
+      const Target bits = kCast(load<Source>(source, i));
       if constexpr (kWrite) std::memcpy(target + i * sizeof bits, &bits, sizeof bits);
       if constexpr (kSum) sum += mix_word(place, seed.second, bits);
     }
@@ -80,8 +80,10 @@ struct Cast {
     return run<true, true>(source, target, count, seed);
   }
 };
-using CastBF16 = Cast<cast_f32_bits_to_bf16>;
-using CastF16 = Cast<cast_f32_bits_to_f16>;
+using CastBF16 = Cast<uint32_t, uint16_t, cast_f32_bits_to_bf16>;
+using CastF16 = Cast<uint32_t, uint16_t, cast_f32_bits_to_f16>;
+using WidenBF16 = Cast<uint16_t, uint32_t, cast_bf16_bits_to_f32>;
+using WidenF16 = Cast<uint16_t, uint32_t, cast_f16_bits_to_f32>;
 
 template <typename Row>
 void copy_rows(const RowBlock& block) {
@@ -114,17 +116,19 @@ template <bool kWrite>
 constexpr RowKernels::Sum kSums[kElementOpCount] = {
     sum_rows<Plain<uint8_t>, kWrite>,  sum_rows<Plain<uint16_t>, kWrite>,
     sum_rows<Plain<uint32_t>, kWrite>, sum_rows<Plain<uint64_t>, kWrite>,
-    sum_rows<CastBF16, kWrite>,        sum_rows<CastF16, kWrite>};
+    sum_rows<CastBF16, kWrite>,        sum_rows<CastF16, kWrite>,
+    sum_rows<WidenBF16, kWrite>,       sum_rows<WidenF16, kWrite>};
 
 }  // namespace
 
 const RowKernels kPortableRows = {
     .copy = {copy_rows<Plain<uint8_t>>, copy_rows<Plain<uint16_t>>, copy_rows<Plain<uint32_t>>,
-             copy_rows<Plain<uint64_t>>, copy_rows<CastBF16>, copy_rows<CastF16>},
+             copy_rows<Plain<uint64_t>>, copy_rows<CastBF16>, copy_rows<CastF16>,
+             copy_rows<WidenBF16>, copy_rows<WidenF16>},
     .copy_sum = {kSums<true>[0], kSums<true>[1], kSums<true>[2], kSums<true>[3], kSums<true>[4],
-                 kSums<true>[5]},
+                 kSums<true>[5], kSums<true>[6], kSums<true>[7]},
     .sum = {kSums<false>[0], kSums<false>[1], kSums<false>[2], kSums<false>[3], kSums<false>[4],
-            kSums<false>[5]},
+            kSums<false>[5], kSums<false>[6], kSums<false>[7]},
 };
 
 }  // namespace transfuse

@@ -195,6 +195,33 @@ struct Cast {
   }
 };
 
+// 16 bits to f32. Half a vector read is one written.
+template <bool kBF16>
+struct Widen {
+  using Word = uint32_t;
+  static constexpr uint64_t kSourceBytes = 2;
+  static constexpr uint64_t kTargetBytes = 4;
+
+  TRANSFUSE_VECTOR static Vec words(const std::byte* source) {
+    return kBF16 ? Vec::load_bf16(source) : Vec::load_f16(source);
+  }
+  template <bool kWrite, bool kStream, typename S>
+  TRANSFUSE_VECTOR static void whole(const std::byte* source, std::byte* target, S& sum) {
+    const Vec f32 = words(source);
+    if constexpr (kWrite) kStream ? f32.stream(target) : f32.store(target);
+    sum.add(f32);
+  }
+  template <bool kWrite, typename S>
+  TRANSFUSE_VECTOR static void part(const std::byte* source, std::byte* target, uint64_t count,
+                                    S& sum) {
+    alignas(64) std::byte buffer[Vec::kBytes / 2] = {};
+    std::memcpy(buffer, source, count * 2);
+    const Vec f32 = words(buffer);
+    if constexpr (kWrite) f32.store_first(target, count * 4);
+    sum.add_first(f32, static_cast<uint32_t>(count));
+  }
+};
+
 // Elements to go until `target` lies on a cache line; `count` if it never does.
 template <uint64_t kTargetBytes>
 TRANSFUSE_VECTOR uint64_t head_elements(const std::byte* target, uint64_t count) {
@@ -203,7 +230,7 @@ TRANSFUSE_VECTOR uint64_t head_elements(const std::byte* target, uint64_t count)
   return beyond == 0 ? 0 : (kLineBytes - beyond) / kTargetBytes;
 }
 
-// The row loops. `Move` is Plain or Cast, `S` the sum. Used from one thread.
+// The row loops. `Move` is Plain, Cast or Widen, `S` the sum. Used from one thread.
 template <typename Move, bool kWrite, typename S>
 struct Rows {
   static constexpr uint64_t kAtOnce = Vec::kBytes / Move::kTargetBytes;  // elements
@@ -294,22 +321,23 @@ TRANSFUSE_TARGET void copy_bytes(const RowBlock& block) {
   }
   walk_rows<Plain<uint8_t>, true, NoSum<uint8_t>>(bytes, RowSeed{});
 }
-template <bool kBF16>
+template <typename Move>
 TRANSFUSE_TARGET void cast_only(const RowBlock& block) {
-  walk_rows<Cast<kBF16>, true, NoSum<uint32_t>>(block, RowSeed{});
+  walk_rows<Move, true, NoSum<uint32_t>>(block, RowSeed{});
 }
 
 template <typename Move, bool kWrite>
 constexpr RowKernels::Sum kSum = walk_rows<Move, kWrite, Sum<typename Move::Word>>;
 
 constexpr RowKernels kVectorRows = {
-    .copy = {copy_bytes<1>, copy_bytes<2>, copy_bytes<4>, copy_bytes<8>, cast_only<true>,
-             cast_only<false>},
+    .copy = {copy_bytes<1>, copy_bytes<2>, copy_bytes<4>, copy_bytes<8>, cast_only<Cast<true>>,
+             cast_only<Cast<false>>, cast_only<Widen<true>>, cast_only<Widen<false>>},
     .copy_sum = {kSum<Plain<uint8_t>, true>, kSum<Plain<uint16_t>, true>,
                  kSum<Plain<uint32_t>, true>, kSum<Plain<uint64_t>, true>, kSum<Cast<true>, true>,
-                 kSum<Cast<false>, true>},
+                 kSum<Cast<false>, true>, kSum<Widen<true>, true>, kSum<Widen<false>, true>},
     .sum = {kSum<Plain<uint8_t>, false>, kSum<Plain<uint16_t>, false>, kSum<Plain<uint32_t>, false>,
-            kSum<Plain<uint64_t>, false>, kSum<Cast<true>, false>, kSum<Cast<false>, false>},
+            kSum<Plain<uint64_t>, false>, kSum<Cast<true>, false>, kSum<Cast<false>, false>,
+            kSum<Widen<true>, false>, kSum<Widen<false>, false>},
 };
 
 }  // namespace

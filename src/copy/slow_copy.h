@@ -62,11 +62,36 @@ inline uint16_t slow_f16(uint32_t bits) {
   return static_cast<uint16_t>(sign | (take_next ? low + 1 : low));
 }
 
+// NaN, which arithmetic does not carry over: the payload moves up.
+inline uint32_t slow_widened(double value, uint16_t bits, bool is_nan, int payload_shift,
+                             uint32_t nan) {
+  if (!is_nan) return std::bit_cast<uint32_t>(static_cast<float>(value));
+  const uint32_t sign = (bits & 0x8000) != 0 ? 0x80000000u : 0;
+  return sign | nan | (uint32_t{bits} << payload_shift & 0x007FFFFFu);
+}
+inline uint32_t slow_from_bf16(uint16_t bits) {
+  const int exponent = (bits >> 7) & 0xFF;
+  const int mantissa = bits & 0x7F;
+  const double sign = (bits & 0x8000) != 0 ? -1.0 : 1.0;
+  if (exponent == 0xFF && mantissa == 0) return slow_widened(sign * HUGE_VAL, bits, false, 0, 0);
+  const double value =
+      exponent == 0 ? std::ldexp(mantissa, -133) : std::ldexp(128 + mantissa, exponent - 134);
+  return slow_widened(sign * value, bits, exponent == 0xFF, 16, 0x7F800000u);
+}
+inline uint32_t slow_from_f16(uint16_t bits) {
+  const bool special = ((bits >> 10) & 0x1F) == 31;
+  const bool infinite = special && (bits & 0x3FF) == 0;
+  const double value = infinite ? std::copysign(HUGE_VAL, f16_value(bits)) : f16_value(bits);
+  return slow_widened(value, bits, special && !infinite, 13, 0x7FC00000u);
+}
+
 inline uint64_t slow_element(ElementOp op, const std::byte* from) {
   uint64_t bits = 0;
   std::memcpy(&bits, from, source_element_bytes(op));
   if (op == ElementOp::kF32ToBF16) return slow_bf16(static_cast<uint32_t>(bits));
   if (op == ElementOp::kF32ToF16) return slow_f16(static_cast<uint32_t>(bits));
+  if (op == ElementOp::kBF16ToF32) return slow_from_bf16(static_cast<uint16_t>(bits));
+  if (op == ElementOp::kF16ToF32) return slow_from_f16(static_cast<uint16_t>(bits));
   return bits;
 }
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <span>
 #include <string>
@@ -54,12 +55,15 @@ struct PlannedRank {
 };
 
 struct Conversion {
-  ModelConfig config;
+  explicit Conversion(FoundModel model) : found(std::move(model)) {}
+
+  FoundModel found;
   Catalog catalog;
-  ReadableSide source;
+  std::unique_ptr<ReadableSide> source;  // readings point to it
   ParallelSpec to;
   std::vector<PlannedRank> ranks;
   std::vector<Reading> readings;  // one per distinct target layout
+  uint64_t version = 0;           // to be recorded; 0: none
   uint64_t target_bytes = 0;
   uint64_t planned_bytes = 0;  // that runs write
 };
@@ -69,16 +73,29 @@ FileEntry entry_of(const Layout& layout, std::span<const Dims> shapes, uint32_t 
   return {.name = spec.name, .dtype = spec.dtype, .shape = shapes[parameter]};
 }
 
+// Parameters in the order of the catalog tensors that they begin with.
+std::vector<uint32_t> in_catalog_order(const Layout& layout, const Catalog& catalog) {
+  std::vector<uint32_t> order;
+  std::vector<bool> listed(layout.parameters().size(), false);
+  for (const TensorSpec& tensor : catalog) {
+    const auto held = layout.find_tensor(tensor.name);
+    if (!held) continue;
+    for (const Tile& tile : layout.tiles_of(*held)) {
+      if (!listed[tile.parameter]) order.push_back(tile.parameter);
+      listed[tile.parameter] = true;
+    }
+  }
+  return order;
+}
+
 // The parameters of an hf folder in the order of the catalog, cut where a file is full.
 std::vector<PlannedFile> plan_shards(const Layout& layout, const Catalog& catalog,
                                      uint64_t shard_bytes) {
   const std::vector<Dims> shapes = parameter_shapes(layout);
   std::vector<PlannedFile> files(1);
   uint64_t held = 0;
-  for (const TensorSpec& tensor : catalog) {
-    const auto parameter = layout.find_parameter(tensor.name);
-    if (!parameter) continue;
-    FileEntry entry = entry_of(layout, shapes, *parameter);
+  for (const uint32_t parameter : in_catalog_order(layout, catalog)) {
+    FileEntry entry = entry_of(layout, shapes, parameter);
     if (held > 0 && held + entry.size_bytes() > shard_bytes) {
       files.emplace_back();
       held = 0;
@@ -103,9 +120,9 @@ std::vector<PlannedFile> plan_rank_file(const Layout& layout, int64_t rank) {
   return files;
 }
 
-Result<void> lay_out_files(std::vector<PlannedFile>& files) {
+Result<void> lay_out_files(std::vector<PlannedFile>& files, uint64_t version) {
   for (PlannedFile& file : files) {
-    TRANSFUSE_ASSIGN_OR_RETURN(file.head, lay_out(file.entries));
+    TRANSFUSE_ASSIGN_OR_RETURN(file.head, lay_out(file.entries, version));
     file.size_bytes = file.head.size();
     for (const FileEntry& entry : file.entries) file.size_bytes += entry.size_bytes();
   }
@@ -114,13 +131,18 @@ Result<void> lay_out_files(std::vector<PlannedFile>& files) {
 
 // Reads headers and plans; writes nothing.
 Result<Conversion> plan_conversion(const ConvertRequest& request) {
-  Conversion all;
-  TRANSFUSE_ASSIGN_OR_RETURN(all.config, parse_model_config(request.config_json));
-  TRANSFUSE_ASSIGN_OR_RETURN(all.catalog, make_catalog(all.config));
-  TRANSFUSE_ASSIGN_OR_RETURN(all.to, parse_side(all.config, request.to));
-  TRANSFUSE_ASSIGN_OR_RETURN(const std::vector<Layout> layouts, make_layouts(all.config, all.to));
-  TRANSFUSE_ASSIGN_OR_RETURN(all.source, open_side(all.config, request.from, request.source));
-  const bool whole_files = all.source.ranks.size() == 1 && layouts.size() == 1;
+  TRANSFUSE_ASSIGN_OR_RETURN(FoundModel found,
+                             find_model(request.config_json, request.from, request.source));
+  Conversion all(std::move(found));
+  const KnownModel& model = all.found.model;
+  TRANSFUSE_ASSIGN_OR_RETURN(all.catalog, model.catalog());
+  TRANSFUSE_ASSIGN_OR_RETURN(all.to, model.parse(request.to));
+  TRANSFUSE_ASSIGN_OR_RETURN(const std::vector<Layout> layouts, model.layouts(request.to));
+  TRANSFUSE_ASSIGN_OR_RETURN(ReadableSide source, open_side(model, request.from, request.source));
+  all.source = std::make_unique<ReadableSide>(std::move(source));
+  TRANSFUSE_ASSIGN_OR_RETURN(all.version, all.source->recorded_version());
+  if (request.version > 0) all.version = request.version;
+  const bool whole_files = all.source->ranks.size() == 1 && layouts.size() == 1;
   std::map<Digest, size_t> known;
   for (size_t rank = 0; rank < layouts.size(); ++rank) {
     const Layout& layout = layouts[rank];
@@ -128,13 +150,13 @@ Result<Conversion> plan_conversion(const ConvertRequest& request) {
     if (added) {
       TRANSFUSE_ASSIGN_OR_RETURN(
           Reading reading,
-          plan_reading(layout, all.source.ranks, whole_files ? kLongChunkBytes : kChunkBytes));
+          plan_reading(layout, *all.source, whole_files ? kLongChunkBytes : kChunkBytes));
       all.readings.push_back(std::move(reading));
     }
     PlannedRank planned{.layout = layout, .files = {}, .reading = at->second};
     planned.files = all.to.family == "hf" ? plan_shards(layout, all.catalog, request.shard_bytes)
                                           : plan_rank_file(layout, static_cast<int64_t>(rank));
-    TRANSFUSE_RETURN_IF_ERROR(lay_out_files(planned.files));
+    TRANSFUSE_RETURN_IF_ERROR(lay_out_files(planned.files, all.version));
     all.target_bytes += layout.parameter_bytes();
     all.planned_bytes += all.readings[at->second].plan().size_bytes();
     all.ranks.push_back(std::move(planned));
@@ -161,9 +183,9 @@ Result<void> write_rank(const Conversion& all, const PlannedRank& rank, FolderWr
 }
 
 // What makes a normal checkpoint folder of an hf target's tensors.
-Result<void> write_hf_texts(const Conversion& all, const ConvertRequest& request,
-                            FolderWriter& writer) {
-  TRANSFUSE_RETURN_IF_ERROR(writer.add_text("config.json", request.config_json));
+Result<void> write_hf_texts(const Conversion& all, FolderWriter& writer) {
+  const std::string& config = all.found.config_json;
+  if (!config.empty()) TRANSFUSE_RETURN_IF_ERROR(writer.add_text("config.json", config));
   const std::vector<PlannedFile>& files = all.ranks[0].files;
   if (files.size() == 1) return {};
   nlohmann::json index;
@@ -199,11 +221,11 @@ Result<Layout> probe_of(const Conversion& all) {
 // Opens what was written as any other checkpoint and holds its sums against the source's.
 Result<std::vector<TensorFingerprint>> verify(const Conversion& all, const ConvertRequest& request,
                                               const std::string& written, uint32_t threads) {
-  TRANSFUSE_ASSIGN_OR_RETURN(const ReadableSide target, open_side(all.config, request.to, written));
+  TRANSFUSE_ASSIGN_OR_RETURN(const ReadableSide target,
+                             open_side(all.found.model, request.to, written));
   TRANSFUSE_ASSIGN_OR_RETURN(const Layout probe, probe_of(all));
-  TRANSFUSE_ASSIGN_OR_RETURN(const auto expected,
-                             whole_fingerprints(probe, all.source.ranks, threads));
-  TRANSFUSE_ASSIGN_OR_RETURN(const auto found, whole_fingerprints(probe, target.ranks, threads));
+  TRANSFUSE_ASSIGN_OR_RETURN(const auto expected, whole_fingerprints(probe, *all.source, threads));
+  TRANSFUSE_ASSIGN_OR_RETURN(const auto found, whole_fingerprints(probe, target, threads));
   std::vector<TensorFingerprint> fingerprints;
   for (size_t i = 0; i < expected.size(); ++i) {
     const std::string& name = probe.parameters()[i].name;
@@ -217,7 +239,7 @@ Result<std::vector<TensorFingerprint>> verify(const Conversion& all, const Conve
   // Replicas too: each rank by itself.
   for (size_t rank = 0; rank < all.ranks.size(); ++rank) {
     TRANSFUSE_RETURN_IF_ERROR(
-        compare_fingerprints(all.readings[all.ranks[rank].reading], target.ranks[rank], threads));
+        compare_fingerprints(all.readings[all.ranks[rank].reading], target, rank, threads));
   }
   return fingerprints;
 }
@@ -242,13 +264,13 @@ Result<ConvertReport> convert_checkpoint(const ConvertRequest& request) {
   const uint32_t threads =
       request.threads > 0 ? request.threads : std::min(kMostThreads, usable_core_count());
   ConvertReport report{.tensor_count = all.catalog.size(),
-                       .source_file_count = all.source.files.size(),
+                       .source_file_count = all.source->files.size(),
                        .target_file_count = 0,
-                       .source_bytes = all.source.size_bytes,
+                       .source_bytes = all.source->size_bytes,
                        .target_bytes = all.target_bytes,
                        .fingerprints = {}};
   auto start = std::chrono::steady_clock::now();
-  Mover mover(all.source, threads);
+  Mover mover(threads);
   const auto progress = [&](uint64_t done) {
     if (request.progress) request.progress(done, all.planned_bytes);
   };
@@ -256,10 +278,10 @@ Result<ConvertReport> convert_checkpoint(const ConvertRequest& request) {
     TRANSFUSE_RETURN_IF_ERROR(write_rank(all, rank, writer, mover, progress));
     report.target_file_count += rank.files.size();
   }
-  if (all.to.family == "hf") TRANSFUSE_RETURN_IF_ERROR(write_hf_texts(all, request, writer));
+  if (all.to.family == "hf") TRANSFUSE_RETURN_IF_ERROR(write_hf_texts(all, writer));
   progress(all.planned_bytes);
   report.move_seconds = seconds_since(start);
-  TRANSFUSE_RETURN_IF_ERROR(all.source.check_unchanged());
+  TRANSFUSE_RETURN_IF_ERROR(all.source->check_unchanged());
 
   start = std::chrono::steady_clock::now();
   TRANSFUSE_RETURN_IF_ERROR(writer.finish());

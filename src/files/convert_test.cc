@@ -1,6 +1,7 @@
 // Conversions between layouts on disk, and all the ways in which they may not happen.
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sched.h>
 #include <sys/file.h>
@@ -14,6 +15,7 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -35,6 +37,7 @@ namespace transfuse::testing {
 namespace {
 
 using Convert = FilesTest;
+using ::testing::HasSubstr;
 
 void expect_same_tensors(const std::string& folder, const std::vector<HandMade>& tensors) {
   for (const HandMade& tensor : tensors) {
@@ -106,6 +109,33 @@ TEST_F(Convert, OtherNamesOfAFrameworkAreReadWithoutBeingTold) {
   }
 }
 
+TEST_F(Convert, OlderNamesOfAnEnginesExpertsAreRead) {
+  write_hf("start", model(moe_config_json()));
+  auto out = request("hf", "start", "vllm:tp=2", "ranks");
+  out.config_json = moe_config_json();
+  ASSERT_TRUE(convert_checkpoint(out));
+  for (const char* rank : {"rank0.safetensors", "rank1.safetensors"}) {
+    const std::string file = read_file(folder_ / "ranks" / rank);
+    uint64_t length = 0;
+    std::copy_n(file.data(), sizeof length, reinterpret_cast<char*>(&length));
+    std::string header = file.substr(8, length);
+    const std::string newer = ".experts.routed_experts.w";
+    ASSERT_NE(header.find(newer), std::string::npos);
+    for (size_t at = header.find(newer); at != std::string::npos; at = header.find(newer)) {
+      header.replace(at, newer.size(), ".experts.w");
+    }
+    write_file(folder_ / "ranks" / rank, safetensors(header, file.substr(8 + length)));
+  }
+  auto back = request("vllm:tp=2", "ranks", "hf", "end");
+  back.config_json = moe_config_json();
+  const auto report = convert_checkpoint(back);
+  ASSERT_TRUE(report) << report.error().to_string();
+  for (const HandMade& tensor : model(moe_config_json())) {
+    EXPECT_EQ(tensor_bytes(folder_ / "end" / "model.safetensors", tensor.name), tensor.bytes)
+        << tensor.name;
+  }
+}
+
 TEST_F(Convert, ExpertsOfAnEngineAreAStackInItsFiles) {
   write_hf("start", model(moe_config_json()));
   auto step = request("hf", "start", "vllm:tp=2", "ranks");
@@ -124,6 +154,52 @@ TEST_F(Convert, ExpertsOfAnEngineAreAStackInItsFiles) {
     }
   }
   EXPECT_EQ(stacks, 4);
+}
+
+TEST_F(Convert, CopiesOfExpertsByAMapFillTheStacksOfAnEngineAndComeBackOnce) {
+  const auto tensors = model(moe_config_json());
+  write_hf("start", tensors);
+  const std::string map = (folder_ / "map.json").string();
+  std::ofstream(map)
+      << R"({"version": 5, "physical_to_logical_map": [[2, 0, 0, 1], [1, 1, 2, 0]]})";
+  for (const std::string& engine : {"sglang:tp=4,ep=2,redundant=1,expert_map=" + map,
+                                    "vllm:tp=2,ep,redundant=1,expert_map=" + map}) {
+    auto write = request("hf", "start", engine, "ranks");
+    auto read = request(engine, "ranks", "hf", "end");
+    for (ConvertRequest* step : {&write, &read}) {
+      step->config_json = moe_config_json();
+      step->replace_target = true;
+      const auto report = convert_checkpoint(*step);
+      ASSERT_TRUE(report) << engine << ": " << report.error().to_string();
+    }
+    expect_same_tensors((folder_ / "end").string(), tensors);
+    const auto listing = list_checkpoint((folder_ / "ranks").string());
+    ASSERT_TRUE(listing);
+    for (const StoredTensor& tensor : listing->tensors) {
+      if (!tensor.name.ends_with("w13_weight")) continue;
+      EXPECT_EQ(tensor.shape[0], 2) << tensor.name;
+    }
+  }
+}
+
+TEST_F(Convert, ExpertMapsThatCannotBeReadAreNamed) {
+  write_hf("start", model(moe_config_json()));
+  const std::string map = (folder_ / "map.json").string();
+  auto step = request("hf", "start", "sglang:expert_map=" + map, "ranks");
+  step.config_json = moe_config_json();
+  const auto missing = convert_checkpoint(step);
+  ASSERT_FALSE(missing);
+  EXPECT_EQ(missing.error().code, ErrorCode::kNotFound);
+  EXPECT_THAT(missing.error().message, HasSubstr(map));
+  for (const auto& [json, text] : {std::pair{"[[0, 1", "expected a list of layers"},
+                                   std::pair{"[[0, 1, 1], [0, 1, 2]]", "holds expert 2"}}) {
+    std::ofstream(map) << json;
+    const auto bad = convert_checkpoint(step);
+    ASSERT_FALSE(bad) << json;
+    EXPECT_EQ(bad.error().code, ErrorCode::kInvalidArgument);
+    EXPECT_THAT(bad.error().message, HasSubstr(text));
+    EXPECT_FALSE(std::filesystem::exists(folder_ / "ranks"));
+  }
 }
 
 TEST_F(Convert, RankFilesHoldWhatTheFrameworkWouldAndPaddingIsZero) {
@@ -185,7 +261,7 @@ TEST_F(Convert, ShardsAreIndexedAndReadBack) {
   expect_same_tensors((folder_ / "one").string(), tensors);
 }
 
-TEST_F(Convert, FloatsAreRoundedWhereTheTargetIsNarrower) {
+TEST_F(Convert, FloatsAreRoundedWhereTheTargetIsNarrowerAndWidenExactly) {
   const auto tensors = model(config_json("float32"), 4);
   write_hf("start", tensors);
   auto narrow = request("hf", "start", "vllm:tp=2,dtype=bf16", "ranks");
@@ -208,10 +284,20 @@ TEST_F(Convert, FloatsAreRoundedWhereTheTargetIsNarrower) {
       ASSERT_EQ(rounded, nan ? 0x7FC0 : (bits >> 16) + up) << tensor.name << " " << i;
     }
   }
-  // Nothing widens.
   back.from = "vllm:tp=2,dtype=bf16";
   back.to = "hf:dtype=f32";
   back.target = (folder_ / "wide").string();
+  ASSERT_TRUE(convert_checkpoint(back));
+  for (const HandMade& tensor : tensors) {
+    const std::string half = tensor_bytes(folder_ / "end" / "model.safetensors", tensor.name);
+    const std::string wide = tensor_bytes(folder_ / "wide" / "model.safetensors", tensor.name);
+    ASSERT_EQ(wide.size(), half.size() * 2);
+    for (size_t i = 0; i < half.size(); i += 2) {
+      ASSERT_EQ(wide.substr(2 * i, 4), std::string(2, '\0') + half.substr(i, 2)) << tensor.name;
+    }
+  }
+  back.to = "hf:dtype=f16";
+  back.target = (folder_ / "other").string();
   EXPECT_EQ(convert_checkpoint(back).error().code, ErrorCode::kLayoutMismatch);
 }
 
@@ -384,6 +470,130 @@ TEST_F(Convert, AFileThatChangesWhileItIsReadIsATornRead) {
   EXPECT_EQ(changed.error().code, ErrorCode::kTornRead);
 }
 
+// By the kernel, through the buffer with a cast, and piece by piece: a mapping would end the
+// process.
+TEST_F(Convert, ASourceThatIsCutMidwayIsATornReadAndLeavesNothing) {
+  std::string config = config_json();
+  config.replace(config.find("\"hidden_size\": 24"), 17, "\"hidden_size\": 512");
+  config.replace(config.find("\"vocab_size\": 70"), 16, "\"vocab_size\": 7000");
+  struct Case {
+    std::string from, to;
+    uint32_t element_bytes;
+  };
+  for (const Case& each : {Case{"hf", "hf", 2}, Case{"hf:dtype=f32", "hf:dtype=bf16", 4},
+                           Case{"hf", "vllm:tp=2", 2}}) {
+    SCOPED_TRACE(each.from + " -> " + each.to);
+    const std::string source = write_hf("start", model(config, each.element_bytes));
+    auto cut = request(each.from, "start", each.to, "end");
+    cut.config_json = config;
+    cut.threads = 1;
+    bool done = false;
+    cut.progress = [&](uint64_t moved, uint64_t total) {
+      if (done || moved == total) return;
+      done = true;
+      std::filesystem::resize_file(source + "/model.safetensors", 4096);
+    };
+    const auto outcome = convert_checkpoint(cut);
+    EXPECT_TRUE(done);
+    ASSERT_FALSE(outcome);
+    EXPECT_EQ(outcome.error().code, ErrorCode::kTornRead);
+    EXPECT_NE(outcome.error().message.find("cut while it was read"), std::string::npos)
+        << outcome.error().message;
+    EXPECT_EQ(names(), std::vector<std::string>{"start"});
+    std::filesystem::remove_all(source);
+  }
+}
+
+TEST_F(Convert, AVersionIsRecordedCarriedOnAndNeverMadeUp) {
+  write_hf("start", model(config_json()));
+  const auto version_of = [&](const std::string& name) {
+    return list_checkpoint((folder_ / name).string()).value().versions;
+  };
+  EXPECT_EQ(version_of("start"), std::vector<uint64_t>{0});
+  ASSERT_TRUE(convert_checkpoint(request("hf", "start", "hf", "none")));
+  EXPECT_EQ(version_of("none"), std::vector<uint64_t>{0});
+  auto numbered = request("hf", "start", "vllm:tp=2", "ranks");
+  numbered.version = 41;
+  ASSERT_TRUE(convert_checkpoint(numbered));
+  EXPECT_EQ(version_of("ranks"), (std::vector<uint64_t>{41, 41}));
+  ASSERT_TRUE(convert_checkpoint(request("vllm:tp=2", "ranks", "hf", "back")));
+  EXPECT_EQ(version_of("back"), std::vector<uint64_t>{41});
+
+  // Files of different versions are no checkpoint.
+  numbered.version = 42;
+  numbered.target = (folder_ / "later").string();
+  ASSERT_TRUE(convert_checkpoint(numbered));
+  std::filesystem::copy(folder_ / "later" / "rank1.safetensors",
+                        folder_ / "ranks" / "rank1.safetensors",
+                        std::filesystem::copy_options::overwrite_existing);
+  const auto mixed = convert_checkpoint(request("vllm:tp=2", "ranks", "hf", "mixed"));
+  ASSERT_FALSE(mixed);
+  EXPECT_EQ(mixed.error().code, ErrorCode::kCorrupt);
+  EXPECT_NE(mixed.error().message.find("records version 41"), std::string::npos);
+}
+
+// Dtypes of all kinds, a number, a tensor with fewer rows than ranks: nothing that a config says.
+TEST_F(Convert, ModelsOfUnknownArchitecturesAreConvertedByTheirOwnTensors) {
+  std::vector<HandMade> tensors = {{"a.scale", "F32", {}, "1234"},
+                                   {"b.weight", "F32", {3, 2}, std::string(24, 'b')},
+                                   {"c.weight", "BF16", {7, 2}, std::string(28, 'c')},
+                                   {"d.weight", "F8_E4M3", {5, 4, 1}, std::string(20, 'd')}};
+  for (HandMade& tensor : tensors) {
+    for (size_t i = 0; i < tensor.bytes.size(); ++i) tensor.bytes[i] ^= static_cast<char>(i);
+  }
+  const std::string source = write_hf("start", tensors);
+  const std::string unknown = R"({"model_type": "mamba9"})";
+  for (const std::string& config : {std::string(), unknown}) {
+    SCOPED_TRACE(config);
+    if (!config.empty()) write_file(folder_ / "start" / "config.json", config);
+    auto out = request("hf", "start", "fsdp:dp=4", "ranks");
+    out.config_json.clear();
+    const auto there = convert_checkpoint(out);
+    ASSERT_TRUE(there) << there.error().to_string();
+    EXPECT_EQ(read_catalog((folder_ / "ranks").string(), "fsdp:dp=4").value(),
+              read_catalog(source).value());
+    auto back = request("fsdp:dp=4", "ranks", "hf", "end");
+    back.config_json = config;
+    const auto again = convert_checkpoint(back);
+    ASSERT_TRUE(again) << again.error().to_string();
+    for (const HandMade& tensor : tensors) {
+      EXPECT_EQ(tensor_bytes(folder_ / "end" / "model.safetensors", tensor.name), tensor.bytes)
+          << tensor.name;
+    }
+    EXPECT_EQ(std::filesystem::exists(folder_ / "end" / "config.json"), !config.empty());
+    std::filesystem::remove_all(folder_ / "ranks");
+    std::filesystem::remove_all(folder_ / "end");
+    auto engine = request("hf", "start", "vllm:tp=2", "ranks");
+    engine.config_json = config;
+    const auto refused = convert_checkpoint(engine);
+    ASSERT_FALSE(refused);
+    EXPECT_EQ(refused.error().code, ErrorCode::kUnsupported);
+    EXPECT_NE(refused.error().message.find("hf and fsdp without tp work"), std::string::npos)
+        << refused.error().message;
+    const auto from = convert_checkpoint(request("megatron:tp=2", "start", "hf", "ranks"));
+    EXPECT_FALSE(from);
+  }
+  EXPECT_EQ(names(), std::vector<std::string>{"start"});
+  const auto megatron = read_catalog(source, "megatron:tp=2");
+  ASSERT_FALSE(megatron);
+  EXPECT_EQ(megatron.error().code, ErrorCode::kUnsupported);
+}
+
+TEST_F(Convert, ACatalogOfShardsThatContradictEachOtherIsRefused) {
+  std::filesystem::create_directory(folder_ / "ranks");
+  const HandMade first{"w", "BF16", {2, 3}, std::string(12, 'x')};
+  write_file(folder_ / "ranks" / "rank0.safetensors", safetensors(std::vector{first}));
+  for (const HandMade& second : {HandMade{"w", "F16", {1, 3}, std::string(6, 'x')},
+                                 HandMade{"w", "BF16", {1, 4}, std::string(8, 'x')},
+                                 HandMade{"w", "BF16", {3}, std::string(6, 'x')}}) {
+    write_file(folder_ / "ranks" / "rank1.safetensors", safetensors(std::vector{second}));
+    const auto catalog = read_catalog((folder_ / "ranks").string(), "fsdp:dp=2");
+    ASSERT_FALSE(catalog);
+    EXPECT_EQ(catalog.error().code, ErrorCode::kCorrupt);
+    EXPECT_NE(catalog.error().message.find("rank1.safetensors: tensor w"), std::string::npos);
+  }
+}
+
 TEST_F(Convert, OneWrongByteInAReplicaIsFoundByItsRank) {
   write_hf("start", model(config_json()));
   const std::string spec = "fsdp:dp=2,replicas=2";
@@ -392,8 +602,8 @@ TEST_F(Convert, OneWrongByteInAReplicaIsFoundByItsRank) {
   const auto source = open_side(config, "hf", (folder_ / "start").string()).value();
   const auto compare = [&] {
     const auto target = open_side(config, spec, (folder_ / "ranks").string()).value();
-    const auto reading = plan_reading(target.ranks[3].layout, source.ranks, 1 << 20).value();
-    return compare_fingerprints(reading, target.ranks[3], 2);
+    const auto reading = plan_reading(target.ranks[3].layout, source, 1 << 20).value();
+    return compare_fingerprints(reading, target, 3, 2);
   };
   EXPECT_TRUE(compare());
   std::string bytes = read_file(folder_ / "ranks" / "rank3.safetensors");
@@ -436,8 +646,8 @@ TEST_P(Scattered, PiecesOfAnyWidthLandInTheirPlaces) {
   const auto file =
       writer.add_tensors("model.safetensors", head, head.size() + entries[0].size_bytes()).value();
   const std::vector<WritablePlace> places = {{&file, entries[0].offset_bytes}};
-  const Reading reading = plan_reading(target, source.ranks, 1 << 16).value();
-  Mover mover(source, 2);
+  const Reading reading = plan_reading(target, source, 1 << 16).value();
+  Mover mover(2);
   ASSERT_TRUE(mover.move(reading, places, {}));
   ASSERT_TRUE(writer.finish());
   ASSERT_TRUE(writer.commit());

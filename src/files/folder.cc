@@ -22,6 +22,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/file_identity.h"
 #include "files/stored_file.h"
 #include "transfuse/checkpoint.h"
 #include "transfuse/result.h"
@@ -220,6 +221,7 @@ Result<CheckpointListing> list_checkpoint(const std::string& path) {
   for (OpenFile& file : files) {
     const auto number = static_cast<uint32_t>(listing.files.size());
     listing.files.push_back({.path = file.path(), .size_bytes = file.size_bytes()});
+    listing.versions.push_back(file.recorded_version());
     for (StoredTensor& tensor : file.tensors()) {
       tensor.file = number;
       listing.tensors.push_back(std::move(tensor));

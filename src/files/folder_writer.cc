@@ -19,9 +19,9 @@
 #include <utility>
 #include <vector>
 
+#include "base/file_identity.h"
 #include "base/random.h"
 #include "base/unique_fd.h"
-#include "files/stored_file.h"
 #include "transfuse/result.h"
 
 namespace transfuse {
@@ -130,6 +130,7 @@ Result<TargetFile> FolderWriter::add_tensors(const std::string& name, std::strin
     if (::ftruncate(file.fd.get(), static_cast<off_t>(size_bytes)) != 0) {
       return file_error("cannot size", file.path, errno);
     }
+    file.reserved = false;
   }
   return file;
 }

@@ -20,6 +20,8 @@ struct TargetFile {
   std::string path;  // inside the temporary folder
   UniqueFd fd;
   uint64_t size_bytes = 0;
+  // No store into a mapping of it can meet a full disk, which would end the process.
+  bool reserved = true;
 };
 
 // Writes into a hidden folder beside `target`, locked while this process lives; folders that killed

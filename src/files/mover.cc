@@ -3,6 +3,7 @@
 #include "files/mover.h"
 
 #include <fcntl.h>
+#include <fmt/format.h>
 #include <sys/mman.h>
 #include <sys/types.h>
 #include <unistd.h>
@@ -16,11 +17,11 @@
 #include <span>
 #include <vector>
 
+#include "base/file_identity.h"
 #include "copy/copy.h"
+#include "copy/file_read.h"
 #include "files/folder_writer.h"
 #include "files/reading.h"
-#include "files/side.h"
-#include "files/stored_file.h"
 #include "transfuse/copy.h"
 #include "transfuse/plan.h"
 #include "transfuse/result.h"
@@ -30,7 +31,6 @@ namespace {
 
 constexpr uint64_t kKernelCopyBytes = uint64_t{64} << 10;  // less is not worth a call of its own
 constexpr uint64_t kPieceBytes = 4096;                     // least piece for a write of its own
-constexpr uint64_t kForgetBytes = uint64_t{256} << 20;     // mapped pages that are kept, about
 
 // How many innermost elements lie one after another, and the levels outside of them.
 struct Contiguous {
@@ -62,7 +62,7 @@ bool is_plain(const StridedCopy& copy) {
 }
 
 // False where these two files cannot be copied by the kernel.
-Result<bool> kernel_copy(const StoredPlace& source, uint64_t source_offset, const TargetFile& file,
+Result<bool> kernel_copy(const FileSpan& source, uint64_t source_offset, const TargetFile& file,
                          uint64_t target_offset, uint64_t size_bytes) {
   auto from = static_cast<off_t>(source.offset_bytes + source_offset);
   auto to = static_cast<off_t>(target_offset);
@@ -74,7 +74,7 @@ Result<bool> kernel_copy(const StoredPlace& source, uint64_t source_offset, cons
     }
     if (put < 0) return file_error("cannot write", file.path, errno);
     if (put == 0) {
-      return Error{ErrorCode::kTornRead, "a source of " + file.path + " became shorter"};
+      return Error{ErrorCode::kTornRead, fmt::format("{}: was cut while it was read", source.path)};
     }
     size_bytes -= static_cast<uint64_t>(put);
   }
@@ -82,8 +82,8 @@ Result<bool> kernel_copy(const StoredPlace& source, uint64_t source_offset, cons
 }
 
 // Elements that are too short for writes of their own.
-Result<void> mapped_copy(StridedCopy copy, const std::byte* source, const TargetFile& file,
-                         uint64_t target_offset) {
+Result<void> mapped_copy(const FileSpan& source, StridedCopy copy, std::span<std::byte> scratch,
+                         const TargetFile& file, uint64_t target_offset) {
   const auto page = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
   const uint64_t begin = target_offset / page * page;
   const uint64_t size_bytes = target_offset - begin + target_end(copy);
@@ -91,10 +91,10 @@ Result<void> mapped_copy(StridedCopy copy, const std::byte* source, const Target
                               file.fd.get(), static_cast<off_t>(begin));
   if (mapped == MAP_FAILED) return file_error("cannot map", file.path, errno);
   copy.target = static_cast<std::byte*>(mapped) + (target_offset - begin);
-  run_copy(copy, source);
+  auto done = run_file_copy(source, copy, scratch, nullptr);
   copy_fence();
   ::munmap(mapped, size_bytes);
-  return {};
+  return done;
 }
 
 }  // namespace
@@ -104,6 +104,7 @@ struct Mover::Work {
   const Reading& reading;
   std::span<const WritablePlace> places;
   std::vector<std::byte> buffer;
+  std::vector<std::byte> scratch;  // for what is read
 
   std::byte* room(uint64_t size_bytes) {
     if (buffer.size() < size_bytes) buffer.resize(size_bytes);
@@ -115,7 +116,8 @@ Result<void> Mover::move(const Reading& reading, std::span<const WritablePlace> 
                          const std::function<void(uint64_t)>& progress) {
   const Plan& plan = reading.plan();
   std::vector<Work> work;
-  for (uint32_t i = 0; i < threads_; ++i) work.push_back({reading, places, {}});
+  for (uint32_t i = 0; i < threads_; ++i)
+    work.push_back({reading, places, {}, std::vector<std::byte>(kFileScratchBytes)});
   return for_each_parallel(
       threads_, plan.chunks().size(),
       [&](uint32_t worker, size_t item) { return move_chunk(work[worker], plan.chunks()[item]); },
@@ -175,7 +177,7 @@ Result<void> Mover::move_dense(Work& work, uint32_t first_run, uint32_t end_run,
     const uint64_t at =
         static_cast<uint64_t>(plan.runs()[run].target_offset) * target_element_bytes(copy.op);
     copy.target = buffer + (at - span.begin);
-    run_copy(copy, work.reading.source(run).data + copy.source_offset_bytes);
+    TRANSFUSE_RETURN_IF_ERROR(run_file_copy(work.reading.source(run), copy, work.scratch, nullptr));
   }
   copy_fence();
   return write_at(*place.file, {buffer, size_bytes}, place.offset_bytes + span.begin);
@@ -186,14 +188,14 @@ Result<void> Mover::move_scattered(Work& work, uint32_t run) {
   const Run& entry = work.reading.plan().runs()[run];
   const WritablePlace& place = work.places[entry.parameter];
   StridedCopy copy = work.reading.copy(run);
-  const std::byte* const source = work.reading.source(run).data + copy.source_offset_bytes;
+  const FileSpan source = work.reading.source(run);
   const uint64_t element_bytes = target_element_bytes(copy.op);
   const uint64_t begin =
       place.offset_bytes + static_cast<uint64_t>(entry.target_offset) * element_bytes;
   const Contiguous piece = contiguous(copy, copy.target_stride);
   const uint64_t piece_bytes = piece.elements * element_bytes;
-  if (piece.elements != copy.element_count() && piece_bytes < kPieceBytes) {
-    return mapped_copy(copy, source, *place.file, begin);
+  if (piece.elements != copy.element_count() && piece_bytes < kPieceBytes && place.file->reserved) {
+    return mapped_copy(source, copy, work.scratch, *place.file, begin);
   }
   // Packed in the order of the levels, which is that of the pieces.
   const int64_t strides[3] = {copy.target_stride[0], copy.target_stride[1], copy.target_stride[2]};
@@ -202,7 +204,7 @@ Result<void> Mover::move_scattered(Work& work, uint32_t run) {
   copy.target_stride[1] = inner;
   copy.target_stride[2] = 1;
   copy.target = work.room(copy.target_bytes());
-  run_copy(copy, source);
+  TRANSFUSE_RETURN_IF_ERROR(run_file_copy(source, copy, work.scratch, nullptr));
   copy_fence();
   uint64_t counts[3] = {1, 1, 1};
   for (int level = 0; level < piece.outer_levels; ++level) counts[level] = copy.count[level];
@@ -222,14 +224,8 @@ Result<void> Mover::move_scattered(Work& work, uint32_t run) {
   return {};
 }
 
-// Pages of the sources that were mapped go from time to time, so that memory does not grow with the
-// model. They stay in the page cache as long as the kernel likes.
 void Mover::count_bytes(uint64_t bytes) {
-  const uint64_t before = moved_bytes_.fetch_add(bytes, std::memory_order_relaxed);
-  if (before / kForgetBytes == (before + bytes) / kForgetBytes) return;
-  for (const OpenFile& source : source_.files) {
-    ::madvise(const_cast<std::byte*>(source.data()), source.size_bytes(), MADV_DONTNEED);
-  }
+  moved_bytes_.fetch_add(bytes, std::memory_order_relaxed);
 }
 
 }  // namespace transfuse

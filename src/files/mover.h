@@ -10,7 +10,6 @@
 
 #include "files/folder_writer.h"
 #include "files/reading.h"
-#include "files/side.h"
 #include "transfuse/copy.h"
 #include "transfuse/result.h"
 
@@ -25,7 +24,7 @@ struct WritablePlace {
 // Used from one thread, which it joins with others of its own in move().
 class Mover {
  public:
-  Mover(const ReadableSide& source, uint32_t threads) : source_(source), threads_(threads) {}
+  explicit Mover(uint32_t threads) : threads_(threads) {}
 
   // All runs of `reading` into `places`, one per parameter of its target. `progress` is called with
   // the bytes written since the first move(); may be empty.
@@ -45,7 +44,6 @@ class Mover {
   Result<void> move_scattered(Work& work, uint32_t run);
   void count_bytes(uint64_t bytes);
 
-  const ReadableSide& source_;
   const uint32_t threads_;
   std::atomic<uint64_t> moved_bytes_{0};
 };

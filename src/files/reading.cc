@@ -16,8 +16,9 @@
 #include "base/mutex.h"
 #include "base/thread.h"
 #include "copy/copy.h"
+#include "copy/file_read.h"
 #include "files/side.h"
-#include "session/copies.h"
+#include "plan/copies.h"
 #include "transfuse/copy.h"
 #include "transfuse/layout.h"
 #include "transfuse/plan.h"
@@ -79,26 +80,26 @@ StridedCopy Reading::copy(uint32_t run) const {
   return copies_.copy(plan().runs()[run], plan().holders()[holder_[run]], 0, nullptr, false);
 }
 
-const StoredPlace& Reading::source(uint32_t run) const {
-  return ranks_[rank_[run]].places[plan().holders()[holder_[run]].parameter];
+FileSpan Reading::source(uint32_t run) const {
+  return side_->span(side_->ranks[rank_[run]].places[plan().holders()[holder_[run]].parameter]);
 }
 
-uint64_t Reading::fingerprint(uint32_t run) const {
-  const StridedCopy one = copy(run);
-  return sum_copy(one, source(run).data + one.source_offset_bytes);
+Result<uint64_t> Reading::fingerprint(uint32_t run, std::span<std::byte> scratch) const {
+  uint64_t sum = 0;
+  TRANSFUSE_RETURN_IF_ERROR(sum_file_copy(source(run), copy(run), scratch, sum));
+  return sum;
 }
 
-Result<Reading> plan_reading(const Layout& target, std::span<const ReadableRank> ranks,
-                             uint64_t chunk_bytes) {
+Result<Reading> plan_reading(const Layout& target, const ReadableSide& side, uint64_t chunk_bytes) {
   std::vector<Layout> layouts;
-  for (const ReadableRank& rank : ranks) layouts.push_back(rank.layout);
+  for (const ReadableRank& rank : side.ranks) layouts.push_back(rank.layout);
   TRANSFUSE_ASSIGN_OR_RETURN(Plan plan, compile(target, layouts, {.chunk_bytes = chunk_bytes}));
   // Ranks by layout, in the plan's order of layouts.
   std::vector<uint32_t> counts;
   std::vector<uint32_t> members;
   for (const Layout& layout : plan.source_layouts()) {
     const size_t before = members.size();
-    for (uint32_t rank = 0; rank < ranks.size(); ++rank) {
+    for (uint32_t rank = 0; rank < layouts.size(); ++rank) {
       if (layouts[rank].digest() == layout.digest()) members.push_back(rank);
     }
     counts.push_back(static_cast<uint32_t>(members.size() - before));
@@ -106,33 +107,34 @@ Result<Reading> plan_reading(const Layout& target, std::span<const ReadableRank>
   Assignment assignment;
   TRANSFUSE_RETURN_IF_ERROR(assign(plan, counts, 0, assignment));
   for (uint32_t& choice : assignment.choice) choice = members[choice];
-  return Reading(CopyTable(std::move(plan)), ranks, std::move(assignment.holder),
+  return Reading(CopyTable(std::move(plan)), side, std::move(assignment.holder),
                  std::move(assignment.choice));
 }
 
-Result<std::vector<uint64_t>> whole_fingerprints(const Layout& probe,
-                                                 std::span<const ReadableRank> ranks,
+Result<std::vector<uint64_t>> whole_fingerprints(const Layout& probe, const ReadableSide& side,
                                                  uint32_t threads) {
   TRANSFUSE_ASSIGN_OR_RETURN(const Reading reading,
-                             plan_reading(probe, ranks, PlanOptions{}.chunk_bytes));
+                             plan_reading(probe, side, PlanOptions{}.chunk_bytes));
   const Plan& plan = reading.plan();
   std::vector<std::atomic<uint64_t>> sums(probe.parameters().size());
-  TRANSFUSE_RETURN_IF_ERROR(
-      for_each_parallel(threads, plan.chunks().size(), [&](uint32_t, size_t item) -> Result<void> {
-        const Chunk& chunk = plan.chunks()[item];
-        for (uint32_t run = chunk.first_run; run < chunk.first_run + chunk.run_count; ++run) {
-          sums[plan.runs()[run].parameter].fetch_add(reading.fingerprint(run),
-                                                     std::memory_order_relaxed);
-        }
-        return {};
-      }));
+  ThreadScratch scratch(threads);
+  const auto sum_up = [&](uint32_t worker, size_t item) -> Result<void> {
+    const Chunk& chunk = plan.chunks()[item];
+    for (uint32_t run = chunk.first_run; run < chunk.first_run + chunk.run_count; ++run) {
+      TRANSFUSE_ASSIGN_OR_RETURN(const uint64_t sum, reading.fingerprint(run, scratch.of(worker)));
+      sums[plan.runs()[run].parameter].fetch_add(sum, std::memory_order_relaxed);
+    }
+    return {};
+  };
+  TRANSFUSE_RETURN_IF_ERROR(for_each_parallel(threads, plan.chunks().size(), sum_up));
   return std::vector<uint64_t>(sums.begin(), sums.end());
 }
 
-Result<void> compare_fingerprints(const Reading& reading, const ReadableRank& target,
+Result<void> compare_fingerprints(const Reading& reading, const ReadableSide& target, size_t rank,
                                   uint32_t threads) {
   const Plan& plan = reading.plan();
-  const auto compare = [&](uint32_t, size_t item) -> Result<void> {
+  ThreadScratch scratch(threads);
+  const auto compare = [&](uint32_t worker, size_t item) -> Result<void> {
     const Chunk& chunk = plan.chunks()[item];
     for (uint32_t number = chunk.first_run; number < chunk.first_run + chunk.run_count; ++number) {
       const Run& run = plan.runs()[number];
@@ -140,9 +142,12 @@ Result<void> compare_fingerprints(const Reading& reading, const ReadableRank& ta
       const uint32_t element_bytes = target_element_bytes(held.op);
       held.op = plain_copy(element_bytes);
       std::ranges::copy(held.target_stride, held.source_stride);
-      const uint64_t found =
-          sum_copy(held, target.places[run.parameter].data + run.target_offset * element_bytes);
-      const uint64_t expected = reading.fingerprint(number);
+      held.source_offset_bytes = static_cast<uint64_t>(run.target_offset) * element_bytes;
+      uint64_t found = 0;
+      TRANSFUSE_RETURN_IF_ERROR(sum_file_copy(target.span(target.ranks[rank].places[run.parameter]),
+                                              held, scratch.of(worker), found));
+      TRANSFUSE_ASSIGN_OR_RETURN(const uint64_t expected,
+                                 reading.fingerprint(number, scratch.of(worker)));
       if (found == expected) continue;
       return Error{
           ErrorCode::kFingerprintMismatch,

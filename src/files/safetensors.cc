@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <charconv>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -15,6 +16,7 @@
 #include <set>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -70,6 +72,7 @@ class HeaderEvents final : public nlohmann::json_sax<nlohmann::json> {
  public:
   std::vector<RawTensor>& tensors() { return tensors_; }
   const std::string& problem() const { return problem_; }
+  const std::optional<std::string>& version_text() const { return version_text_; }
 
   bool null() override { return unexpected("null"); }
   bool boolean(bool) override { return unexpected("true or false"); }
@@ -84,7 +87,10 @@ class HeaderEvents final : public nlohmann::json_sax<nlohmann::json> {
     return true;
   }
   bool string(string_t& value) override {
-    if (depth_ == 2 && in_metadata_) return true;
+    if (depth_ == 2 && in_metadata_) {
+      if (field_ == kVersionKey) version_text_ = value;
+      return true;
+    }
     if (depth_ != 2 || field_ != "dtype" || list_ != nullptr) {
       return unexpected("\"" + value + "\"");
     }
@@ -103,7 +109,10 @@ class HeaderEvents final : public nlohmann::json_sax<nlohmann::json> {
   }
   bool key(string_t& name) override {
     if (depth_ == 1) return begin_tensor(name);
-    if (in_metadata_) return true;
+    if (in_metadata_) {
+      field_ = name;
+      return true;
+    }
     const RawTensor& tensor = tensors_.back();
     const bool repeated = (name == "dtype" && tensor.dtype) || (name == "shape" && tensor.shape) ||
                           (name == "data_offsets" && tensor.offsets);
@@ -159,6 +168,7 @@ class HeaderEvents final : public nlohmann::json_sax<nlohmann::json> {
   std::set<std::string> names_;
   std::string problem_;
   std::string field_;
+  std::optional<std::string> version_text_;
   std::vector<uint64_t>* list_ = nullptr;
   int depth_ = 0;
   bool in_metadata_ = false;
@@ -245,12 +255,25 @@ Result<void> check_cover(std::string_view path, std::vector<StoredTensor>& tenso
   return {};
 }
 
+Result<uint64_t> version_of(std::string_view path, const std::optional<std::string>& text) {
+  if (!text) return uint64_t{0};
+  uint64_t version = 0;
+  const char* const end = text->data() + text->size();
+  const auto [stop, error] = std::from_chars(text->data(), end, version);
+  if (error == std::errc() && stop == end && version > 0) return version;
+  return corrupt(path, fmt::format("__metadata__: {}: expected a number from 1, found \"{}\"",
+                                   kVersionKey, *text));
+}
+
 }  // namespace
 
 Result<std::vector<StoredTensor>> parse_header(std::string_view path, std::string_view json,
-                                               uint64_t file_bytes) {
+                                               uint64_t file_bytes, uint64_t* recorded_version) {
   HeaderEvents events;
   if (!nlohmann::json::sax_parse(json, &events)) return corrupt(path, events.problem());
+  if (recorded_version != nullptr) {
+    TRANSFUSE_ASSIGN_OR_RETURN(*recorded_version, version_of(path, events.version_text()));
+  }
   const uint64_t data_offset = kLengthBytes + json.size();
   std::vector<StoredTensor> tensors;
   tensors.reserve(events.tensors().size());
@@ -264,7 +287,7 @@ Result<std::vector<StoredTensor>> parse_header(std::string_view path, std::strin
   return tensors;
 }
 
-Result<std::string> lay_out(std::vector<FileEntry>& entries) {
+Result<std::string> lay_out(std::vector<FileEntry>& entries, uint64_t version) {
   std::ranges::sort(entries, [](const FileEntry& a, const FileEntry& b) {
     const size_t first = row_of(a.dtype);
     const size_t second = row_of(b.dtype);
@@ -272,6 +295,7 @@ Result<std::string> lay_out(std::vector<FileEntry>& entries) {
   });
   nlohmann::ordered_json header;
   header["__metadata__"] = {{"format", "pt"}};
+  if (version > 0) header["__metadata__"][kVersionKey] = std::to_string(version);
   uint64_t at = 0;
   std::string text = header.dump();
   text.pop_back();

@@ -27,8 +27,8 @@ namespace transfuse {
 namespace {
 
 // Other names that files of a framework may have: options that a spec can end with.
-constexpr std::array<std::string_view, 3> kOtherNames = {"norms=separate", "experts=sequential",
-                                                         "norms=separate,experts=sequential"};
+constexpr std::array<std::string_view, 4> kOtherNames = {
+    "norms=separate", "experts=sequential", "norms=separate,experts=sequential", "experts=stacked"};
 
 struct Stored {
   const StoredTensor* tensor = nullptr;
@@ -91,20 +91,47 @@ std::string with_options(std::string_view text, std::string_view options) {
   return fmt::format("{}{}{}", text, text.find(':') == std::string_view::npos ? ':' : ',', options);
 }
 
+// Experts as vLLM named them before 0.33, and SGLang does, where `stored` has such names.
+Result<Layout> with_older_names(const Layout& layout, const StoredByName& stored) {
+  constexpr std::string_view kNewer = ".routed_experts.";
+  const auto older_name = [&](const std::string& name) {
+    const size_t at = name.find(kNewer);
+    if (at == std::string::npos) return name;
+    const std::string older = fmt::format("{}.{}", std::string_view(name).substr(0, at),
+                                          std::string_view(name).substr(at + kNewer.size()));
+    return stored.contains(older) ? older : name;
+  };
+  LayoutBuilder builder;
+  std::vector<uint32_t> parameters;
+  for (const ParameterSpec& parameter : layout.parameters()) {
+    parameters.push_back(builder.parameter({.name = older_name(parameter.name),
+                                            .dtype = parameter.dtype,
+                                            .element_count = parameter.element_count}));
+  }
+  for (const Tile& tile : layout.tiles()) {
+    builder.tile(builder.tensor(layout.tensors()[tile.tensor]), tile.box,
+                 parameters[tile.parameter], tile.element_offset, tile.element_strides);
+  }
+  for (const Fill& fill : layout.fills()) {
+    builder.fill(parameters[fill.parameter], fill.element_offset, fill.length,
+                 fill.element_strides);
+  }
+  return builder.build();
+}
+
 // The layout of the spec whose names the file has; the plain one where none fits.
-Result<Layout> layout_as_named(const ModelConfig& config, const ParallelSpec& spec,
-                               std::string_view text, int64_t rank,
+Result<Layout> layout_as_named(const KnownModel& model, std::string_view text, int64_t rank,
                                std::span<const OpenFile> files) {
-  TRANSFUSE_ASSIGN_OR_RETURN(Layout layout, make_layout(config, spec, rank));
+  TRANSFUSE_ASSIGN_OR_RETURN(Layout layout, model.layout(text, rank));
   const StoredByName stored = by_name(files);
   if (same_names(layout, stored)) return layout;
   for (const std::string_view options : kOtherNames) {
-    const auto other_spec = parse_side(config, with_options(text, options));
-    if (!other_spec) continue;  // this framework has no such names, or they are chosen already
-    TRANSFUSE_ASSIGN_OR_RETURN(const Layout other, make_layout(config, *other_spec, rank));
-    if (same_names(other, stored)) return other;
+    const auto other = model.layout(with_options(text, options), rank);
+    if (!other) continue;  // this framework has no such names, or they are chosen already
+    if (same_names(*other, stored)) return *other;
   }
-  return with_stacked_experts(layout, files);
+  TRANSFUSE_ASSIGN_OR_RETURN(const Layout older, with_older_names(layout, stored));
+  return with_stacked_experts(older, files);
 }
 
 struct StackPlace {
@@ -141,16 +168,6 @@ Result<void> ReadableSide::check_unchanged() const {
   return {};
 }
 
-Result<ParallelSpec> parse_side(const ModelConfig& config, std::string_view text) {
-  TRANSFUSE_ASSIGN_OR_RETURN(ParallelSpec spec, parse_parallel_spec(text));
-  if (text.find("dtype=") == std::string_view::npos) spec.dtype = config.dtype;
-  if (spec.family == "hf" && spec.rank_count() != 1) {
-    return Error{ErrorCode::kInvalidArgument,
-                 fmt::format("spec \"{}\": a folder of files has no replicas", text)};
-  }
-  return spec;
-}
-
 Result<Layout> with_stacked_experts(const Layout& layout, std::span<const OpenFile> stored) {
   const StoredByName names = by_name(stored);
   std::map<std::string, int64_t> counts;  // experts of a stack
@@ -183,7 +200,18 @@ Result<Layout> with_stacked_experts(const Layout& layout, std::span<const OpenFi
   return builder.build();
 }
 
-Result<ReadableRank> match_rank(const Layout& layout, std::span<const OpenFile> files) {
+Result<uint64_t> ReadableSide::recorded_version() const {
+  for (const OpenFile& file : files) {
+    if (file.recorded_version() == files[0].recorded_version()) continue;
+    return Error{ErrorCode::kCorrupt,
+                 fmt::format("{} records version {}, {} version {} (0: none)", files[0].path(),
+                             files[0].recorded_version(), file.path(), file.recorded_version())};
+  }
+  return files.empty() ? 0 : files[0].recorded_version();
+}
+
+Result<ReadableRank> match_rank(const Layout& layout, std::span<const OpenFile> files,
+                                uint32_t first_file) {
   const StoredByName stored = by_name(files);
   const std::string where = files_text(files);
   ReadableRank rank{.layout = layout, .places = {}};
@@ -198,10 +226,9 @@ Result<ReadableRank> match_rank(const Layout& layout, std::span<const OpenFile> 
                                          shapes[i].to_string(), shapes.size(), stored.size()));
     }
     TRANSFUSE_RETURN_IF_ERROR(check_stored(parameter, shapes[i], at->second));
-    const uint64_t offset = at->second.tensor->offset_bytes;
-    rank.places.push_back({.data = at->second.file->data() + offset,
-                           .fd = at->second.file->fd(),
-                           .offset_bytes = offset});
+    rank.places.push_back(
+        {.file = first_file + static_cast<uint32_t>(at->second.file - files.data()),
+         .offset_bytes = at->second.tensor->offset_bytes});
   }
   if (stored.size() == shapes.size()) return rank;
   for (const auto& [name, found] : stored) {
@@ -213,14 +240,14 @@ Result<ReadableRank> match_rank(const Layout& layout, std::span<const OpenFile> 
   return rank;
 }
 
-Result<ReadableSide> open_side(const ModelConfig& config, std::string_view text,
+Result<ReadableSide> open_side(const KnownModel& model, std::string_view text,
                                const std::string& path) {
-  TRANSFUSE_ASSIGN_OR_RETURN(const ParallelSpec spec, parse_side(config, text));
+  TRANSFUSE_ASSIGN_OR_RETURN(const ParallelSpec spec, model.parse(text));
   ReadableSide side;
   const auto add_rank = [&](int64_t rank, std::vector<OpenFile> files) -> Result<void> {
-    TRANSFUSE_ASSIGN_OR_RETURN(const Layout layout,
-                               layout_as_named(config, spec, text, rank, files));
-    TRANSFUSE_ASSIGN_OR_RETURN(ReadableRank matched, match_rank(layout, files));
+    TRANSFUSE_ASSIGN_OR_RETURN(const Layout layout, layout_as_named(model, text, rank, files));
+    TRANSFUSE_ASSIGN_OR_RETURN(ReadableRank matched,
+                               match_rank(layout, files, static_cast<uint32_t>(side.files.size())));
     side.ranks.push_back(std::move(matched));
     side.size_bytes += layout.parameter_bytes();
     for (OpenFile& file : files) side.files.push_back(std::move(file));

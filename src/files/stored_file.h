@@ -1,53 +1,46 @@
-// One safetensors file, open for reading and mapped.
+// One safetensors file, open for reading.
 #pragma once
-
-#include <sys/stat.h>
 
 #include <cstddef>
 #include <cstdint>
 #include <string>
-#include <string_view>
 #include <vector>
 
+#include "base/file_identity.h"
 #include "base/unique_fd.h"
+#include "copy/file_read.h"
 #include "transfuse/checkpoint.h"
 #include "transfuse/result.h"
 
 namespace transfuse {
 
-// The Error for a failed system call: kNotFound, kPermissionDenied, kResourceExhausted (full disk,
-// quota) or kUnavailable, by `number` (an errno).
-Error file_error(std::string_view doing, std::string_view path, int number);
-
-// A file whose header is checked. Reading the mapping of a file that somebody shortens meanwhile
-// ends the process, as it does for every program that maps files; the header's claims cannot.
-// Move-only; reading is safe from any thread.
+// A file whose header is checked. Move-only; reading is safe from any thread.
 class OpenFile {
  public:
   static Result<OpenFile> open(const std::string& path);
-  OpenFile(OpenFile&& other) noexcept;
-  OpenFile& operator=(OpenFile&& other) noexcept;
-  ~OpenFile();
 
-  const std::string& path() const { return path_; }
+  const std::string& path() const { return file_.path; }
   int fd() const { return fd_.get(); }
-  const std::byte* data() const { return data_; }
-  uint64_t size_bytes() const { return size_bytes_; }
+  uint64_t size_bytes() const { return file_.identity.size_bytes; }
+  const IdentifiedFile& identified() const { return file_; }
+  // The file from `offset_bytes` on, to read from while this lives.
+  FileSpan span(uint64_t offset_bytes) const {
+    return {.fd = fd(), .offset_bytes = offset_bytes, .path = path()};
+  }
+  // Of the weights, as the file itself says; 0: it does not.
+  uint64_t recorded_version() const { return recorded_version_; }
   std::vector<StoredTensor>& tensors() { return tensors_; }  // by name
   const std::vector<StoredTensor>& tensors() const { return tensors_; }
-  // kTornRead if the file was written since it was opened.
-  Result<void> check_unchanged() const;
+  // kTornRead if the file was written, cut, replaced or removed since it was opened.
+  Result<void> check_unchanged() const { return transfuse::check_unchanged(file_); }
 
  private:
   OpenFile() = default;
-  Result<void> map();
 
-  std::string path_;
+  IdentifiedFile file_;
   UniqueFd fd_;
-  const std::byte* data_ = nullptr;
-  uint64_t size_bytes_ = 0;
-  struct timespec modified_ = {};
   std::vector<StoredTensor> tensors_;
+  uint64_t recorded_version_ = 0;
 };
 
 }  // namespace transfuse

@@ -281,6 +281,31 @@ std::vector<uint32_t> sort_tiles(std::vector<Tile>& tiles, size_t tensor_count) 
   return first;
 }
 
+// Checks what is said, drops what says nothing, and brings tensors to their new positions.
+Result<LayoutWords> check_words(LayoutWords&& words, std::span<const TensorSpec> tensors,
+                                std::span<const uint32_t> position) {
+  TRANSFUSE_RETURN_IF_ERROR(check_kind("the layout", words.kind));
+  LayoutWords checked{.kind = std::move(words.kind)};
+  size_t bytes = 0;
+  for (auto& [tensor, metadata] : words.metadata) {
+    if (tensor >= position.size()) {
+      return invalid(fmt::format("metadata is of tensor {}: expected a handle below {}", tensor,
+                                 position.size()));
+    }
+    if (metadata.empty()) continue;
+    const uint32_t at = position[tensor];
+    TRANSFUSE_RETURN_IF_ERROR(check_metadata("tensor " + tensors[at].name, metadata));
+    for (const auto& [key, value] : metadata) bytes += key.size() + value.size();
+    checked.metadata.emplace(at, std::move(metadata));
+  }
+  if (bytes > kMaxTotalMetadataBytes) {
+    return invalid(
+        fmt::format("the metadata of a layout's tensors has {} bytes: expected at most {}", bytes,
+                    kMaxTotalMetadataBytes));
+  }
+  return checked;
+}
+
 }  // namespace
 
 Result<Layout> LayoutAssembly::assemble(LayoutParts&& parts, std::string* encoding) {
@@ -309,14 +334,16 @@ Result<Layout> LayoutAssembly::assemble(LayoutParts&& parts, std::string* encodi
   content->first_tile = sort_tiles(parts.tiles, parts.tensors.size());
   std::ranges::sort(parts.fills, fill_before);
 
+  TRANSFUSE_ASSIGN_OR_RETURN(content->words,
+                             check_words(std::move(parts.words), parts.tensors, tensor_position));
   content->tensors = std::move(parts.tensors);
   content->parameters = std::move(parts.parameters);
   // Lives long, and a tile has 232 bytes; but less slack is not worth the copy.
   if (parts.tiles.capacity() > parts.tiles.size() / 4 * 5) parts.tiles.shrink_to_fit();
   content->tiles = std::move(parts.tiles);
   content->fills = std::move(parts.fills);
-  std::string bytes =
-      encode_parts(content->tensors, content->parameters, content->tiles, content->fills);
+  std::string bytes = encode_parts(content->tensors, content->parameters, content->tiles,
+                                   content->fills, content->words);
   const XXH128_hash_t hash = XXH3_128bits(bytes.data(), bytes.size());
   content->digest = Digest{.high = hash.high64, .low = hash.low64};
   if (encoding != nullptr) *encoding = std::move(bytes);

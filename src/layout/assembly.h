@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <span>
 #include <string>
 #include <vector>
@@ -16,14 +17,23 @@ namespace transfuse {
 // for all memory of the reader. A 1T-class mixture of experts has 70,000 names and 100,000 tiles.
 inline constexpr size_t kMaxNameBytes = 1024;
 inline constexpr size_t kMaxTotalNameBytes = size_t{64} << 20;
+inline constexpr size_t kMaxTotalMetadataBytes = size_t{64} << 20;
 inline constexpr size_t kMaxTiles = size_t{1} << 22;
 inline constexpr int64_t kMaxElements = INT64_MAX / 8;  // bytes of any dtype fit in int64_t
+
+// What a layout says beside where things lie.
+struct LayoutWords {
+  std::string kind{};
+  std::map<uint32_t, Metadata> metadata{};  // by tensor; never empty ones
+  bool empty() const { return kind.empty() && metadata.empty(); }
+};
 
 struct Layout::Content {
   std::vector<TensorSpec> tensors;
   std::vector<ParameterSpec> parameters;
   std::vector<Tile> tiles;
   std::vector<Fill> fills;
+  LayoutWords words;
   std::vector<uint32_t> first_tile;  // tensors + 1 entries
   Digest digest;
   uint64_t tile_bytes = 0;
@@ -36,6 +46,7 @@ struct LayoutParts {
   std::vector<ParameterSpec> parameters;
   std::vector<Tile> tiles;
   std::vector<Fill> fills;
+  LayoutWords words;
 };
 
 // Used from one thread.
@@ -44,11 +55,12 @@ class LayoutAssembly {
   // Names must be distinct within `tensors` and within `parameters`. `encoding`, if not null,
   // receives the canonical bytes that were digested.
   static Result<Layout> assemble(LayoutParts&& parts, std::string* encoding = nullptr);
+  static std::string encode(const Layout& layout);
 };
 
 // The canonical wire form; all spans sorted as in a Layout.
 std::string encode_parts(std::span<const TensorSpec> tensors,
                          std::span<const ParameterSpec> parameters, std::span<const Tile> tiles,
-                         std::span<const Fill> fills);
+                         std::span<const Fill> fills, const LayoutWords& words);
 
 }  // namespace transfuse

@@ -44,14 +44,15 @@ TEST(Dtype, SizesAreThoseOfTheFormats) {
   EXPECT_EQ(dtype_size_bytes(Dtype::kI64), 8U);
 }
 
-TEST(Dtype, OnlyEqualTypesAndTheTwoRoundingsOfF32AreCastable) {
+TEST(Dtype, OnlyEqualTypesAndF32FromAndToItsHalvesAreCastable) {
   for (int i = 0; i < kDtypeCount; ++i) {
     for (int j = 0; j < kDtypeCount; ++j) {
       const auto source = static_cast<Dtype>(i);
       const auto target = static_cast<Dtype>(j);
-      const bool rounds =
-          source == Dtype::kF32 && (target == Dtype::kBF16 || target == Dtype::kF16);
-      EXPECT_EQ(castable(source, target), source == target || rounds)
+      const auto is_half = [](Dtype d) { return d == Dtype::kBF16 || d == Dtype::kF16; };
+      const bool rounds = source == Dtype::kF32 && is_half(target);
+      const bool widens = is_half(source) && target == Dtype::kF32;
+      EXPECT_EQ(castable(source, target), source == target || rounds || widens)
           << dtype_name(source) << " -> " << dtype_name(target);
     }
   }

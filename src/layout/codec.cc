@@ -21,6 +21,9 @@ namespace {
 constexpr uint32_t kLayoutMagic = 0x594C4654;   // "TFLY"
 constexpr uint32_t kBindingMagic = 0x49424654;  // "TFBI"
 constexpr uint64_t kVersion = 1;
+// Of a layout that has a kind or metadata; one that has none is of version 1, so that each has one
+// encoding.
+constexpr uint64_t kVersionWithWords = 2;
 
 // A name is a tensor, a parameter, or both: each name travels once.
 constexpr uint8_t kIsTensor = 1;
@@ -98,6 +101,21 @@ void put_tile(ByteWriter& out, const Tile& tile, uint32_t previous_tensor, const
     put_dims(out, tile.box.length);
   }
   if (!row_major) put_dims(out, tile.element_strides);
+}
+
+void put_words(ByteWriter& out, const LayoutWords& words) {
+  out.text(words.kind);
+  out.varint(words.metadata.size());
+  uint32_t previous = 0;
+  for (const auto& [tensor, metadata] : words.metadata) {
+    out.varint(tensor - previous);
+    out.varint(metadata.size());
+    for (const auto& [key, value] : metadata) {
+      out.text(key);
+      out.text(value);
+    }
+    previous = tensor;
+  }
 }
 
 Unexpected corrupt(std::string message) { return {Error{ErrorCode::kCorrupt, std::move(message)}}; }
@@ -227,16 +245,39 @@ Result<void> get_fills(ByteReader& in, LayoutParts& parts) {
   return {};
 }
 
-Result<void> check_head(ByteReader& in, uint32_t magic, std::string_view what) {
+Result<void> get_words(ByteReader& in, LayoutParts& parts) {
+  parts.words.kind = in.text(kMaxKindBytes);
+  const uint64_t count = in.count(4);  // tensor, entries, and two sizes
+  uint64_t tensor = 0;
+  for (uint64_t i = 0; i < count; ++i) {
+    const uint64_t step = in.varint();
+    const uint64_t entries = in.count(2);
+    tensor += step;
+    if (!in.ok() || step >= parts.tensors.size() || tensor >= parts.tensors.size() ||
+        (i > 0 && step == 0) || entries > kMaxMetadataEntries) {
+      return corrupt(fmt::format("layout: the metadata of tensor {} is malformed", tensor));
+    }
+    Metadata& metadata = parts.words.metadata[static_cast<uint32_t>(tensor)];
+    for (uint64_t entry = 0; entry < entries; ++entry) {
+      const std::string_view key = in.text(kMaxMetadataKeyBytes);
+      metadata.emplace(key, in.text(kMaxMetadataValueBytes));
+    }
+  }
+  return {};
+}
+
+// The version, which is at most `newest`.
+Result<uint64_t> get_head(ByteReader& in, uint32_t magic, uint64_t newest, std::string_view what) {
   const auto found = in.fixed<uint32_t>();
   const uint64_t version = in.varint();
   if (!in.ok() || found != magic) {
     return corrupt(fmt::format("{}: expected magic {:08x}, found {:08x}", what, magic, found));
   }
-  if (version != kVersion) {
-    return corrupt(fmt::format("{}: expected version {}, found {}", what, kVersion, version));
+  if (version < kVersion || version > newest) {
+    return corrupt(
+        fmt::format("{}: expected version {} to {}, found {}", what, kVersion, newest, version));
   }
-  return {};
+  return version;
 }
 
 std::string_view as_text(std::span<const std::byte> bytes) {
@@ -247,10 +288,10 @@ std::string_view as_text(std::span<const std::byte> bytes) {
 
 std::string encode_parts(std::span<const TensorSpec> tensors,
                          std::span<const ParameterSpec> parameters, std::span<const Tile> tiles,
-                         std::span<const Fill> fills) {
+                         std::span<const Fill> fills, const LayoutWords& words) {
   ByteWriter out;
   out.fixed(kLayoutMagic);
-  out.varint(kVersion);
+  out.varint(words.empty() ? kVersion : kVersionWithWords);
   size_t both = 0;  // names that are a tensor and a parameter
   for (size_t t = 0, p = 0; t < tensors.size() && p < parameters.size();) {
     const int order = tensors[t].name.compare(parameters[p].name);
@@ -274,20 +315,26 @@ std::string encode_parts(std::span<const TensorSpec> tensors,
     put_dims(out, fill.length);
     put_dims(out, fill.element_strides);
   }
+  if (!words.empty()) put_words(out, words);
   return std::move(out).take();
 }
 
-std::string encode(const Layout& layout) {
-  return encode_parts(layout.tensors(), layout.parameters(), layout.tiles(), layout.fills());
+std::string encode(const Layout& layout) { return LayoutAssembly::encode(layout); }
+
+std::string LayoutAssembly::encode(const Layout& layout) {
+  return encode_parts(layout.tensors(), layout.parameters(), layout.tiles(), layout.fills(),
+                      layout.content_->words);
 }
 
 Result<Layout> decode_layout(std::span<const std::byte> bytes) {
   ByteReader in(bytes);
   LayoutParts parts;
-  TRANSFUSE_RETURN_IF_ERROR(check_head(in, kLayoutMagic, "layout"));
+  TRANSFUSE_ASSIGN_OR_RETURN(const uint64_t version,
+                             get_head(in, kLayoutMagic, kVersionWithWords, "layout"));
   TRANSFUSE_RETURN_IF_ERROR(get_names(in, parts));
   TRANSFUSE_RETURN_IF_ERROR(get_tiles(in, parts));
   TRANSFUSE_RETURN_IF_ERROR(get_fills(in, parts));
+  if (version == kVersionWithWords) TRANSFUSE_RETURN_IF_ERROR(get_words(in, parts));
   if (!in.ok()) return corrupt(fmt::format("layout: {} bytes end too early", bytes.size()));
   std::string canonical;
   auto layout = LayoutAssembly::assemble(std::move(parts), &canonical);
@@ -316,7 +363,7 @@ std::string encode(const Binding& binding) {
 
 Result<Binding> decode_binding(std::span<const std::byte> bytes) {
   ByteReader in(bytes);
-  TRANSFUSE_RETURN_IF_ERROR(check_head(in, kBindingMagic, "binding"));
+  TRANSFUSE_RETURN_IF_ERROR(get_head(in, kBindingMagic, kVersion, "binding"));
   Binding binding;
   binding.layout.high = in.fixed<uint64_t>();
   binding.layout.low = in.fixed<uint64_t>();

@@ -30,6 +30,10 @@ void expect_equal(const Layout& a, const Layout& b) {
   EXPECT_TRUE(std::ranges::equal(a.parameters(), b.parameters()));
   EXPECT_TRUE(std::ranges::equal(a.tiles(), b.tiles()));
   EXPECT_TRUE(std::ranges::equal(a.fills(), b.fills()));
+  EXPECT_EQ(a.kind(), b.kind());
+  for (uint32_t i = 0; i < a.tensors().size(); ++i) {
+    EXPECT_EQ(a.metadata_of(i), b.metadata_of(i));
+  }
   EXPECT_EQ(a.tile_bytes(), b.tile_bytes());
   EXPECT_EQ(a.parameter_bytes(), b.parameter_bytes());
 }
@@ -61,7 +65,13 @@ Layout random_layout(Random& random) {
       builder.tile(t, box, p, below(1 << 20), strides);
     }
     if (random.chance(0.3)) builder.fill(p, below(1000), {below(4), 3}, {1 + below(9), 1});
+    Metadata metadata;
+    for (int64_t j = random.chance(0.3) ? below(4) : 0; j > 0; --j) {
+      metadata["key" + std::to_string(j)] = std::string(random.below(20), 'v');
+    }
+    builder.metadata(t, metadata);
   }
+  if (random.chance(0.3)) builder.kind(random.chance(0.5) ? "hf_raw" : "of_our_own");
   return builder.build().value();
 }
 
@@ -209,10 +219,60 @@ TEST(LayoutCodec, ATileBeyondItsParameterIsCorrupt) {
 
 TEST(LayoutCodec, AnotherMagicOrVersionIsNamed) {
   std::string bytes = encode(Layout());
-  bytes[4] = 2;
-  EXPECT_THAT(decode_error(bytes), HasSubstr("expected version 1, found 2"));
+  bytes[4] = 3;
+  EXPECT_THAT(decode_error(bytes), HasSubstr("expected version 1 to 2, found 3"));
   bytes[0] = 'X';
   EXPECT_THAT(decode_error(bytes), HasSubstr("magic"));
+}
+
+// A layout with a kind and metadata of one of its two tensors, without its last `cut` bytes.
+std::string with_words(size_t cut) {
+  LayoutBuilder builder;
+  builder.tensor({"a", Dtype::kBF16, {1}});
+  builder.metadata(builder.tensor({"b", Dtype::kBF16, {1}}), {{"k", "v"}});
+  builder.kind("hf_raw");
+  std::string bytes = encode(builder.build().value());
+  return bytes.substr(0, bytes.size() - cut);
+}
+
+TEST(LayoutCodec, ALayoutWithoutKindAndMetadataHasNoOtherEncodingThanItHadBefore) {
+  EXPECT_EQ(encode(Layout())[4], 1);
+  EXPECT_EQ(with_words(0)[4], 2);
+  // Version 2 that says nothing.
+  std::string nothing = encode(Layout());
+  nothing[4] = 2;
+  nothing += std::string(2, '\0');
+  EXPECT_THAT(decode_error(nothing), HasSubstr("not in canonical form"));
+}
+
+TEST(LayoutCodec, KindAndMetadataAreBounded) {
+  // The end of with_words(0): kind (size, text), 1 tensor, step 1, 1 entry, size, "k", size, "v".
+  constexpr size_t kWordsBytes = 1 + 6 + 3 + 4;
+  const auto decoded = [&](std::string_view kind, uint64_t tensors, uint64_t step, uint64_t entries,
+                           std::string_view key, std::string_view value) {
+    ByteWriter out;
+    out.text(kind);
+    out.varint(tensors);
+    out.varint(step);
+    out.varint(entries);
+    out.text(key);
+    out.text(value);
+    return decode_error(with_words(kWordsBytes) + out.bytes());
+  };
+  EXPECT_EQ(decoded("hf_raw", 1, 1, 1, "k", "v"), "decoded");
+  EXPECT_EQ(decoded("hf_raw", 1, 0, 1, "k", ""), "decoded");
+  EXPECT_NE(decoded(std::string(kMaxKindBytes + 1, 'k'), 1, 1, 1, "k", "v"), "decoded");
+  EXPECT_THAT(decoded("two words", 1, 1, 1, "k", "v"), HasSubstr("without spaces"));
+  EXPECT_THAT(decoded("hf_raw", 1, 2, 1, "k", "v"), HasSubstr("metadata of tensor 2"));
+  EXPECT_NE(decoded("hf_raw", 1, uint64_t{1} << 63, 1, "k", "v"), "decoded");
+  EXPECT_NE(decoded("hf_raw", uint64_t{1} << 60, 1, 1, "k", "v"), "decoded");
+  EXPECT_NE(decoded("hf_raw", 1, 1, uint64_t{1} << 60, "k", "v"), "decoded");
+  EXPECT_NE(decoded("hf_raw", 1, 1, 1, "", "v"), "decoded");
+  EXPECT_NE(decoded("hf_raw", 1, 1, 1, "k\n", "v"), "decoded");
+  EXPECT_NE(decoded("hf_raw", 1, 1, 1, "k", std::string("\x01")), "decoded");
+  EXPECT_NE(decoded("hf_raw", 1, 1, 1, std::string(kMaxMetadataKeyBytes + 1, 'k'), "v"), "decoded");
+  EXPECT_NE(decoded("hf_raw", 1, 1, 1, "k", std::string(kMaxMetadataValueBytes + 1, 'v')),
+            "decoded");
 }
 
 TEST(LayoutCodec, WritesEachNameOnce) {

@@ -51,8 +51,9 @@ Result<Dtype> parse_dtype(std::string_view name) {
 }
 
 bool castable(Dtype source, Dtype target) {
-  return source == target ||
-         (source == Dtype::kF32 && (target == Dtype::kBF16 || target == Dtype::kF16));
+  const auto is_half = [](Dtype dtype) { return dtype == Dtype::kBF16 || dtype == Dtype::kF16; };
+  return source == target || (source == Dtype::kF32 && is_half(target)) ||
+         (is_half(source) && target == Dtype::kF32);
 }
 
 }  // namespace transfuse

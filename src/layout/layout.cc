@@ -92,8 +92,6 @@ class SpecTable {
 
 }  // namespace
 
-std::string Digest::to_string() const { return fmt::format("{:016x}{:016x}", high, low); }
-
 Layout::Layout() : content_() {
   static const Layout empty = LayoutAssembly::assemble({}).value();
   content_ = empty.content_;
@@ -106,6 +104,24 @@ std::span<const ParameterSpec> Layout::parameters() const { return content_->par
 std::span<const Tile> Layout::tiles() const { return content_->tiles; }
 std::span<const Fill> Layout::fills() const { return content_->fills; }
 const Digest& Layout::digest() const { return content_->digest; }
+std::string_view Layout::kind() const { return content_->words.kind; }
+
+const Metadata& Layout::metadata_of(uint32_t tensor) const {
+  static const Metadata none;
+  const auto found = content_->words.metadata.find(tensor);
+  return found == content_->words.metadata.end() ? none : found->second;
+}
+
+Result<Layout> Layout::with_kind(std::string_view kind) const {
+  LayoutParts parts{.tensors = content_->tensors,
+                    .parameters = content_->parameters,
+                    .tiles = content_->tiles,
+                    .fills = content_->fills,
+                    .words = content_->words};
+  parts.words.kind = kind;
+  return LayoutAssembly::assemble(std::move(parts));
+}
+
 uint64_t Layout::tile_bytes() const { return content_->tile_bytes; }
 uint64_t Layout::parameter_bytes() const { return content_->parameter_bytes; }
 
@@ -163,6 +179,12 @@ void LayoutBuilder::fill(uint32_t parameter, int64_t element_offset, const Dims&
                                      .element_offset = element_offset,
                                      .length = length,
                                      .element_strides = element_strides});
+}
+
+void LayoutBuilder::kind(std::string_view kind) { state_->parts.words.kind = kind; }
+
+void LayoutBuilder::metadata(uint32_t tensor, const Metadata& metadata) {
+  state_->parts.words.metadata[tensor] = metadata;
 }
 
 Result<Layout> LayoutBuilder::build() {

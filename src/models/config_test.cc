@@ -210,7 +210,7 @@ TEST(ParallelSpec, ReadsFamilyAndSizes) {
 TEST(ParallelSpec, EveryMistakeIsNamed) {
   const std::map<std::string, std::string> mistakes = {
       {"", "family \"\""},
-      {"deepspeed:tp=2", "hf, fsdp, vllm, megatron"},
+      {"deepspeed:tp=2", "hf, fsdp, vllm, sglang, megatron"},
       {"fsdp:", "key=value"},
       {"fsdp:dp", "\"dp\""},
       {"fsdp:dp=2,", "key=value"},
@@ -239,6 +239,11 @@ TEST(ParallelSpec, EveryMistakeIsNamed) {
       {"megatron:tp=2,ep=4,etp=1,dp=3", "6 ranks a stage, expected a multiple of ep x etp = 4"},
       {"megatron:vocab_divisor=0", "vocab_divisor=0"},
       {"megatron:norms=rms", "te or separate"},
+      {"megatron:padded_vocab=0", "padded_vocab=0"},
+      {"megatron:padded_vocab=4294967296", "from 1 to 2147483648"},
+      {"megatron:account_for_loss=1", "takes no value"},
+      {"megatron:pp=2,first=1,account_for_embedding", "expected no first="},
+      {"vllm:account_for_loss", "key=value"},
       {"megatron:tp=65536,ep=65535", "more than 65536 ranks"},
   };
   for (const auto& [text, word] : mistakes) {

@@ -465,7 +465,7 @@ TEST(Layouts, OneRankIsTheSameAsThatOfAll) {
 }
 
 TEST(Layouts, ASpecMadeByHandIsCheckedToo) {
-  for (const ParallelSpec& bad : {ParallelSpec{.family = "sglang"},
+  for (const ParallelSpec& bad : {ParallelSpec{.family = "deepspeed"},
                                   {.family = "hf", .tp = 2},
                                   {.family = "fsdp", .dp = 0},
                                   {.family = "vllm", .cp = 2}}) {

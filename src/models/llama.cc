@@ -8,20 +8,20 @@
 namespace transfuse {
 namespace {
 
-constexpr DecoderTraits kTraits{};
-
 // Biases add tensors; a quantised checkpoint has other tensors altogether.
 constexpr std::array<RequiredValue, 3> kRequired = {
     {{"attention_bias", "false"}, {"mlp_bias", "false"}, {"quantization_config", "null"}}};
+constexpr std::array<SizeField, 1> kSizes = {
+    {{"intermediate_size", &ModelConfig::intermediate_size}}};
 
 }  // namespace
 
 constinit const ModelFamily kLlama = {
     .architecture = "llama",
     .model_class = "LlamaForCausalLM",
+    .sizes = kSizes,
     .required_values = kRequired,
-    .tensor_count = [](const ModelConfig& c) { return decoder_tensor_count(c, kTraits); },
-    .tensors = [](const ModelConfig& c) { return decoder_tensors(c, kTraits); },
+    .tensors = [](const ModelConfig& c) { return decoder_tensors(c, {}); },
 };
 
 }  // namespace transfuse

@@ -162,6 +162,49 @@ TEST(MegatronLayout, TheVocabularyIsPaddedOnlyUnderTensorParallelism) {
   EXPECT_TRUE(last.tiles_of(last.find_tensor("lm_head.weight").value()).empty());
 }
 
+TEST(MegatronLayout, APaddedVocabularyCanBeGivenAsItIs) {
+  const auto rows = [](const std::string& text) {
+    return sizes(make_layout(dense(), spec(text), 0).value())
+               .at("embedding.word_embeddings.weight") /
+           6;
+  };
+  EXPECT_EQ(rows("megatron:padded_vocab=128"), 128);
+  EXPECT_EQ(rows("megatron:tp=2,padded_vocab=68"), 34);
+  for (const char* text : {"megatron:padded_vocab=66", "megatron:tp=2,padded_vocab=69"}) {
+    const auto layout = make_layout(dense(), spec(text), 0);
+    ASSERT_FALSE(layout) << text;
+    EXPECT_THAT(layout.error().message, HasSubstr("at least the 67 rows of model.embed_tokens"));
+  }
+}
+
+TEST(MegatronLayout, EmbeddingAndLossMayCountAsLayers) {
+  const auto counts = [](const std::string& options, int64_t layers, size_t chunks) {
+    ModelConfig config = dense();
+    config.num_hidden_layers = layers;
+    std::vector<int64_t> held;
+    for (const Layout& layout : make_layouts(config, spec("megatron:" + options)).value()) {
+      for (size_t chunk = 0; chunk < chunks; ++chunk) {
+        const std::string prefix = chunks > 1 ? std::to_string(chunk) + ":" : "";
+        int64_t norms = 0;
+        for (const ParameterSpec& p : layout.parameters()) {
+          norms += p.name.starts_with(prefix + "decoder.layers.") &&
+                   p.name.ends_with("linear_qkv.layer_norm_weight");
+        }
+        held.push_back(norms);
+      }
+    }
+    return held;  // [stage][chunk]
+  };
+  using Counts = std::vector<int64_t>;
+  EXPECT_EQ(counts("pp=2,account_for_embedding", 7, 1), (Counts{3, 4}));
+  EXPECT_EQ(counts("pp=2,account_for_loss", 7, 1), (Counts{4, 3}));
+  EXPECT_EQ(counts("pp=3,account_for_embedding,account_for_loss", 7, 1), (Counts{2, 3, 2}));
+  EXPECT_EQ(counts("pp=2,vpp=2,account_for_embedding,account_for_loss", 6, 2),
+            (Counts{1, 2, 2, 1}));
+  EXPECT_EQ(counts("account_for_loss", 3, 1), (Counts{3}));
+  EXPECT_EQ(counts("pp=2,account_for_loss", 1, 1), (Counts{1, 0}));
+}
+
 TEST(MegatronLayout, TiedEmbeddingsHaveACopyOfTheirOwnOnTheLastStageOnly) {
   ModelConfig config = dense();
   config.tie_word_embeddings = true;
@@ -189,6 +232,7 @@ TEST(MegatronLayout, EveryMistakeIsNamed) {
       {"megatron:pp=4,first=2", "2 layers left for 3 chunks"},
       {"megatron:pp=2,vpp=2,first=1", "3 layers left for 2 chunks"},
       {"megatron:pp=3,vpp=2,first=1,last=1", "1 layers in the first stage for 2 chunks"},
+      {"megatron:pp=2,account_for_loss", "5 layers with those that count as one for 2 chunks"},
       {"megatron:pp=2,layers=3/2", "5 layers together, expected num_hidden_layers = 4"},
       {"megatron:pp=2,layers=9/2", "expected 0 to 4 layers a stage, found 9"},
   };

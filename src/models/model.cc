@@ -1,8 +1,12 @@
 // Catalogs and layouts: joins what a family declares with what a framework makes of it.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <numeric>
+#include <span>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -17,43 +21,133 @@ Split split_of(Role role) {
   switch (role) {
     case Role::kEmbedding:
     case Role::kOutput:
+    case Role::kMtpEmbedding:
+    case Role::kMtpOutput:
       return Split::kVocabulary;
     case Role::kQuery:
     case Role::kKey:
     case Role::kValue:
+    case Role::kQueryUp:
+    case Role::kKeyValueUp:
+    case Role::kSinks:
       return Split::kHeads;
     case Role::kGate:
     case Role::kUp:
+    case Role::kSharedGate:
+    case Role::kSharedUp:
+    case Role::kGateUp:
+    case Role::kLinearQkvz:
+    case Role::kLinearBa:
+    case Role::kLinearConv:
+    case Role::kLinearDecay:
+    case Role::kLinearStep:
+    case Role::kMtpProjection:
       return Split::kColumn;
     case Role::kAttentionOutput:
     case Role::kDown:
+    case Role::kSharedDown:
+    case Role::kLinearOutput:
       return Split::kRow;
     case Role::kFinalNorm:
     case Role::kAttentionNorm:
+    case Role::kLinearAttentionNorm:
+    case Role::kLatentAttentionNorm:
+    case Role::kAfterAttentionNorm:
     case Role::kQueryNorm:
     case Role::kKeyNorm:
+    case Role::kQueryDown:
+    case Role::kQueryDownNorm:
+    case Role::kKeyValueDown:
+    case Role::kKeyValueDownNorm:
     case Role::kMlpNorm:
+    case Role::kExpertsNorm:
+    case Role::kAfterMlpNorm:
     case Role::kRouter:
+    case Role::kRouterBias:
+    case Role::kSharedRouter:
+    case Role::kLinearNorm:
+    case Role::kMtpEmbeddingNorm:
+    case Role::kMtpHiddenNorm:
+    case Role::kMtpFinalNorm:
       return Split::kReplicated;
   }
   check_failed(__FILE__, __LINE__, "a Role outside the enum");
 }
 
+Piece whole_piece(const ModelTensor& tensor) {
+  const Dims& shape = tensor.content == Content::kScale ? tensor.weight_shape : tensor.shape;
+  Piece piece{.role = tensor.role, .expert = tensor.expert, .shape = shape, .origin = {}};
+  piece.row_count = shape[0];
+  for (int d = 0; d < tensor.shape.rank(); ++d) piece.origin.push_back(0);
+  return piece;
+}
+
+std::vector<Piece> apart(const ModelTensor& tensor, const Piece& piece) {
+  if (tensor.turns.empty()) return {piece};
+  TRANSFUSE_CHECK(piece.first_row == 0 && piece.row_count == piece.shape[0]);
+  const int64_t period = std::accumulate(tensor.turns.begin(), tensor.turns.end(), int64_t{0});
+  const int64_t repeats = piece.shape[0] / period;
+  std::vector<Piece> matrices;
+  int64_t begin = 0;
+  for (const int64_t rows : tensor.turns) {
+    Piece& matrix = matrices.emplace_back(piece);
+    matrix.shape[0] = matrix.row_count = repeats * rows;
+    matrix.turn = static_cast<int64_t>(matrices.size()) - 1;
+    if (repeats == 1) {
+      matrix.origin[piece.row_dimension] += begin;
+    } else {
+      matrix.period = period;
+      matrix.turn_begin = begin;
+      matrix.turn_rows = rows;
+    }
+    begin += rows;
+  }
+  return matrices;
+}
+
+int64_t rows_together(const ModelTensor& tensor, const Piece& piece) {
+  if (piece.period > 0) return piece.turn_rows;
+  const int64_t period = std::accumulate(tensor.turns.begin(), tensor.turns.end(), int64_t{0});
+  return period > 0 && period < piece.shape[0] ? period : 1;
+}
+
+TensorSpec Model::published(const ModelTensor& tensor) const {
+  return {tensor.name, tensor.dtype.value_or(config.dtype), tensor.shape};
+}
+
+bool Model::files_stack_experts() const {
+  return std::ranges::any_of(tensors, [](const ModelTensor& t) { return !t.pieces.empty(); });
+}
+
+Dtype held_dtype(const ModelTensor& tensor, const ParallelSpec& spec) {
+  return tensor.dtype.value_or(spec.dtype);
+}
+
+bool is_held(const Model& model, const ModelTensor& tensor, const ParallelSpec& spec) {
+  if (!model.is_mtp(tensor) || spec.mtp == MtpTensors::kAll) return true;
+  const bool copy = tensor.role == Role::kMtpEmbedding || tensor.role == Role::kMtpOutput;
+  return spec.mtp == MtpTensors::kShared && !copy;
+}
+
+std::string renamed(std::string name, std::span<const Rename> renames) {
+  for (const Rename& rename : renames) {
+    const size_t at = name.find(rename.from);
+    if (at != std::string::npos) name.replace(at, rename.from.size(), rename.to);
+  }
+  return name;
+}
+
 Result<Model> make_model(const ModelConfig& config) {
   TRANSFUSE_RETURN_IF_ERROR(check_model_config(config));
   TRANSFUSE_ASSIGN_OR_RETURN(const ModelFamily* family, find_model_family(config.architecture));
-  Model model{.config = config, .family = family, .tensors = family->tensors(config)};
-  TRANSFUSE_CHECK(static_cast<int64_t>(model.tensors.size()) == family->tensor_count(config));
-  return model;
+  return Model{.config = config, .family = family, .tensors = family->tensors(config)};
 }
 
 Result<Catalog> make_catalog(const ModelConfig& config) {
-  TRANSFUSE_ASSIGN_OR_RETURN(Model model, make_model(config));
+  TRANSFUSE_ASSIGN_OR_RETURN(const Model model, make_model(config));
   Catalog catalog;
   catalog.reserve(model.tensors.size());
-  for (ModelTensor& tensor : model.tensors) {
-    catalog.push_back(TensorSpec{std::move(tensor.name), config.dtype, tensor.shape});
-  }
+  for (const ModelTensor& tensor : model.tensors) catalog.push_back(model.published(tensor));
   return catalog;
 }
 

@@ -12,6 +12,7 @@
 #include <string>
 #include <string_view>
 #include <system_error>
+#include <utility>
 
 #include "models/family.h"
 #include "transfuse/layout.h"
@@ -25,8 +26,10 @@ struct SizeOption {
   std::string_view name;
   int64_t ParallelSpec::* field;
   int64_t unset;  // its value where the spec does not mention it
+  int64_t most = kMaxRanks;
 };
-constexpr std::array<SizeOption, 11> kSizes = {
+constexpr int64_t kMaxVocabulary = int64_t{1} << 31;
+constexpr std::array<SizeOption, 13> kSizes = {
     {{"tp", &ParallelSpec::tp, 1},
      {"dp", &ParallelSpec::dp, 1},
      {"replicas", &ParallelSpec::replicas, 1},
@@ -37,19 +40,40 @@ constexpr std::array<SizeOption, 11> kSizes = {
      {"etp", &ParallelSpec::etp, 0},
      {"first", &ParallelSpec::first, 0},
      {"last", &ParallelSpec::last, 0},
-     {"vocab_divisor", &ParallelSpec::vocab_divisor, 128}}};
+     {"vocab_divisor", &ParallelSpec::vocab_divisor, 128},
+     {"padded_vocab", &ParallelSpec::padded_vocab, 0, kMaxVocabulary},
+     {"redundant", &ParallelSpec::redundant, 0}}};
+
+struct FlagOption {
+  std::string_view name;
+  bool ParallelSpec::* field;
+};
+constexpr std::array<FlagOption, 3> kFlags = {
+    {{"ep", &ParallelSpec::expert_parallel},
+     {"account_for_embedding", &ParallelSpec::account_for_embedding},
+     {"account_for_loss", &ParallelSpec::account_for_loss}}};
 
 struct WordOption {
   std::string_view name;
   bool ParallelSpec::* field;
   std::string_view off;
   std::string_view on;
+  std::string_view framework = {};  // where only one has these words
 };
-constexpr std::array<WordOption, 4> kWords = {
+constexpr std::array<WordOption, 9> kWords = {
     {{"placement", &ParallelSpec::round_robin, "linear", "round_robin"},
      {"w13", &ParallelSpec::up_before_gate, "gate_up", "up_gate"},
      {"norms", &ParallelSpec::separate_norms, "te", "separate"},
-     {"experts", &ParallelSpec::sequential_experts, "grouped", "sequential"}}};
+     {"out_norm", &ParallelSpec::out_norm_plus_one, "minus_one", "plus_one"},
+     {"dense", &ParallelSpec::whole_dense, "split", "whole"},
+     {"lm_head", &ParallelSpec::output_by_attention, "tp", "attention"},
+     {"experts", &ParallelSpec::sequential_experts, "grouped", "sequential", "megatron"},
+     {"experts", &ParallelSpec::stacked_experts, "single", "stacked", "hf"},
+     {"experts", &ParallelSpec::stacked_experts, "single", "stacked", "fsdp"}}};
+
+constexpr std::array<std::string_view, 3> kMtpWords = {"all", "shared", "none"};  // MtpTensors
+constexpr std::array<std::string_view, 3> kSharedWords = {"split", "whole",
+                                                          "fused"};  // SharedExperts
 
 constexpr std::array<std::string_view, 2> kEverywhere = {"replicas", "dtype"};
 
@@ -65,6 +89,10 @@ bool has(const Framework& framework, std::string_view option) {
   return contains(kEverywhere, option) || contains(framework.options, option);
 }
 
+bool has(const Framework& framework, const WordOption& word) {
+  return has(framework, word.name) && (word.framework.empty() || word.framework == framework.name);
+}
+
 Unexpected no_such_option(const Framework& framework, std::string_view option) {
   std::string known;
   for (const std::span<const std::string_view> names :
@@ -75,13 +103,14 @@ Unexpected no_such_option(const Framework& framework, std::string_view option) {
                              framework.name, option, std::string_view(known).substr(2)));
 }
 
-Result<int64_t> read_size(std::string_view key, std::string_view value, int64_t lowest) {
+Result<int64_t> read_size(std::string_view key, std::string_view value, int64_t lowest,
+                          int64_t most = kMaxRanks) {
   int64_t size = 0;
   const char* end = value.data() + value.size();
   const auto [stop, error] = std::from_chars(value.data(), end, size);
-  if (error != std::errc() || stop != end || size < lowest || size > kMaxRanks) {
+  if (error != std::errc() || stop != end || size < lowest || size > most) {
     return invalid(
-        fmt::format("{}={}: expected a whole number from {} to {}", key, value, lowest, kMaxRanks));
+        fmt::format("{}={}: expected a whole number from {} to {}", key, value, lowest, most));
   }
   return size;
 }
@@ -97,14 +126,33 @@ Result<void> set_layers(std::string_view value, ParallelSpec& spec) {
   return {};
 }
 
-Result<void> set_option(std::string_view key, std::string_view value, ParallelSpec& spec) {
+// One of the words of an enum, in its order.
+template <typename Enum>
+Result<void> set_enum(std::string_view key, std::string_view value,
+                      std::span<const std::string_view> words, Enum& field) {
+  const auto at = std::ranges::find(words, value);
+  if (at == words.end()) {
+    return invalid(fmt::format("{}={}: expected one of {}", key, value, fmt::join(words, ", ")));
+  }
+  field = static_cast<Enum>(at - words.begin());
+  return {};
+}
+
+Result<void> set_expert_map(std::string_view value, ParallelSpec& spec) {
+  if (value.empty()) return invalid("expert_map=: expected the path of a JSON file");
+  spec.expert_map_path = value;
+  return {};
+}
+
+Result<void> set_option(const Framework& framework, std::string_view key, std::string_view value,
+                        ParallelSpec& spec) {
   for (const SizeOption& option : kSizes) {
     if (option.name != key) continue;
-    TRANSFUSE_ASSIGN_OR_RETURN(spec.*option.field, read_size(key, value, 1));
+    TRANSFUSE_ASSIGN_OR_RETURN(spec.*option.field, read_size(key, value, 1, option.most));
     return {};
   }
   for (const WordOption& option : kWords) {
-    if (option.name != key) continue;
+    if (option.name != key || !has(framework, option)) continue;
     if (value != option.on && value != option.off) {
       return invalid(fmt::format("{}={}: expected {} or {}", key, value, option.off, option.on));
     }
@@ -112,6 +160,9 @@ Result<void> set_option(std::string_view key, std::string_view value, ParallelSp
     return {};
   }
   if (key == "layers") return set_layers(value, spec);
+  if (key == "mtp") return set_enum(key, value, kMtpWords, spec.mtp);
+  if (key == "shared") return set_enum(key, value, kSharedWords, spec.shared);
+  if (key == "expert_map") return set_expert_map(value, spec);
   TRANSFUSE_CHECK(key == "dtype");
   TRANSFUSE_ASSIGN_OR_RETURN(spec.dtype, parse_dtype(value));
   return {};
@@ -126,15 +177,16 @@ Result<void> read_option(const Framework& framework, std::string_view option, Pa
     if (equals != std::string_view::npos) {
       return invalid(fmt::format("\"{}\": {} takes no value for {}", option, framework.name, key));
     }
-    TRANSFUSE_CHECK(key == "ep");
-    spec.expert_parallel = true;
+    const auto* flag = std::ranges::find(kFlags, key, &FlagOption::name);
+    TRANSFUSE_CHECK(flag != kFlags.end());
+    spec.*flag->field = true;
     return {};
   }
   if (equals == std::string_view::npos) {
     return invalid(fmt::format("\"{}\" in a {} spec: expected key=value", option, framework.name));
   }
   if (!has(framework, key)) return no_such_option(framework, key);
-  return set_option(key, option.substr(equals + 1), spec);
+  return set_option(framework, key, option.substr(equals + 1), spec);
 }
 
 // Specs are also made by hand.
@@ -142,19 +194,29 @@ Result<void> check_options(const Framework& framework, const ParallelSpec& spec)
   for (const SizeOption& option : kSizes) {
     const int64_t value = spec.*option.field;
     if (value == option.unset) continue;
-    if (value < 1 || value > kMaxRanks) {
+    if (value < 1 || value > option.most) {
       return invalid(
-          fmt::format("{} {}={}: expected 1 to {}", spec.family, option.name, value, kMaxRanks));
+          fmt::format("{} {}={}: expected 1 to {}", spec.family, option.name, value, option.most));
     }
     if (!has(framework, option.name)) return no_such_option(framework, option.name);
   }
   for (const WordOption& option : kWords) {
-    if (spec.*option.field && !has(framework, option.name)) {
-      return no_such_option(framework, option.name);
-    }
+    if (!(spec.*option.field)) continue;
+    const bool known = std::ranges::any_of(kWords, [&](const WordOption& other) {
+      return other.field == option.field && has(framework, other);
+    });
+    if (!known) return no_such_option(framework, option.name);
   }
-  if (spec.expert_parallel && !contains(framework.flags, "ep")) {
-    return invalid(fmt::format("\"ep\": {} has no such flag", spec.family));
+  const bool mapped = !spec.expert_map_path.empty() || !spec.expert_map.physical_to_logical.empty();
+  for (const auto& [set, option] : {std::pair{spec.mtp != MtpTensors::kAll, "mtp"},
+                                    std::pair{spec.shared != SharedExperts::kSplit, "shared"},
+                                    std::pair{mapped, "expert_map"}}) {
+    if (set && !has(framework, option)) return no_such_option(framework, option);
+  }
+  for (const FlagOption& flag : kFlags) {
+    if (spec.*flag.field && !contains(framework.flags, flag.name)) {
+      return invalid(fmt::format("\"{}\": {} has no such flag", flag.name, spec.family));
+    }
   }
   if (spec.layers.empty()) return {};
   if (!has(framework, "layers")) return no_such_option(framework, "layers");

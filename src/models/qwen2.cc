@@ -8,19 +8,19 @@
 namespace transfuse {
 namespace {
 
-constexpr DecoderTraits kTraits{.qkv_bias = true};
-
 // A quantised checkpoint has other tensors altogether. The biases are no field of Qwen2Config.
 constexpr std::array<RequiredValue, 1> kRequired = {{{"quantization_config", "null"}}};
+constexpr std::array<SizeField, 1> kSizes = {
+    {{"intermediate_size", &ModelConfig::intermediate_size}}};
 
 }  // namespace
 
 constinit const ModelFamily kQwen2 = {
     .architecture = "qwen2",
     .model_class = "Qwen2ForCausalLM",
+    .sizes = kSizes,
     .required_values = kRequired,
-    .tensor_count = [](const ModelConfig& c) { return decoder_tensor_count(c, kTraits); },
-    .tensors = [](const ModelConfig& c) { return decoder_tensors(c, kTraits); },
+    .tensors = [](const ModelConfig& c) { return decoder_tensors(c, {.qkv_bias = true}); },
 };
 
 }  // namespace transfuse

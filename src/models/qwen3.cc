@@ -8,9 +8,6 @@
 namespace transfuse {
 namespace {
 
-constexpr DecoderTraits kDense{.qk_norm = true};
-constexpr DecoderTraits kMoe{.qk_norm = true, .experts = true};
-
 // Biases add tensors; a quantised checkpoint has other tensors altogether.
 constexpr std::array<RequiredValue, 2> kDenseRequired = {
     {{"attention_bias", "false"}, {"quantization_config", "null"}}};
@@ -19,6 +16,11 @@ constexpr std::array<RequiredValue, 4> kMoeRequired = {{{"attention_bias", "fals
                                                         {"quantization_config", "null"},
                                                         {"decoder_sparse_step", "1"},
                                                         {"mlp_only_layers", "[]"}}};
+constexpr std::array<SizeField, 1> kDenseSizes = {
+    {{"intermediate_size", &ModelConfig::intermediate_size}}};
+constexpr std::array<SizeField, 2> kMoeSizes = {
+    {{"moe_intermediate_size", &ModelConfig::moe_intermediate_size},
+     {"intermediate_size", &ModelConfig::intermediate_size, false}}};
 
 }  // namespace
 
@@ -28,19 +30,20 @@ constinit const ModelFamily kQwen3 = {
     .architecture = "qwen3",
     .model_class = "Qwen3ForCausalLM",
     .default_head_dim = 128,
+    .sizes = kDenseSizes,
     .required_values = kDenseRequired,
-    .tensor_count = [](const ModelConfig& c) { return decoder_tensor_count(c, kDense); },
-    .tensors = [](const ModelConfig& c) { return decoder_tensors(c, kDense); },
+    .tensors = [](const ModelConfig& c) { return decoder_tensors(c, {.qk_norm = true}); },
 };
 
 constinit const ModelFamily kQwen3Moe = {
     .architecture = "qwen3_moe",
     .model_class = "Qwen3MoeForCausalLM",
-    .mixture_of_experts = true,
-    .outer_tensors_on_every_stage = true,
+    .expert_count = "num_experts",
+    .sizes = kMoeSizes,
     .required_values = kMoeRequired,
-    .tensor_count = [](const ModelConfig& c) { return decoder_tensor_count(c, kMoe); },
-    .tensors = [](const ModelConfig& c) { return decoder_tensors(c, kMoe); },
+    .tensors =
+        [](const ModelConfig& c) { return decoder_tensors(c, {.qk_norm = true, .experts = true}); },
+    .vllm = {.outer_tensors_on_every_stage = true},
 };
 
 }  // namespace transfuse

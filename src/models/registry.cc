@@ -10,8 +10,11 @@
 namespace transfuse {
 namespace {
 
-constexpr std::array<const ModelFamily*, 4> kFamilies = {&kLlama, &kQwen2, &kQwen3, &kQwen3Moe};
-constexpr std::array<const Framework*, 4> kFrameworks = {&kHf, &kFsdp, &kVllm, &kMegatron};
+constexpr std::array<const ModelFamily*, 10> kFamilies = {
+    &kLlama,  &kQwen2,   &kQwen3,      &kQwen3Moe, &kMixtral,
+    &kGemma3, &kGlm4Moe, &kDeepseekV3, &kGptOss,   &kQwen3Next};
+constexpr std::array<const Framework*, 5> kFrameworks = {&kHf, &kFsdp, &kVllm, &kSglang,
+                                                         &kMegatron};
 
 template <typename Row>
 std::string join(std::span<const Row* const> rows, std::string_view Row::* name) {
@@ -35,8 +38,9 @@ Result<const ModelFamily*> find_model_family(std::string_view architecture) {
                "model_type \"" + std::string(architecture) +
                    "\" is not described here; there are " +
                    join(model_families(), &ModelFamily::architecture) +
-                   ". For any other model, layouts taken from live modules and tiles that the "
-                   "caller gives work all the same"};
+                   ". For any other model, hf and fsdp layouts of a checkpoint's own tensors, "
+                   "captured layouts, those taken from live modules, and tiles that the caller "
+                   "gives work all the same"};
 }
 
 std::span<const Framework* const> frameworks() { return kFrameworks; }

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "layout/refine.h"
 #include "plan/bounds.h"
 #include "plan/coverage.h"
 #include "plan/intersect.h"
@@ -59,17 +60,18 @@ void Comparison::find_shape_conflicts() {
     finding.box = Box::whole(wanted.shape);
     finding.reason = "tensor \"" + wanted.name + "\": expected shape " + wanted.shape.to_string() +
                      ", found " + source.tensors()[conflict.source_tensor].shape.to_string() +
-                     " in source layout " + source.digest().to_string();
+                     " in source layout " + source.digest().to_string() +
+                     ": neither only splits dimensions of the other and of other sources' shapes";
     findings_.push_back(std::move(finding));
   }
 }
 
 void Comparison::compare_tensor(uint32_t tensor, const Visit& visit) {
-  const std::span<const Tile> tiles = target_.tiles_of(tensor);
+  const std::span<const Tile> tiles = index_.target_tiles(tensor);
+  const Dims& shape = index_.shape(tensor);
   if (tiles.empty() || conflicting_[tensor] != 0) return;
   if (!index_.known(tensor)) {
-    add(FindingKind::kUnknownTensor, tiles[0],
-        to_bounds(Box::whole(target_.tensors()[tensor].shape)),
+    add(FindingKind::kUnknownTensor, tiles[0], to_bounds(Box::whole(shape)),
         "tensor \"" + target_.tensors()[tensor].name + "\": expected in one of " +
             std::to_string(sources_.size()) + " source layouts, found in none");
     return;
@@ -83,13 +85,12 @@ void Comparison::compare_tensor(uint32_t tensor, const Visit& visit) {
         if (cell.holder_count > 0) continue;
         add(FindingKind::kGap, tile, cell.bounds,
             "elements " + to_box(cell.bounds, cells_.rank()).to_string() + " of tensor \"" +
-                target_.tensors()[tensor].name + "\" " +
-                target_.tensors()[tensor].shape.to_string() +
+                target_.tensors()[tensor].name + "\" " + shape.to_string() +
                 ": expected a source that holds them, found none");
       }
     }
     if (full()) return;
-    if (findings_.empty()) visit(tile, cells_);
+    if (findings_.empty()) visit(tile, shape, cells_);
   }
 }
 
@@ -123,7 +124,10 @@ void Comparison::add(FindingKind kind, const Tile& tile, const Bounds& bounds, s
   finding.kind = kind;
   finding.tensor = target_.tensors()[tile.tensor].name;
   finding.parameter = target_.parameters()[tile.parameter].name;
-  finding.box = to_box(bounds, target_.tensors()[tile.tensor].shape.rank());
+  const Dims& compared = index_.shape(tile.tensor);
+  const Dims& own = target_.tensors()[tile.tensor].shape;
+  finding.box = to_box(bounds, compared.rank());
+  if (!(compared == own)) finding.box = joined_box(finding.box, compared, own);
   finding.reason = std::move(reason);
   findings_.push_back(std::move(finding));
 }

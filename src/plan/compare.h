@@ -21,7 +21,8 @@ std::vector<Layout> distinct_sources(std::span<const Layout> sources);
 // Used from one thread.
 class Comparison {
  public:
-  using Visit = std::function<void(const Tile& tile, const Intersection& cells)>;
+  // `shape`: of the tensor, as the tile and the cells have it.
+  using Visit = std::function<void(const Tile& tile, const Dims& shape, const Intersection& cells)>;
 
   // The layouts must outlive it. Stops at `limit` findings.
   Comparison(const Layout& target, std::span<const Layout> sources, size_t limit);

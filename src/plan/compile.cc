@@ -32,7 +32,7 @@ constexpr size_t kListedFindings = 5;
 class ChunkCutter {
  public:
   ChunkCutter(const Layout& target, uint64_t chunk_bytes)
-      : tensors_(target.tensors()), parameters_(target.parameters()), chunk_bytes_(chunk_bytes) {
+      : parameters_(target.parameters()), chunk_bytes_(chunk_bytes) {
     uint64_t boxes = 0;
     for (const Tile& tile : target.tiles()) {
       boxes += 1 + static_cast<uint64_t>(tile.box.element_count()) *
@@ -44,9 +44,9 @@ class ChunkCutter {
     chunks_.reserve(runs);
   }
 
-  void add(const Tile& tile, const Intersection& cells) {
+  void add(const Tile& tile, const Dims& shape, const Intersection& cells) {
     const uint64_t element_bytes = dtype_size_bytes(parameters_[tile.parameter].dtype);
-    lowering_.begin_tile(tile, tensors_[tile.tensor].shape);
+    lowering_.begin_tile(tile, shape);
     for_each_cut(to_bounds(tile.box), cells.rank(), element_bytes,
                  std::min(chunk_bytes_, kMaxBoxBytes), [&](const Bounds& box) {
                    const uint64_t bytes =
@@ -80,7 +80,6 @@ class ChunkCutter {
     lowering_.begin_chunk();
   }
 
-  std::span<const TensorSpec> tensors_;
   std::span<const ParameterSpec> parameters_;
   uint64_t chunk_bytes_;
   Lowering lowering_;
@@ -126,8 +125,10 @@ class PlanCompiler {
 
     ChunkCutter cutter(content->target, options.chunk_bytes);
     Comparison comparison(content->target, content->sources, kMaxFindings);
-    const std::vector<Finding> findings = comparison.run(
-        [&cutter](const Tile& tile, const Intersection& cells) { cutter.add(tile, cells); });
+    const std::vector<Finding> findings =
+        comparison.run([&cutter](const Tile& tile, const Dims& shape, const Intersection& cells) {
+          cutter.add(tile, shape, cells);
+        });
     if (!findings.empty()) return mismatch(findings);
     cutter.finish();
 

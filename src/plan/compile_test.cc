@@ -100,14 +100,14 @@ TEST(Plan, I1_OverlapIsReportedWithTensorAndBox) {
 
 TEST(Plan, I1_ADtypeWithoutACastIsReportedForThatPairOfParametersAlone) {
   const Layout target =
-      layout_of({{.shape = {4}, .box = {{0}, {2}}, .dtype = Dtype::kF32},
+      layout_of({{.shape = {4}, .box = {{0}, {2}}, .dtype = Dtype::kF16},
                  {.shape = {4}, .box = {{2}, {2}}, .dtype = Dtype::kBF16, .parameter = "q"}});
   const auto findings = diagnose(target, std::vector{whole({4}, Dtype::kBF16)});
   ASSERT_EQ(findings.size(), 1u);
   EXPECT_EQ(findings[0].kind, FindingKind::kDtype);
   EXPECT_EQ(findings[0].tensor, "t");
   EXPECT_EQ(findings[0].box, (Box{{0}, {2}}));
-  EXPECT_THAT(findings[0].reason, HasSubstr("expects f32"));
+  EXPECT_THAT(findings[0].reason, HasSubstr("expects f16"));
   EXPECT_TRUE(diagnose(target, std::vector{whole({4}, Dtype::kF32)}).empty());
 }
 
@@ -118,7 +118,35 @@ TEST(Plan, I1_AnotherShapeAtASourceIsReportedThoughAnotherSourceWouldDo) {
   EXPECT_EQ(findings[0].tensor, "t");
   EXPECT_EQ(findings[0].box, Box::whole({4, 4}));
   EXPECT_THAT(findings[0].reason, HasSubstr("expected shape [4, 4], found [4, 5]"));
-  EXPECT_EQ(diagnose(whole({4, 4}), std::vector{whole({16})})[0].kind, FindingKind::kShape);
+  EXPECT_EQ(diagnose(whole({4, 4}), std::vector{whole({2, 8})})[0].kind, FindingKind::kShape);
+}
+
+TEST(Plan, I1_AShapeThatOnlySplitsDimensionsIsTheSameTensor) {
+  for (const Dims& other : {Dims{4, 3, 2}, Dims{2, 2, 6}, Dims{4, 1, 6}, Dims{24}}) {
+    EXPECT_TRUE(compile(whole({4, 6}), std::vector{whole(other)})) << other.to_string();
+    EXPECT_TRUE(compile(whole(other), std::vector{whole({4, 6})})) << other.to_string();
+  }
+  for (const Dims& other : {Dims{6, 4}, Dims{8, 3}, Dims{2, 12}, Dims{4, 4, 2}, Dims{4, 6, 2}}) {
+    EXPECT_EQ(diagnose(whole({4, 6}), std::vector{whole(other)})[0].kind, FindingKind::kShape)
+        << other.to_string();
+  }
+}
+
+TEST(Plan, I1_SourcesThatSplitADimensionEachInItsOwnWayAreRefused) {
+  const std::vector<Layout> sources{whole({4, 3, 2}), whole({4, 2, 3})};
+  const auto findings = diagnose(whole({4, 6}), sources);
+  ASSERT_EQ(findings.size(), 1u);
+  EXPECT_EQ(findings[0].kind, FindingKind::kShape);
+  EXPECT_THAT(findings[0].reason, HasSubstr("expected shape [4, 6], found [4, "));
+}
+
+TEST(Plan, I1_AGapInASplitShapeIsReportedInTheTargetsOwn) {
+  const Layout odd = layout_of({{.shape = {4, 3, 2}, .box = {{0, 0, 1}, {4, 3, 1}}}});
+  const auto findings = diagnose(whole({4, 6}), std::vector{odd});
+  ASSERT_EQ(findings.size(), 1u);
+  EXPECT_EQ(findings[0].kind, FindingKind::kGap);
+  EXPECT_EQ(findings[0].box, (Box{{0, 0}, {4, 5}}));
+  EXPECT_THAT(findings[0].reason, HasSubstr("elements [0:4, 0:3, 0:1] of tensor \"t\" [4, 3, 2]"));
 }
 
 TEST(Plan, I1_ANameThatNoSourceKnowsIsReportedAsThat) {

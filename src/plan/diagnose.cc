@@ -32,7 +32,8 @@ std::string_view finding_kind_name(FindingKind kind) {
 
 std::vector<Finding> diagnose(const Layout& target, std::span<const Layout> sources, size_t limit) {
   const std::vector<Layout> distinct = distinct_sources(sources);
-  return Comparison(target, distinct, limit).run([](const Tile&, const Intersection&) {});
+  return Comparison(target, distinct, limit).run([](const Tile&, const Dims&, const Intersection&) {
+  });
 }
 
 }  // namespace transfuse

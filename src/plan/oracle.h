@@ -30,7 +30,7 @@ struct Oracle {
 
   // By target parameter name, one entry per element.
   std::map<std::string, std::vector<TargetElement>> parameters;
-  // Layouts that hold an element, in a tensor of the target's shape.
+  // Layouts that hold an element, by its row-major index.
   std::map<CatalogElement, std::set<Digest>> holders;
   // Layouts that hold an element needed by the target parameter in a dtype without a cast.
   std::set<std::pair<std::string, CatalogElement>> dtype_conflicts;

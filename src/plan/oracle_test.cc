@@ -68,6 +68,31 @@ void for_each_element(const Plan& plan, const Run& run, const Holder& holder, Vi
   }
 }
 
+// True if grouping the dimensions of `fine` from the first on gives `coarse`; those of length 1 do
+// not count.
+bool groups_into(std::vector<int64_t> fine, std::vector<int64_t> coarse) {
+  std::erase(fine, 1);
+  std::erase(coarse, 1);
+  while (!coarse.empty()) {
+    if (fine.empty() || coarse.front() % fine.front() != 0) return false;
+    coarse.front() /= fine.front();
+    fine.erase(fine.begin());
+    if (coarse.front() == 1) coarse.erase(coarse.begin());
+  }
+  return fine.empty();
+}
+
+// True if one of the shapes splits dimensions of all others.
+bool one_splits_all(const std::vector<Dims>& shapes) {
+  const auto list = [](const Dims& shape) {
+    return std::vector<int64_t>(shape.values().begin(), shape.values().end());
+  };
+  return std::ranges::any_of(shapes, [&](const Dims& fine) {
+    return std::ranges::all_of(
+        shapes, [&](const Dims& coarse) { return groups_into(list(fine), list(coarse)); });
+  });
+}
+
 uint64_t cast_bits(uint64_t bits, Dtype source, Dtype target) {
   return source == Dtype::kF32 && target == Dtype::kBF16 ? bits >> 16 : bits;
 }
@@ -76,15 +101,13 @@ uint64_t cast_bits(uint64_t bits, Dtype source, Dtype target) {
 
 Oracle::Oracle(const Layout& target, std::span<const Layout> sources) {
   std::map<CatalogElement, std::set<std::pair<Digest, Dtype>>> dtypes;
-  std::map<std::string, Dims> shapes;
-  for (const TensorSpec& tensor : target.tensors()) shapes.emplace(tensor.name, tensor.shape);
+  std::map<std::string, std::vector<Dims>> shapes;
+  for (const TensorSpec& tensor : target.tensors()) shapes[tensor.name] = {tensor.shape};
   for (const Layout& source : sources) {
     for (const TensorSpec& tensor : source.tensors()) {
       known_tensors.insert(tensor.name);
       const auto mine = shapes.find(tensor.name);
-      if (mine != shapes.end() && !(mine->second == tensor.shape)) {
-        tensors_of_other_shape.insert(tensor.name);
-      }
+      if (mine != shapes.end()) mine->second.push_back(tensor.shape);
     }
     for (const Tile& tile : source.tiles()) {
       const TensorSpec& tensor = source.tensors()[tile.tensor];
@@ -94,6 +117,9 @@ Oracle::Oracle(const Layout& target, std::span<const Layout> sources) {
         dtypes[element].insert({source.digest(), source.parameters()[tile.parameter].dtype});
       });
     }
+  }
+  for (const auto& [name, all] : shapes) {
+    if (!one_splits_all(all)) tensors_of_other_shape.insert(name);
   }
   for (const ParameterSpec& parameter : target.parameters()) {
     parameters[parameter.name].resize(static_cast<size_t>(parameter.element_count));

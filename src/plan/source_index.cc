@@ -12,6 +12,8 @@
 #include <string_view>
 #include <utility>
 #include <vector>
+
+#include "layout/refine.h"
 #include "transfuse/layout.h"
 
 namespace transfuse {
@@ -63,7 +65,7 @@ class NameTable {
 }  // namespace
 
 SourceIndex::SourceIndex(const Layout& target, std::span<const Layout> sources)
-    : first_(target.tensors().size() + 1), known_(target.tensors().size()) {
+    : target_(target), first_(target.tensors().size() + 1), known_(target.tensors().size()) {
   struct Match {
     TileRange range;
     uint32_t tensor = 0;
@@ -71,6 +73,7 @@ SourceIndex::SourceIndex(const Layout& target, std::span<const Layout> sources)
   const std::span<const TensorSpec> wanted = target.tensors();
   const NameTable table(wanted);
   std::vector<Match> matches;
+  std::vector<uint32_t> reshaped;
   size_t most = 0;
   for (const Layout& source : sources) most += std::min(source.tensors().size(), wanted.size());
   matches.reserve(most);
@@ -87,9 +90,13 @@ SourceIndex::SourceIndex(const Layout& target, std::span<const Layout> sources)
       if (!found) continue;
       expected = *found + 1;
       known_[*found] = 1;
-      if (!(offered[i].shape == wanted[*found].shape)) {
-        conflicts_.push_back({*found, s, i});
-        continue;
+      const Dims& shape = wanted[*found].shape;
+      if (!(offered[i].shape == shape)) {
+        if (!splits(offered[i].shape, shape) && !splits(shape, offered[i].shape)) {
+          conflicts_.push_back({*found, s, i});
+          continue;
+        }
+        reshaped.push_back(*found);
       }
       const std::span<const Tile> tiles = sources[s].tiles_of(i);
       if (tiles.empty()) continue;
@@ -104,6 +111,55 @@ SourceIndex::SourceIndex(const Layout& target, std::span<const Layout> sources)
   for (const Match& match : matches) ranges_[first_[match.tensor]++] = match.range;
   for (size_t i = first_.size() - 1; i > 0; --i) first_[i] = first_[i - 1];
   first_[0] = 0;
+  std::sort(reshaped.begin(), reshaped.end());
+  reshaped.erase(std::unique(reshaped.begin(), reshaped.end()), reshaped.end());
+  for (const uint32_t tensor : reshaped) view_in_one_shape(tensor, sources);
+}
+
+void SourceIndex::view_in_one_shape(uint32_t tensor, std::span<const Layout> sources) {
+  const auto shape_at = [&](const TileRange& range) -> const Dims& {
+    return sources[range.source].tensors()[range.first->tensor].shape;
+  };
+  const auto parts = [](const Dims& shape) {
+    return std::ranges::count_if(shape.values(), [](int64_t length) { return length != 1; });
+  };
+  const std::span<TileRange> ranges =
+      std::span(ranges_).subspan(first_[tensor], first_[tensor + 1] - first_[tensor]);
+  const Dims& wanted = target_.tensors()[tensor].shape;
+  const Dims* finest = &wanted;
+  for (const TileRange& range : ranges) {
+    if (parts(shape_at(range)) > parts(*finest)) finest = &shape_at(range);
+  }
+  view_of_.resize(target_.tensors().size());
+  View& view = views_.emplace_back(View{.shape = *finest, .target_tiles = {}, .source_tiles = {}});
+  view_of_[tensor] = static_cast<uint32_t>(views_.size());
+  for (const Tile& tile : target_.tiles_of(tensor)) {
+    append_split(tile, wanted, view.shape, view.target_tiles);
+  }
+  for (TileRange& range : ranges) {
+    const Dims& shape = shape_at(range);
+    if (shape == view.shape) continue;
+    if (!splits(view.shape, shape)) {
+      conflicts_.push_back({tensor, range.source, range.first->tensor});
+      continue;
+    }
+    std::vector<Tile>& tiles = view.source_tiles.emplace_back();
+    for (uint32_t i = 0; i < range.count; ++i) {
+      append_split(range.first[i], shape, view.shape, tiles);
+    }
+    range.first = tiles.data();
+    range.count = static_cast<uint32_t>(tiles.size());
+  }
+}
+
+const Dims& SourceIndex::shape(uint32_t tensor) const {
+  const bool own = view_of_.empty() || view_of_[tensor] == 0;
+  return own ? target_.tensors()[tensor].shape : views_[view_of_[tensor] - 1].shape;
+}
+
+std::span<const Tile> SourceIndex::target_tiles(uint32_t tensor) const {
+  const bool own = view_of_.empty() || view_of_[tensor] == 0;
+  return own ? target_.tiles_of(tensor) : std::span(views_[view_of_[tensor] - 1].target_tiles);
 }
 
 }  // namespace transfuse

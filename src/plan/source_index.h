@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <span>
 #include <vector>
 
@@ -22,12 +23,18 @@ struct ShapeConflict {
   uint32_t source_tensor = 0;  // of that source
 };
 
-// Points into the layouts, which must outlive it. Safe to use from any thread once built.
+// A tensor whose shapes differ only in how dimensions are split is compared in the shape that
+// splits most (docs/decisions/0005-shapes-may-split.md). Points into the layouts, which must
+// outlive it. Safe to use from any thread once built.
 class SourceIndex {
  public:
   SourceIndex(const Layout& target, std::span<const Layout> sources);
 
-  // Sorted by source; only sources whose shape agrees and that hold at least one tile.
+  // The shape in which a tensor is compared, and the target's tiles in it.
+  const Dims& shape(uint32_t tensor) const;
+  std::span<const Tile> target_tiles(uint32_t tensor) const;
+  // Sorted by source, in that shape; only sources whose shape agrees and that hold at least one
+  // tile.
   std::span<const TileRange> of(uint32_t tensor) const {
     return std::span(ranges_).subspan(first_[tensor], first_[tensor + 1] - first_[tensor]);
   }
@@ -36,6 +43,17 @@ class SourceIndex {
   std::span<const ShapeConflict> shape_conflicts() const { return conflicts_; }
 
  private:
+  // A tensor in another shape than the target's or a source's own.
+  struct View {
+    Dims shape;
+    std::vector<Tile> target_tiles;
+    std::deque<std::vector<Tile>> source_tiles;
+  };
+  void view_in_one_shape(uint32_t tensor, std::span<const Layout> sources);
+
+  const Layout& target_;
+  std::vector<uint32_t> view_of_;  // per tensor: index into views_ plus 1; empty: there are none
+  std::deque<View> views_;
   std::vector<TileRange> ranges_;
   std::vector<uint32_t> first_;
   std::vector<uint8_t> known_;

@@ -18,6 +18,7 @@
 #include "control/lease_table.h"
 #include "rpc/connection.h"
 #include "rpc/convert.h"
+#include "rpc/lease_reply.h"
 #include "rpc/rpc.h"
 #include "rpc/version_stream.h"
 #include "transfuse/control.h"
@@ -553,26 +554,7 @@ class RpcControl final : public Control {
       const MutexLock lock(mutex_);
       rosters_[model] = known;
     }
-    Lease lease{.id = LeaseId{reply.lease()},
-                .version = reply.version(),
-                .round = reply.round(),
-                .ttl_ms = reply.ttl_ms(),
-                .sources = {}};
-    for (const wire::LeaseSource& each : reply.sources()) {
-      const auto found = known->sources.find(each.member());
-      if (found == known->sources.end()) {
-        return Error{ErrorCode::kCorrupt,
-                     fmt::format("a lease on version {} of model {} names source {:x}, which the "
-                                 "coordinator has not described",
-                                 reply.version(), model, each.member())};
-      }
-      MemberInfo source = found->second;
-      source.version = reply.version();
-      source.generation = from_wire(each.generation());
-      source.slot = each.slot();
-      lease.sources.push_back(std::move(source));
-    }
-    return lease;
+    return lease_from_wire(reply, known->sources, model);
   }
 
   std::shared_ptr<Connection> connection_;  // shared with watches

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <utility>
 #include "control/lease_table.h"
 #include "transfuse/control.h"
 #include "transfuse/layout.h"
@@ -40,6 +41,7 @@ constexpr std::array<ErrorRow, kErrorCodeCount> kErrors{{
     {ErrorCode::kCancelled, wire::CANCELLED, grpc::StatusCode::CANCELLED},
     {ErrorCode::kUnsupported, wire::UNSUPPORTED, grpc::StatusCode::UNIMPLEMENTED},
     {ErrorCode::kGroupBroken, wire::GROUP_BROKEN, grpc::StatusCode::FAILED_PRECONDITION},
+    {ErrorCode::kNoFittingSource, wire::NO_FITTING_SOURCE, grpc::StatusCode::FAILED_PRECONDITION},
 }};
 
 const ErrorRow& row_of(ErrorCode code) {
@@ -156,15 +158,26 @@ Generation from_wire(const wire::Generation& from) {
   return {.incarnation = from.incarnation(), .counter = from.counter()};
 }
 
+void to_wire(const Metadata& from, WireMetadata* to) {
+  for (const auto& [key, value] : from) (*to)[key] = value;
+}
+
+Metadata from_wire(const WireMetadata& from) { return {from.begin(), from.end()}; }
+
 void to_wire(const Offer& from, wire::Offer* to) {
   to->set_version(from.version);
   to_wire(from.generation, to->mutable_generation());
   to->set_slot(from.slot);
+  to_wire(from.metadata, to->mutable_metadata());
+  if (from.revision != Digest{}) to_wire(from.revision, to->mutable_revision());
 }
 
 Offer from_wire(const wire::Offer& from) {
-  return {
-      .version = from.version(), .generation = from_wire(from.generation()), .slot = from.slot()};
+  return {.version = from.version(),
+          .generation = from_wire(from.generation()),
+          .slot = from.slot(),
+          .metadata = from_wire(from.metadata()),
+          .revision = from_wire(from.revision())};
 }
 
 void to_wire(const RefitSummary& from, wire::RefitSummary* to) {
@@ -197,6 +210,10 @@ void to_wire(const MemberInfo& from, wire::Member* to) {
   to->set_leases(from.leases);
   to->set_group(from.group);
   if (from.last_refit.version != 0) to_wire(from.last_refit, to->mutable_last_refit());
+  to->set_kind(from.kind);
+  to_wire(from.metadata, to->mutable_metadata());
+  to_wire(from.version_metadata, to->mutable_version_metadata());
+  if (from.revision != Digest{}) to_wire(from.revision, to->mutable_revision());
 }
 
 Result<MemberInfo> from_wire(const wire::Member& from) {
@@ -213,7 +230,11 @@ Result<MemberInfo> from_wire(const wire::Member& from) {
                     .writing = from.writing(),
                     .leases = from.leases(),
                     .group = from.group(),
-                    .last_refit = from_wire(from.last_refit())};
+                    .last_refit = from_wire(from.last_refit()),
+                    .kind = from.kind(),
+                    .metadata = from_wire(from.metadata()),
+                    .version_metadata = from_wire(from.version_metadata()),
+                    .revision = from_wire(from.revision())};
 }
 
 void to_wire(const VersionInfo& from, wire::Version* to) {
@@ -237,6 +258,8 @@ void to_wire(const VersionInfo& from, wire::Version* to) {
   to->set_source_count(from.source_count);
   to->set_leases(from.leases);
   to->set_reason(from.reason);
+  if (from.revision != Digest{}) to_wire(from.revision, to->mutable_revision());
+  to_wire(from.metadata, to->mutable_metadata());
 }
 
 Result<VersionInfo> from_wire(const wire::Version& from) {
@@ -246,7 +269,9 @@ Result<VersionInfo> from_wire(const wire::Version& from) {
                  .published = from.published(),
                  .source_count = from.source_count(),
                  .leases = from.leases(),
-                 .reason = from.reason()};
+                 .reason = from.reason(),
+                 .revision = from_wire(from.revision()),
+                 .metadata = from_wire(from.metadata())};
   switch (from.state()) {
     case wire::OPEN:
       break;
@@ -281,6 +306,50 @@ TableRequest from_wire(const wire::TableRequest& from) {
   return to;
 }
 
+void to_wire(const Demand& from, wire::Demand* to) {
+  for (const std::string& kind : from.kinds) to->add_kinds(kind);
+  for (const Requirement& requirement : from.require) {
+    wire::Requirement* each = to->add_require();
+    each->set_key(requirement.key);
+    switch (requirement.kind) {
+      case Requirement::Kind::kEquals:
+        each->set_kind(wire::EQUALS);
+        break;
+      case Requirement::Kind::kAtLeast:
+        each->set_kind(wire::NUMBER_AT_LEAST);
+        break;
+      case Requirement::Kind::kPresent:
+        each->set_kind(wire::PRESENT);
+        break;
+    }
+    each->set_value(requirement.value);
+    each->set_tensors(requirement.tensors);
+  }
+  if (from.revision != Digest{}) to_wire(from.revision, to->mutable_revision());
+}
+
+Result<Demand> from_wire(const wire::Demand& from) {
+  Demand to{.kinds = {from.kinds().begin(), from.kinds().end()},
+            .revision = from_wire(from.revision())};
+  for (const wire::Requirement& each : from.require()) {
+    Requirement& requirement = to.require.emplace_back(
+        Requirement{.key = each.key(), .value = each.value(), .tensors = each.tensors()});
+    switch (each.kind()) {
+      case wire::EQUALS:
+        break;
+      case wire::NUMBER_AT_LEAST:
+        requirement.kind = Requirement::Kind::kAtLeast;
+        break;
+      case wire::PRESENT:
+        requirement.kind = Requirement::Kind::kPresent;
+        break;
+      default:
+        return out_of_range("kind of requirement", each.kind());
+    }
+  }
+  return to;
+}
+
 void to_wire(const VersionRequest& from, wire::AcquireRequest* to) {
   switch (from.kind) {
     case VersionRequest::Kind::kNewest:
@@ -295,17 +364,19 @@ void to_wire(const VersionRequest& from, wire::AcquireRequest* to) {
   }
   to->set_version(from.version);
   to->set_round_ms(from.round_ms);
+  if (!from.demand.empty()) to_wire(from.demand, to->mutable_demand());
 }
 
 Result<VersionRequest> from_wire(const wire::AcquireRequest& from) {
   using Kind = VersionRequest::Kind;
+  TRANSFUSE_ASSIGN_OR_RETURN(Demand demand, from_wire(from.demand()));
   switch (from.want()) {
     case wire::NEWEST:
-      return VersionRequest{Kind::kNewest, from.version(), from.round_ms()};
+      return VersionRequest{Kind::kNewest, from.version(), from.round_ms(), std::move(demand)};
     case wire::EXACTLY:
-      return VersionRequest{Kind::kExactly, from.version(), from.round_ms()};
+      return VersionRequest{Kind::kExactly, from.version(), from.round_ms(), std::move(demand)};
     case wire::AT_LEAST:
-      return VersionRequest{Kind::kAtLeast, from.version(), from.round_ms()};
+      return VersionRequest{Kind::kAtLeast, from.version(), from.round_ms(), std::move(demand)};
     default:
       return out_of_range("kind of version request", from.want());
   }
@@ -325,6 +396,8 @@ void to_wire(const JoinRequest& from, wire::JoinRequest* to) {
   to->set_lease_ttl_ms(from.lease_ttl / std::chrono::milliseconds(1));
   to->set_group(registration.group);
   to->set_group_size(registration.group_size);
+  to->set_kind(registration.kind);
+  to_wire(registration.metadata, to->mutable_metadata());
   if (!from.resume) return;
   wire::Resume* resume = to->mutable_resume();
   resume->set_id(from.resume->id);
@@ -494,7 +567,9 @@ Result<JoinRequest> from_wire(const wire::JoinRequest& from) {
                                   .layout = from_wire(from.layout()),
                                   .descriptor = from.description(),
                                   .group = from.group(),
-                                  .group_size = from.group_size()},
+                                  .group_size = from.group_size(),
+                                  .kind = from.kind(),
+                                  .metadata = from_wire(from.metadata())},
                  .owner = from.owner(),
                  .ttl = std::chrono::milliseconds(from.ttl_ms()),
                  .lease_ttl = std::chrono::milliseconds(from.lease_ttl_ms())};

@@ -5,9 +5,12 @@
 
 #include <chrono>
 #include <cstddef>
+#include <cstdint>
+#include <map>
 #include <set>
 #include <tuple>
 #include "control/lease_table.h"
+#include "rpc/lease_reply.h"
 #include "transfuse/control.h"
 #include "transfuse/result.h"
 
@@ -65,30 +68,38 @@ TEST(Convert, AnEnumThatThisBuildDoesNotKnowIsCorrupt) {
 }
 
 TEST(Convert, EveryFieldOfAMemberAVersionAndAJoinComesBack) {
-  const MemberInfo member{
-      .id = 1,
-      .role = MemberRole::kTarget,
-      .model = "policy",
-      .name = "engine0",
-      .incarnation = 2,
-      .layout = {3, 4},
-      .version = 5,
-      .generation = {6, 8},
-      .slot = 9,
-      .writing = 10,
-      .leases = 11,
-      .group = "engine",
-      .last_refit = {
-          .version = 12, .total_us = 13, .transfer_us = 14, .size_bytes = 15, .attempts = 16}};
+  const MemberInfo member{.id = 1,
+                          .role = MemberRole::kTarget,
+                          .model = "policy",
+                          .name = "engine0",
+                          .incarnation = 2,
+                          .layout = {3, 4},
+                          .version = 5,
+                          .generation = {6, 8},
+                          .slot = 9,
+                          .writing = 10,
+                          .leases = 11,
+                          .group = "engine",
+                          .last_refit = {.version = 12,
+                                         .total_us = 13,
+                                         .transfer_us = 14,
+                                         .size_bytes = 15,
+                                         .attempts = 16},
+                          .kind = "hf_raw",
+                          .metadata = {{"run", "x"}},
+                          .version_metadata = {{"step", "17"}, {"empty", ""}},
+                          .revision = {18, 19}};
   wire::Member wire_member;
   to_wire(member, &wire_member);
   const MemberInfo back = from_wire(wire_member).value();
-  EXPECT_EQ(std::tie(back.id, back.role, back.model, back.name, back.incarnation, back.layout,
-                     back.version, back.generation, back.slot, back.writing, back.leases,
-                     back.group, back.last_refit),
-            std::tie(member.id, member.role, member.model, member.name, member.incarnation,
-                     member.layout, member.version, member.generation, member.slot, member.writing,
-                     member.leases, member.group, member.last_refit));
+  EXPECT_EQ(
+      std::tie(back.id, back.role, back.model, back.name, back.incarnation, back.layout,
+               back.version, back.generation, back.slot, back.writing, back.leases, back.group,
+               back.last_refit, back.kind, back.metadata, back.version_metadata, back.revision),
+      std::tie(member.id, member.role, member.model, member.name, member.incarnation, member.layout,
+               member.version, member.generation, member.slot, member.writing, member.leases,
+               member.group, member.last_refit, member.kind, member.metadata,
+               member.version_metadata, member.revision));
 
   for (const auto state : {VersionState::kOpen, VersionState::kReady, VersionState::kRetired,
                            VersionState::kAborted}) {
@@ -98,14 +109,17 @@ TEST(Convert, EveryFieldOfAMemberAVersionAndAJoinComesBack) {
                               .published = 1,
                               .source_count = 2,
                               .leases = 3,
-                              .reason = "why"};
+                              .reason = "why",
+                              .revision = {4, 5},
+                              .metadata = {{"step", "6"}}};
     wire::Version wire_version;
     to_wire(version, &wire_version);
     const VersionInfo again = from_wire(wire_version).value();
     EXPECT_EQ(std::tie(again.model, again.version, again.state, again.published, again.source_count,
-                       again.leases, again.reason),
+                       again.leases, again.reason, again.revision, again.metadata),
               std::tie(version.model, version.version, version.state, version.published,
-                       version.source_count, version.leases, version.reason));
+                       version.source_count, version.leases, version.reason, version.revision,
+                       version.metadata));
   }
 
   JoinRequest join;
@@ -117,14 +131,20 @@ TEST(Convert, EveryFieldOfAMemberAVersionAndAJoinComesBack) {
                        .layout = {5, 6},
                        .descriptor = std::string("\0\xff", 2),
                        .group = "engine",
-                       .group_size = 2};
+                       .group_size = 2,
+                       .kind = "hf_raw",
+                       .metadata = {{"run", "x"}}};
   join.owner = 7;
   join.ttl = std::chrono::milliseconds(8);
   join.lease_ttl = std::chrono::milliseconds(9);
   join.resume = Resume{.id = 1,
                        .last_published = 2,
                        .offers = {{.version = 2, .generation = {4, 6}, .slot = 1},
-                                  {.version = 3, .generation = {4, 8}, .slot = 2}},
+                                  {.version = 3,
+                                   .generation = {4, 8},
+                                   .slot = 2,
+                                   .metadata = {{"step", "30"}},
+                                   .revision = {7, 8}}},
                        .writing = 5,
                        .landed = 6,
                        .voted_round = 7,
@@ -147,12 +167,54 @@ TEST(Convert, EveryFieldOfAMemberAVersionAndAJoinComesBack) {
   EXPECT_EQ(joined.resume->offers[1].version, 3u);
   EXPECT_EQ(joined.resume->offers[1].generation, (Generation{4, 8}));
   EXPECT_EQ(joined.resume->offers[1].slot, 2u);
+  EXPECT_EQ(joined.resume->offers[1].metadata, (Metadata{{"step", "30"}}));
+  EXPECT_EQ(joined.resume->offers[1].revision, (Digest{7, 8}));
+  EXPECT_EQ(joined.resume->offers[0].revision, Digest{});
+  EXPECT_EQ(joined.registration.kind, "hf_raw");
+  EXPECT_EQ(joined.registration.metadata, join.registration.metadata);
   EXPECT_EQ(joined.resume->writing, 5u);
   EXPECT_EQ(joined.resume->voted_round, 7u);
   EXPECT_EQ(joined.resume->voted_version, 8u);
   EXPECT_TRUE(joined.resume->told_commit);
   EXPECT_TRUE(joined.resume->applied);
   EXPECT_EQ(joined.resume->last_round, 9u);
+}
+
+TEST(Convert, EveryFieldOfADemandComesBack) {
+  using Kind = Requirement::Kind;
+  const Demand demand{.kinds = {"hf_raw", "of_ours"},
+                      .require = {{.key = "step", .kind = Kind::kAtLeast, .value = "7"},
+                                  {.key = "run", .kind = Kind::kPresent},
+                                  {.key = "scales", .value = "ue8m0", .tensors = "*.experts.*"}},
+                      .revision = {1, 2}};
+  wire::AcquireRequest request;
+  to_wire(VersionRequest{VersionRequest::Kind::kAtLeast, 3, 4, demand}, &request);
+  EXPECT_EQ(from_wire(request)->demand, demand);
+  EXPECT_EQ(from_wire(request)->round_ms, 4);
+  request.mutable_demand()->mutable_require(0)->set_kind(static_cast<wire::RequirementKind>(99));
+  EXPECT_EQ(from_wire(request).error().code, ErrorCode::kCorrupt);
+  wire::AcquireRequest nothing;
+  to_wire(VersionRequest{}, &nothing);
+  EXPECT_FALSE(nothing.has_demand());
+}
+
+TEST(Convert, ALeaseThatNamesOrRefusesASourceThatIsNotDescribedIsCorrupt) {
+  std::map<uint64_t, MemberInfo> sources;
+  sources[7].name = "a";
+  sources[7].layout = {1, 2};
+  wire::AcquireReply reply;
+  reply.add_sources()->set_member(7);
+  reply.add_refused()->set_member(7);
+  reply.mutable_refused(0)->set_reason("why");
+  const Lease lease = lease_from_wire(reply, sources, "policy").value();
+  EXPECT_EQ(lease.refused.at(0).source, "a");
+  EXPECT_EQ(lease.refused.at(0).layout, (Digest{1, 2}));
+  EXPECT_EQ(lease.refused.at(0).reason, "why");
+  reply.mutable_refused(0)->set_member(8);
+  EXPECT_EQ(lease_from_wire(reply, sources, "policy").error().code, ErrorCode::kCorrupt);
+  reply.clear_refused();
+  reply.mutable_sources(0)->set_member(8);
+  EXPECT_EQ(lease_from_wire(reply, sources, "policy").error().code, ErrorCode::kCorrupt);
 }
 
 TEST(Convert, EveryFieldOfAWriteAnOutcomeAndAGroupComesBack) {

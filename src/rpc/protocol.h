@@ -5,7 +5,7 @@
 
 namespace transfuse {
 
-inline constexpr uint32_t kProtocol = 2;
+inline constexpr uint32_t kProtocol = 3;
 inline constexpr const char* kTokenKey = "transfuse-token";  // in the metadata of every call
 // A layout (LayoutLimits) is the largest message.
 inline constexpr int kMaxMessageBytes = 80 << 20;

@@ -251,6 +251,13 @@ void CoordinatorService::fill(const LeaseReply& from, uint64_t known_roster,
     each->set_member(source.id);
     to_wire(source.generation, each->mutable_generation());
     each->set_slot(source.slot);
+    to_wire(source.version_metadata, each->mutable_metadata());
+    if (source.revision != Digest{}) to_wire(source.revision, each->mutable_revision());
+  }
+  for (const Refusal& refusal : lease.refused) {
+    wire::Refusal* each = to->add_refused();
+    each->set_member(refusal.member);
+    each->set_reason(refusal.reason);
   }
   if (from.roster == known_roster || lease.sources.empty()) return;
   for (const MemberInfo& member : table_.members(lease.sources.front().model)) {

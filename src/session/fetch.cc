@@ -1,15 +1,21 @@
 // The loop over leases.
 #include "session/fetch.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <optional>
 #include <span>
+#include <string>
 #include <thread>
 #include <utility>
 
+#include "session/checkpoint_fallback.h"
 #include "session/stopwatch.h"
 #include "transfuse/control.h"
 #include "transfuse/deadline.h"
@@ -41,6 +47,26 @@ bool another_lease_may_help(ErrorCode code) {
   }
 }
 
+// It is no fault of the peers alone, or nothing may be written now.
+bool checkpoint_may_help(ErrorCode code) {
+  switch (code) {
+    case ErrorCode::kInvalidArgument:
+    case ErrorCode::kResourceExhausted:
+    case ErrorCode::kPoisoned:
+    case ErrorCode::kCancelled:
+    case ErrorCode::kGroupBroken:
+      return false;
+    default:
+      return true;
+  }
+}
+
+// Another version may be published that fits, unless exactly this one was asked for.
+bool may_still_come(ErrorCode code, const VersionRequest& request) {
+  return code == ErrorCode::kDeadlineExceeded ||
+         (code == ErrorCode::kNoFittingSource && request.kind != VersionRequest::Kind::kExactly);
+}
+
 Deadline with_grace(Deadline deadline) {
   return Deadline(std::max(deadline.at(), std::chrono::steady_clock::now() + kReleaseGrace));
 }
@@ -54,35 +80,54 @@ Fetch::Fetch(Transport& transport, Control& control, const Layout& target,
       memory_(memory),
       options_(options),
       member_(member),
-      attempt_(transport, control, target, target_data, options, member) {}
+      members_(transport, control),
+      attempt_(transport, members_, target, target_data, options, member, progress_) {
+  if (options_.checkpoint) {
+    fallback_ =
+        std::make_unique<CheckpointFallback>(target, target_data, options_, member_, progress_);
+  }
+}
 
 void Fetch::clear_progress() {
-  attempt_.progress().version = 0;
-  attempt_.progress().landed_bytes = 0;
+  progress_.version = 0;
+  progress_.landed_bytes = 0;
+}
+
+void Fetch::forget_padding() {
+  attempt_.forget_padding();
+  if (fallback_ != nullptr) fallback_->forget_padding();
+}
+
+void Fetch::close() {
+  attempt_.close();
+  if (fallback_ != nullptr) fallback_->close();
+}
+
+void Fetch::abandon_in_forked_child() {
+  attempt_.abandon_in_forked_child();
+  if (fallback_ != nullptr) fallback_->abandon_in_forked_child();
 }
 
 Result<Fetched> Fetch::run(const FetchOrder& order, const std::atomic<bool>& cancelled,
                            RefitReport& report) {
   started_at_ = std::chrono::steady_clock::now();
   attempt_.set_pace(order.gigabytes_per_second);
+  if (fallback_ != nullptr) fallback_->set_pace(order.gigabytes_per_second);
+  const Demand demand = both(options_.demand, order.request.demand);
+  TRANSFUSE_RETURN_IF_ERROR(attempt_.set_demand(demand));
+  if (fallback_ != nullptr) TRANSFUSE_RETURN_IF_ERROR(fallback_->set_demand(demand));
+  FetchOrder demanding = order;
+  demanding.request.demand = demand;
   Fetched fetched;
-  auto outcome = attempt_until(order, cancelled, report, fetched);
-  if (fetched.round == 0) {
-    if (!outcome) return Unexpected{std::move(outcome).error()};
-    return fetched;
-  }
+  auto outcome = attempt_all(demanding, cancelled, report, fetched);
   const Stopwatch watch;
   const Deadline vote_by = with_grace(order.deadline);
   if (!outcome) {
     Error error = std::move(outcome).error();
-    // A round that is over already, or a coordinator that is gone, needs no vote.
-    if (auto given_up = control_.vote(member_, fetched.round, false, error.message, vote_by);
-        !given_up) {
-      report.steps.push_back({given_up.error().code, "",
-                              "the round could not be given up: " + given_up.error().message});
-    }
+    give_up_round(fetched, error, vote_by, report);
     return error;
   }
+  if (fetched.round == 0) return fetched;
   auto vote = control_.vote(member_, fetched.round, true, "", vote_by);
   fetched.voted = vote.has_value();
   if (!vote) {
@@ -93,20 +138,39 @@ Result<Fetched> Fetch::run(const FetchOrder& order, const std::atomic<bool>& can
   return fetched;
 }
 
+// A round that is over already, or a coordinator that is gone, needs no vote.
+void Fetch::give_up_round(Fetched& fetched, const Error& error, Deadline deadline,
+                          RefitReport& report) {
+  const uint64_t round = std::exchange(fetched.round, 0);
+  if (round == 0) return;
+  if (auto given_up = control_.vote(member_, round, false, error.message, deadline); !given_up) {
+    report.steps.push_back({given_up.error().code, "",
+                            "the round could not be given up: " + given_up.error().message});
+  }
+}
+
 Result<Lease> Fetch::acquire(const FetchOrder& order, const std::atomic<bool>& cancelled) {
   VersionRequest request = order.request;
   request.round_ms = options_.round_ms;
+  Deadline deadline = order.deadline;
+  if (version_wait_ms_ > 0) deadline = deadline.earlier(Deadline::after_ms(version_wait_ms_));
+  std::optional<Error> unfit;
   while (true) {
-    const Deadline slice = order.deadline.earlier(Deadline::after_ms(kAcquireSliceMs));
+    const Deadline slice = deadline.earlier(Deadline::after_ms(kAcquireSliceMs));
     auto lease = control_.acquire(member_, request, slice);
-    if (lease || lease.error().code != ErrorCode::kDeadlineExceeded || order.deadline.passed()) {
+    if (!lease && lease.error().code == ErrorCode::kNoFittingSource) unfit = lease.error();
+    const bool in_vain = !lease && may_still_come(lease.error().code, request);
+    version_awaited_ = in_vain && deadline.passed();
+    if (!in_vain || version_awaited_) {
+      // That something is there which does not fit says more than that the time is over.
+      if (!lease && lease.error().code == ErrorCode::kDeadlineExceeded && unfit) return *unfit;
       return lease;
     }
     if (cancelled) return Error{ErrorCode::kCancelled, "the refit was cancelled by the caller"};
   }
 }
 
-Result<void> Fetch::attempt_until(const FetchOrder& order, const std::atomic<bool>& cancelled,
+Result<void> Fetch::attempt_peers(const FetchOrder& order, const std::atomic<bool>& cancelled,
                                   RefitReport& report, Fetched& fetched) {
   uint32_t attempts = 0;
   while (true) {
@@ -115,15 +179,90 @@ Result<void> Fetch::attempt_until(const FetchOrder& order, const std::atomic<boo
     auto outcome = attempt_once(order, cancelled, report, fetched);
     if (outcome) return {};
     Error error = std::move(outcome).error();
-    const bool again = another_lease_may_help(error.code) && !cancelled &&
+    const bool again = another_lease_may_help(error.code) && !cancelled && !version_awaited_ &&
                        !order.deadline.passed() && attempts < options_.max_attempts &&
                        !(error.code == ErrorCode::kVersionGone &&
                          order.request.kind == VersionRequest::Kind::kExactly);
+    if (!again) return error;
+    report.steps.push_back({error.code, "", error.message + ": retry with a new lease"});
+    std::this_thread::sleep_for(
+        std::min<Duration>(kRetryPause * attempts, order.deadline.remaining()));
+  }
+}
+
+// The order of fallback (I12): peers, of which an attempt asks one after another; the checkpoint.
+Result<void> Fetch::attempt_all(const FetchOrder& order, const std::atomic<bool>& cancelled,
+                                RefitReport& report, Fetched& fetched) {
+  FetchOrder peers = order;
+  bool consider = fallback_ != nullptr;
+  while (true) {
+    if (consider) peers.deadline = Deadline::after(order.deadline.remaining() / 2);
+    version_wait_ms_ = consider ? std::max<int64_t>(1, options_.checkpoint_wait_ms) : 0;
+    auto outcome = attempt_peers(peers, cancelled, report, fetched);
+    if (outcome) return {};
+    Error error = std::move(outcome).error();
+    if (!consider || !checkpoint_may_help(error.code) || cancelled || order.deadline.passed()) {
+      report.steps.push_back({error.code, "", error.message + ": give up"});
+      return error;
+    }
+    const auto version = fallback_->choose(order.request, memory_.held());
+    const std::string& path = fallback_->checkpoint().path;
+    if (version) {
+      report.steps.push_back(
+          {error.code, "",
+           fmt::format("{}: next: checkpoint {} (version {})", error.message, path, *version)});
+      give_up_round(fetched, error, with_grace(order.deadline), report);
+      return attempt_checkpoint(order, cancelled, report, fetched);
+    }
+    // Peers have been given up for its sake too early, perhaps.
+    const bool again = error.code == ErrorCode::kDeadlineExceeded ||
+                       (error.code == ErrorCode::kNoFittingSource && version_awaited_);
+    report.steps.push_back({error.code, "", error.message + (again ? ": retry" : ": give up")});
+    report.steps.push_back({version.error().code, fmt::format("checkpoint {}", path),
+                            "not used: " + version.error().message});
+    if (!again) return error;
+    consider = false;
+    peers = order;
+  }
+}
+
+Result<void> Fetch::attempt_checkpoint(const FetchOrder& order, const std::atomic<bool>& cancelled,
+                                       RefitReport& report, Fetched& fetched) {
+  for (uint32_t attempts = 1;; ++attempts) {
+    ++report.attempts;
+    // Between two attempts the files may have become those of another version.
+    TRANSFUSE_ASSIGN_OR_RETURN(const uint64_t version,
+                               fallback_->choose(order.request, memory_.held()));
+    auto outcome = fallback_->prepare(order.deadline, report);
+    if (outcome) {
+      memory_.begin_write();
+      outcome = fallback_->transfer(order.deadline, cancelled, report);
+      tell(memory_.end_write(outcome ? version : 0), version, order.deadline, report);
+    }
+    if (outcome) {
+      report.version = version;
+      report.checkpoint = fallback_->checkpoint().path;
+      fetched = {.version = version, .round = 0, .voted = false, .from_checkpoint = true};
+      return {};
+    }
+    Error error = std::move(outcome).error();
+    const bool again = error.code == ErrorCode::kTornRead && attempts < options_.max_attempts &&
+                       !cancelled && !order.deadline.passed();
     report.steps.push_back(
-        {error.code, "", error.message + (again ? ": retry with a new lease" : ": give up")});
+        {error.code, "", error.message + (again ? ": open the checkpoint again" : ": give up")});
     if (!again) return error;
     std::this_thread::sleep_for(
         std::min<Duration>(kRetryPause * attempts, order.deadline.remaining()));
+  }
+}
+
+// There is no lease whose end would say it.
+void Fetch::tell(LeaseEnd end, uint64_t version, Deadline deadline, RefitReport& report) {
+  if (end == LeaseEnd::kUnchanged) return;
+  const uint64_t held = end == LeaseEnd::kLanded ? version : 0;
+  if (auto told = control_.hold(member_, held, with_grace(deadline)); !told) {
+    report.steps.push_back({told.error().code, "",
+                            "the coordinator does not know what is held: " + told.error().message});
   }
 }
 

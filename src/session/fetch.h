@@ -4,9 +4,12 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 
+#include "session/checkpoint_fallback.h"
 #include "session/refit_attempt.h"
+#include "session/source_link.h"
 #include "transfuse/control.h"
 #include "transfuse/deadline.h"
 #include "transfuse/layout.h"
@@ -22,6 +25,7 @@ class FetchMemory {
   virtual void begin_write() = 0;  // before the first byte of an attempt
   // After its last: it holds `version`, proved (0: no version). What the lease ends with.
   virtual LeaseEnd end_write(uint64_t version) = 0;
+  virtual uint64_t held() const = 0;  // the version that the parameters hold; 0: none
 };
 
 struct FetchOrder {
@@ -34,6 +38,7 @@ struct Fetched {
   uint64_t version = 0;
   uint64_t round = 0;  // of the group; 0: the target is alone
   bool voted = false;  // the coordinator has this rank's vote
+  bool from_checkpoint = false;
 };
 
 // Used from one thread, but cancelled() and progress(), which are for any. Outlived by everything
@@ -49,25 +54,36 @@ class Fetch {
   Result<Fetched> run(const FetchOrder& order, const std::atomic<bool>& cancelled,
                       RefitReport& report);
 
-  const AttemptProgress& progress() const { return attempt_.progress(); }
+  const AttemptProgress& progress() const { return progress_; }
   void clear_progress();
-  void forget_padding() { attempt_.forget_padding(); }
-  void close() { attempt_.close(); }
-  void abandon_in_forked_child() { attempt_.abandon_in_forked_child(); }
+  void forget_padding();
+  void close();
+  void abandon_in_forked_child();
 
  private:
   Result<Lease> acquire(const FetchOrder& order, const std::atomic<bool>& cancelled);
   Result<void> attempt_once(const FetchOrder& order, const std::atomic<bool>& cancelled,
                             RefitReport& report, Fetched& fetched);
-  Result<void> attempt_until(const FetchOrder& order, const std::atomic<bool>& cancelled,
+  Result<void> attempt_peers(const FetchOrder& order, const std::atomic<bool>& cancelled,
                              RefitReport& report, Fetched& fetched);
+  Result<void> attempt_all(const FetchOrder& order, const std::atomic<bool>& cancelled,
+                           RefitReport& report, Fetched& fetched);
+  Result<void> attempt_checkpoint(const FetchOrder& order, const std::atomic<bool>& cancelled,
+                                  RefitReport& report, Fetched& fetched);
+  void give_up_round(Fetched& fetched, const Error& error, Deadline deadline, RefitReport& report);
+  void tell(LeaseEnd end, uint64_t version, Deadline deadline, RefitReport& report);
 
   Control& control_;
   FetchMemory& memory_;
   const ReceiverOptions options_;
   const MemberId member_;
   TimePoint started_at_{};
+  int64_t version_wait_ms_ = 0;   // the longest wait for a version of peers; 0: the order's
+  bool version_awaited_ = false;  // in vain, in the last attempt
+  AttemptProgress progress_;
+  MemberDirectory members_;
   RefitAttempt attempt_;
+  std::unique_ptr<CheckpointFallback> fallback_;  // null: there is no checkpoint
 };
 
 }  // namespace transfuse

@@ -112,6 +112,7 @@ class InPlaceReceiver final : public Receiver, private FetchMemory {
     hold(version);
     return LeaseEnd::kLanded;
   }
+  uint64_t held() const override { return version_; }
   void hold(uint64_t version) {
     member_->weights().end_write();
     version_ = version;
@@ -121,6 +122,10 @@ class InPlaceReceiver final : public Receiver, private FetchMemory {
     const FetchOrder order{.request = request, .deadline = deadline};
     for (uint32_t rounds = 1;; ++rounds) {
       TRANSFUSE_ASSIGN_OR_RETURN(const Fetched fetched, fetch_.run(order, cancelled_, report_));
+      if (fetched.from_checkpoint && member_->in_group()) {
+        hold(fetched.version);
+        return member_->hold_all(fetched.version, deadline, cancelled_);
+      }
       if (fetched.round == 0) return {};
       const Stopwatch watch;
       auto decision = member_->decide(fetched, deadline, cancelled_);

@@ -14,9 +14,11 @@
 #include <vector>
 
 #include <fmt/format.h>
+#include "base/affinity.h"
 #include "base/log.h"
 #include "session/descriptor.h"
 #include "session/memory.h"
+#include "session/revision.h"
 #include "session/served_weights.h"
 #include "transfuse/control.h"
 #include "transfuse/deadline.h"
@@ -38,8 +40,9 @@ int64_t microseconds_since(TimePoint start) {
 class SlotPublisher final : public Publisher {
  public:
   SlotPublisher(Control& control, PublisherOptions options, std::unique_ptr<ServedWeights> weights,
-                MemberId member)
+                std::unique_ptr<RevisionSum> revision, MemberId member)
       : control_(control),
+        revision_(std::move(revision)),
         options_(std::move(options)),
         weights_(std::move(weights)),
         member_(member),
@@ -95,8 +98,11 @@ class SlotPublisher final : public Publisher {
     return timing;
   }
 
-  Result<PublishTiming> publish(uint64_t version) override {
+  using Publisher::publish;
+  Result<PublishTiming> publish(uint64_t version, const VersionWords& words) override {
     TRANSFUSE_RETURN_IF_ERROR(check_usable());
+    TRANSFUSE_RETURN_IF_ERROR(check_metadata(
+        fmt::format("version {} of publisher '{}'", version, options_.name), words.metadata));
     if (state_ == State::kIdle || version != version_) {
       return Error{ErrorCode::kInvalidArgument,
                    fmt::format("publish({}) without begin_write({}): {}", version, version,
@@ -104,7 +110,7 @@ class SlotPublisher final : public Publisher {
                                    ? "no version is being written"
                                    : fmt::format("version {} is being written", version_))};
     }
-    auto timing = offer();
+    auto timing = offer(words);
     if (!timing && timing.error().code == ErrorCode::kVersionGone) {
       // It can never be READY; another source may have ended it.
       if (state_ == State::kWritten) withdraw(offer_.slot);
@@ -210,7 +216,7 @@ class SlotPublisher final : public Publisher {
   }
 
   // Each step that succeeded is not repeated by a later call.
-  Result<PublishTiming> offer() {
+  Result<PublishTiming> offer(const VersionWords& words) {
     if (state_ == State::kWriting) {
       uint32_t slot = kInPlaceSlot;
       if (retention_ == Retention::kSnapshot) {
@@ -224,11 +230,30 @@ class SlotPublisher final : public Publisher {
       state_ = State::kWritten;
     }
     // After a failure here the bytes are complete: publish() may be called again.
+    TRANSFUSE_RETURN_IF_ERROR(state_revision(words));
+    offer_.metadata = words.metadata;
     TRANSFUSE_RETURN_IF_ERROR(control_.publish(member_, offer_));
     offered_[offer_.slot] = version_;
     published_ = version_;
     state_ = State::kIdle;
     return timing_;
+  }
+
+  Result<void> state_revision(const VersionWords& words) {
+    if (revision_ == nullptr) {
+      offer_.revision = words.revision;
+      return {};
+    }
+    if (offer_.revision == Digest{}) {
+      offer_.revision = revision_->of(
+          [this](uint32_t parameter) { return weights_->data(offer_.slot, parameter); });
+    }
+    if (words.revision == Digest{} || words.revision == offer_.revision) return {};
+    return Error{ErrorCode::kFingerprintMismatch,
+                 fmt::format("version {} of publisher '{}' is stated to be revision {}, its "
+                             "weights are {}",
+                             version_, options_.name, words.revision.to_string(),
+                             offer_.revision.to_string())};
   }
 
   // A snapshot slot that may be overwritten.
@@ -270,6 +295,7 @@ class SlotPublisher final : public Publisher {
   }
 
   Control& control_;
+  const std::unique_ptr<RevisionSum> revision_;  // null: publish() computes none
   const PublisherOptions options_;
   std::unique_ptr<ServedWeights> weights_;
   const MemberId member_;
@@ -303,7 +329,7 @@ Result<void> check_options(const PublisherOptions& options) {
                              "1, found 0",
                              options.name)};
   }
-  return {};
+  return check_metadata(fmt::format("publisher '{}'", options.name), options.metadata);
 }
 
 }  // namespace
@@ -313,6 +339,12 @@ Result<std::unique_ptr<Publisher>> Publisher::open(Transport& transport, Control
                                                    std::vector<ParameterMemory> memory,
                                                    const PublisherOptions& options) {
   TRANSFUSE_RETURN_IF_ERROR(check_options(options));
+  std::unique_ptr<RevisionSum> revision;
+  if (options.compute_revision) {
+    const uint32_t threads =
+        options.fingerprint_threads > 0 ? options.fingerprint_threads : usable_core_count();
+    TRANSFUSE_ASSIGN_OR_RETURN(revision, RevisionSum::open(layout, threads));
+  }
   TRANSFUSE_ASSIGN_OR_RETURN(BoundMemory bound,
                              BoundMemory::open(transport, layout, memory, options.arenas));
   TRANSFUSE_ASSIGN_OR_RETURN(
@@ -328,6 +360,8 @@ Result<std::unique_ptr<Publisher>> Publisher::open(Transport& transport, Control
   registration.source_count = options.source_count;
   registration.incarnation = weights->incarnation();
   registration.layout = layout.digest();
+  registration.kind = layout.kind();
+  registration.metadata = options.metadata;
   TRANSFUSE_ASSIGN_OR_RETURN(registration.descriptor, weights->descriptor(options.token));
   TRANSFUSE_ASSIGN_OR_RETURN(const MemberId member, control.join(registration));
   if (auto serving = weights->serve(member); !serving) {
@@ -335,7 +369,7 @@ Result<std::unique_ptr<Publisher>> Publisher::open(Transport& transport, Control
     return Unexpected{std::move(serving).error()};
   }
   return std::unique_ptr<Publisher>(
-      new SlotPublisher(control, options, std::move(weights), member));
+      new SlotPublisher(control, options, std::move(weights), std::move(revision), member));
 }
 
 }  // namespace transfuse

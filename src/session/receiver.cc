@@ -36,7 +36,12 @@ Result<void> check_options(const ReceiverOptions& options) {
                  fmt::format("receiver '{}': a group needs a name and a size; found '{}', size {}",
                              options.name, options.group, options.group_size)};
   }
-  return {};
+  if (options.checkpoint && options.checkpoint->path.empty()) {
+    return Error{
+        ErrorCode::kInvalidArgument,
+        fmt::format("receiver '{}': a checkpoint needs a path; found an empty one", options.name)};
+  }
+  return check_demand(fmt::format("receiver '{}'", options.name), options.demand);
 }
 
 }  // namespace

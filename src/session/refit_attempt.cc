@@ -12,6 +12,7 @@
 #include <span>
 #include <utility>
 #include <vector>
+#include "session/source_link.h"
 #include "session/stopwatch.h"
 #include "session/transfer.h"
 #include "transfuse/control.h"
@@ -33,16 +34,18 @@ constexpr uint32_t kTriesPerSource = 2;
 
 }  // namespace
 
-RefitAttempt::RefitAttempt(Transport& transport, Control& control, const Layout& target,
+RefitAttempt::RefitAttempt(Transport& transport, SourceDirectory& sources, const Layout& target,
                            std::span<std::byte* const> target_data, const ReceiverOptions& options,
-                           MemberId member)
+                           MemberId member, AttemptProgress& progress)
     : transport_(transport),
-      control_(control),
+      sources_(sources),
       target_(target),
       options_(options),
       member_(member),
       target_data_(target_data.begin(), target_data.end()),
-      transfer_(transport) {
+      transfer_(transport),
+      progress_(progress),
+      admission_(options.demand) {
   TRANSFUSE_CHECK(target_data_.size() == target_.parameters().size());
 }
 
@@ -65,7 +68,7 @@ TableRequest RefitAttempt::table_request() const {
 Result<Layout> RefitAttempt::layout_of(const Digest& digest, Deadline deadline) {
   const auto known = std::ranges::find(layouts_, digest, &Layout::digest);
   if (known != layouts_.end()) return *known;
-  TRANSFUSE_ASSIGN_OR_RETURN(Layout layout, control_.get_layout(digest, deadline));
+  TRANSFUSE_ASSIGN_OR_RETURN(Layout layout, sources_.layout(digest, deadline));
   if (layout.digest() != digest) {
     return Error{ErrorCode::kCorrupt, fmt::format("layout {} was asked for, {} came",
                                                   digest.to_string(), layout.digest().to_string())};
@@ -77,8 +80,8 @@ Result<Layout> RefitAttempt::layout_of(const Digest& digest, Deadline deadline) 
 // Compiles only when the set of source layouts changed.
 Result<void> RefitAttempt::plan_for(const Lease& lease, Deadline deadline, RefitReport& report) {
   std::vector<Digest> digests;
-  digests.reserve(lease.sources.size());
-  for (const MemberInfo& source : lease.sources) digests.push_back(source.layout);
+  digests.reserve(candidates_.size());
+  for (const Candidate& source : candidates_) digests.push_back(source.info.layout);
   std::ranges::sort(digests);
   digests.erase(std::ranges::unique(digests).begin(), digests.end());
   if (copies_ && digests == source_digests_) return {};
@@ -93,7 +96,12 @@ Result<void> RefitAttempt::plan_for(const Lease& lease, Deadline deadline, Refit
         {ErrorCode::kLayoutMismatch, "",
          fmt::format("the sources' layouts changed (version {}): replan", lease.version)});
   }
-  TRANSFUSE_ASSIGN_OR_RETURN(Plan plan, compile(target_, sources, options_.plan));
+  auto compiled = compile(target_, sources, options_.plan);
+  if (!compiled) {
+    return admission_.explain(std::move(compiled).error(), target_, sources,
+                              [&](const Digest& digest) { return layout_of(digest, deadline); });
+  }
+  Plan plan = std::move(*compiled);
   report.planned = true;
   layouts_ = std::move(sources);  // forget layouts that nobody has any more
   source_digests_ = std::move(digests);
@@ -183,8 +191,7 @@ Result<void> RefitAttempt::ready_source(Candidate& candidate, Deadline deadline)
   const Deadline limit = deadline.earlier(Deadline::after_ms(options_.no_progress_ms));
   if (candidate.link == nullptr) {
     TRANSFUSE_ASSIGN_OR_RETURN(const Layout layout, layout_of(candidate.info.layout, limit));
-    TRANSFUSE_ASSIGN_OR_RETURN(
-        auto link, SourceLink::open(transport_, control_, candidate.info, layout, limit));
+    TRANSFUSE_ASSIGN_OR_RETURN(auto link, sources_.open(candidate.info, layout, limit));
     candidate.link = link.get();
     links_.push_back(std::move(link));
   }
@@ -234,6 +241,23 @@ Result<void> RefitAttempt::ready_sources(Deadline deadline, RefitReport& report)
   }
 }
 
+// The candidates: sources of the lease that fit what is demanded.
+Result<void> RefitAttempt::admit(const Lease& lease, Deadline deadline, RefitReport& report) {
+  TRANSFUSE_RETURN_IF_ERROR(admission_.admit(
+      lease, [&](const Digest& digest) { return sources_.layout(digest, deadline); }, report));
+  candidates_.clear();
+  for (const MemberInfo& source : admission_.admitted()) {
+    Candidate& candidate = candidates_.emplace_back();
+    candidate.info = source;
+    for (const auto& link : links_) {
+      if (link->info().id == source.id && link->info().incarnation == source.incarnation) {
+        candidate.link = link.get();
+      }
+    }
+  }
+  return {};
+}
+
 Result<void> RefitAttempt::prepare(const Lease& lease, Deadline deadline, RefitReport& report) {
   const TimePoint start = std::chrono::steady_clock::now();
   version_ = lease.version;
@@ -245,16 +269,8 @@ Result<void> RefitAttempt::prepare(const Lease& lease, Deadline deadline, RefitR
     });
     return !listed || !link->alive();
   });
-  candidates_.clear();
-  for (const MemberInfo& source : lease.sources) {
-    Candidate& candidate = candidates_.emplace_back();
-    candidate.info = source;
-    for (const auto& link : links_) {
-      if (link->info().id == source.id && link->info().incarnation == source.incarnation) {
-        candidate.link = link.get();
-      }
-    }
-  }
+  candidates_.clear();  // their links may be gone
+  TRANSFUSE_RETURN_IF_ERROR(admit(lease, deadline, report));
   TRANSFUSE_RETURN_IF_ERROR(plan_for(lease, deadline, report));
   first_run_of_.clear();
   std::ranges::fill(landed_, uint8_t{0});
@@ -429,12 +445,16 @@ Result<void> RefitAttempt::expect_sums(Candidate& candidate, Deadline deadline,
   const std::span<const Layout> layouts = copies_->plan().source_layouts();
   const auto own = std::ranges::find(layouts, candidate.info.layout, &Layout::digest);
   TRANSFUSE_CHECK(own != layouts.end());
-  const auto held = copies_->held_runs(static_cast<uint32_t>(own - layouts.begin()));
+  const SumQuery query{.reader = member_,
+                       .request = table_request(),
+                       .copies = &*copies_,
+                       .source_layout = static_cast<uint32_t>(own - layouts.begin()),
+                       .slot = candidate.info.slot,
+                       .generation = candidate.info.generation};
+  const auto held = copies_->held_runs(query.source_layout);
   table_.resize(held.size());
-  const SourceLink::Offered offered{.slot = candidate.info.slot,
-                                    .generation = candidate.info.generation};
-  TRANSFUSE_RETURN_IF_ERROR(candidate.link->read_table(
-      member_, table_request(), offered, table_, deadline, options_.no_progress_ms, cancelled));
+  TRANSFUSE_RETURN_IF_ERROR(
+      candidate.link->read_table(query, table_, deadline, options_.no_progress_ms, cancelled));
   for (size_t i = 0; i < held.size(); ++i) expected_[held[i]] = table_[i];
   return {};
 }

@@ -9,7 +9,8 @@
 #include <span>
 #include <vector>
 
-#include "session/copies.h"
+#include "plan/copies.h"
+#include "session/admission.h"
 #include "session/source_link.h"
 #include "session/transfer.h"
 #include "transfuse/receiver.h"
@@ -27,9 +28,9 @@ struct AttemptProgress {
 // given.
 class RefitAttempt {
  public:
-  RefitAttempt(Transport& transport, Control& control, const Layout& target,
+  RefitAttempt(Transport& transport, SourceDirectory& sources, const Layout& target,
                std::span<std::byte* const> target_data, const ReceiverOptions& options,
-               MemberId member);
+               MemberId member, AttemptProgress& progress);
 
   // Everything before the first byte: layouts, plan, sources, connections, first generation reads.
   // Writes no parameter.
@@ -38,12 +39,14 @@ class RefitAttempt {
   // parameters hold no version.
   Result<void> transfer(Deadline deadline, const std::atomic<bool>& cancelled, RefitReport& report);
 
+  // Of later attempts. kInvalidArgument: see check_demand().
+  Result<void> set_demand(const Demand& demand) {
+    return admission_.set_demand("receiver '" + options_.name + "'", demand);
+  }
   // Of bytes written by later transfers; 0: as fast as possible.
   void set_pace(double gigabytes_per_second) { gigabytes_per_second_ = gigabytes_per_second; }
   // Something else wrote the target memory: its padding is filled again.
   void forget_padding() { padding_filled_ = false; }
-  AttemptProgress& progress() { return progress_; }
-  const AttemptProgress& progress() const { return progress_; }
 
   void close();
   // Leaks what must not be touched in a forked child.
@@ -61,6 +64,7 @@ class RefitAttempt {
     std::optional<Error> excluded;  // not asked again in this attempt
   };
 
+  Result<void> admit(const Lease& lease, Deadline deadline, RefitReport& report);
   Result<void> plan_for(const Lease& lease, Deadline deadline, RefitReport& report);
   Result<Layout> layout_of(const Digest& digest, Deadline deadline);
   Result<void> choose_sources();
@@ -85,7 +89,7 @@ class RefitAttempt {
   TableRequest table_request() const;
 
   Transport& transport_;
-  Control& control_;
+  SourceDirectory& sources_;
   const Layout target_;
   const ReceiverOptions options_;
   const MemberId member_;
@@ -93,9 +97,10 @@ class RefitAttempt {
   Transfer transfer_;
   bool padding_filled_ = false;
   double gigabytes_per_second_ = 0;
-  AttemptProgress progress_;
+  AttemptProgress& progress_;
 
   // From cycle to cycle.
+  Admission admission_;
   std::vector<Layout> layouts_;                     // of sources, by digest
   std::vector<std::unique_ptr<SourceLink>> links_;  // to live incarnations
   std::optional<CopyTable> copies_;

@@ -72,7 +72,7 @@ struct Engine {
     receiver = value_or_fail(
         Receiver::open(transport, control, layout, parameters.memory(), options), "receiver");
   }
-  Result<RefitReport> refit(VersionRequest request = {}, int64_t deadline_ms = 10000) {
+  Result<RefitReport> refit(const VersionRequest& request = {}, int64_t deadline_ms = 10000) {
     return receiver->refit(request, Deadline::after_ms(deadline_ms));
   }
   Parameters parameters;

@@ -51,6 +51,8 @@ std::string RefitReport::to_json() const {
     steps_json.push_back(
         {{"code", error_code_name(step.code)}, {"source", step.source}, {"what", step.what}});
   }
+  const nlohmann::json revision_json =
+      revision == Digest{} ? nlohmann::json() : nlohmann::json(revision.to_string());
   const nlohmann::json json = {{"version", version},
                                {"phases",
                                 {{"discover_us", phases.discover_us},
@@ -67,7 +69,10 @@ std::string RefitReport::to_json() const {
                                {"verified_bytes", verified_bytes},
                                {"attempts", attempts},
                                {"planned", planned},
+                               {"checkpoint", checkpoint},
                                {"gigabytes_per_second", gigabytes_per_second},
+                               {"revision", revision_json},
+                               {"metadata", metadata},
                                {"routes", routes_json},
                                {"steps", steps_json}};
   return json.dump();
@@ -82,6 +87,9 @@ std::string RefitReport::to_text() const {
       ms(phases.transfer_us), ms(phases.verify_us), ms(phases.decide_us), ms(phases.commit_us),
       size_bytes, gigabytes_per_second, verified_bytes, attempts, attempts == 1 ? "" : "s",
       planned ? ", planned" : "");
+  if (!checkpoint.empty()) text += fmt::format("  from checkpoint {}\n", checkpoint);
+  if (revision != Digest{}) text += fmt::format("  revision {}\n", revision.to_string());
+  for (const auto& [key, value] : metadata) text += fmt::format("  {}={}\n", key, value);
   for (const RefitRoute& route : routes) {
     text += fmt::format("  {} by {}/{}: {} bytes in {} runs\n", route.source, route.transport,
                         route.route, route.size_bytes, route.run_count);

@@ -20,7 +20,7 @@
 #include "base/seqlock.h"
 #include "base/thread.h"
 #include "copy/copy.h"
-#include "session/copies.h"
+#include "plan/copies.h"
 #include "session/descriptor.h"
 #include "session/memory.h"
 #include "session/snapshots.h"

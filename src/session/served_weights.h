@@ -12,7 +12,7 @@
 
 #include "base/mutex.h"
 #include "base/seqlock.h"
-#include "session/copies.h"
+#include "plan/copies.h"
 #include "session/memory.h"
 #include "session/snapshots.h"
 #include "transfuse/control.h"
@@ -66,6 +66,9 @@ class ServedWeights {
   const BoundMemory& memory() const { return memory_; }
   uint32_t slot_count() const { return 1 + snapshots_.count(); }
   Result<std::string> descriptor(const std::string& token);  // encoded MemberDescriptor
+
+  // Where a parameter lies: of the weights themselves (slot 0), or of a snapshot.
+  std::byte* data(uint32_t slot, uint32_t parameter) const;
 
   // Answers table requests for `member` from now on, until stop_serving(). kResourceExhausted:
   // there are no threads to be had, and nothing is served.
@@ -126,7 +129,6 @@ class ServedWeights {
   bool sum_a_chunk() REQUIRES(mutex_);
   Table* next_table(uint32_t& slot) REQUIRES(mutex_);
   void sum_chunk(const Table& table, uint32_t slot, const Chunk& chunk) const;
-  std::byte* data(uint32_t slot, uint32_t parameter) const;
   void drop_stale_tables() REQUIRES(mutex_);
   static void mark_dropped(const Table& table);
   GenerationWords& words(uint32_t slot) const;  // in registered memory

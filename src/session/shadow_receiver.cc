@@ -162,6 +162,7 @@ class ShadowReceiver final : public Receiver, private FetchMemory {
   // they held.
   void begin_write() override {}
   LeaseEnd end_write(uint64_t /*version*/) override { return LeaseEnd::kUnchanged; }
+  uint64_t held() const override { return version_; }
 
   Result<void> begin_stage(const FetchOrder& order) {
     if (const auto ready = stage_->ready(); ready && ready->round != 0) {
@@ -247,6 +248,7 @@ class ShadowReceiver final : public Receiver, private FetchMemory {
     previous_ = member_->options().keep_previous ? before : 0;
     stage_->drop({});
     if (ready.round != 0) return member_->applied(ready, group.others, cancelled_);
+    if (member_->in_group()) return member_->hold_all(version_, deadline, cancelled_);
     if (auto held = hold(deadline); !held) {
       // The parameters hold it, and the next one tells.
       report_.steps.push_back(

@@ -38,18 +38,18 @@ constexpr int64_t kAnnouncementFactor = 5;
 
 }  // namespace
 
-SourceLink::SourceLink(Transport& transport, Control& control, MemberInfo info,
+MemberLink::MemberLink(Transport& transport, Control& control, MemberInfo info,
                        MemberDescriptor descriptor)
-    : transport_(transport),
+    : SourceLink(std::move(info)),
+      transport_(transport),
       control_(control),
-      info_(std::move(info)),
       descriptor_(std::move(descriptor)) {
   regions_.resize(descriptor_.regions.size());
 }
 
-SourceLink::~SourceLink() { close(); }
+MemberLink::~MemberLink() { close(); }
 
-Result<std::unique_ptr<SourceLink>> SourceLink::open(Transport& transport, Control& control,
+Result<std::unique_ptr<MemberLink>> MemberLink::open(Transport& transport, Control& control,
                                                      const MemberInfo& info, const Layout& layout,
                                                      Deadline deadline) {
   TRANSFUSE_ASSIGN_OR_RETURN(const std::string bytes,
@@ -60,7 +60,7 @@ Result<std::unique_ptr<SourceLink>> SourceLink::open(Transport& transport, Contr
                  fmt::format("source '{}' is served over '{}', this receiver reads over '{}'",
                              info.name, descriptor.transport, transport.kind())};
   }
-  std::unique_ptr<SourceLink> link(new SourceLink(transport, control, info, std::move(descriptor)));
+  std::unique_ptr<MemberLink> link(new MemberLink(transport, control, info, std::move(descriptor)));
   TRANSFUSE_ASSIGN_OR_RETURN(link->peer_, transport.connect(link->descriptor_.endpoint,
                                                             link->descriptor_.token, deadline));
   TRANSFUSE_ASSIGN_OR_RETURN(link->generation_region_,
@@ -68,27 +68,27 @@ Result<std::unique_ptr<SourceLink>> SourceLink::open(Transport& transport, Contr
   return link;
 }
 
-void SourceLink::close() {
+void MemberLink::close() {
   tables_.clear();
   regions_.clear();
   generation_region_.reset();
   peer_.reset();
 }
 
-Error SourceLink::gone(std::string what) const {
+Error MemberLink::gone(std::string what) const {
   return Error{ErrorCode::kUnavailable,
                fmt::format("source '{}' is gone: {}", info_.name, std::move(what))};
 }
 
 // What the coordinator says of a source need not agree with what the source says of itself (I13).
-Result<void> SourceLink::check_slot(uint32_t slot) const {
+Result<void> MemberLink::check_slot(uint32_t slot) const {
   if (slot < descriptor_.slots.size()) return {};
   return Error{ErrorCode::kCorrupt, fmt::format("source '{}' has {} slots, a version in slot {} "
                                                 "was offered",
                                                 info_.name, descriptor_.slots.size(), slot)};
 }
 
-Result<SourceLink::Where> SourceLink::where(uint32_t parameter, uint32_t slot, Deadline deadline) {
+Result<SourceLink::Where> MemberLink::where(uint32_t parameter, uint32_t slot, Deadline deadline) {
   if (peer_ == nullptr) return gone("its connection was closed");
   TRANSFUSE_RETURN_IF_ERROR(check_slot(slot));
   const Place& place = descriptor_.slots[slot].places[parameter];
@@ -100,7 +100,7 @@ Result<SourceLink::Where> SourceLink::where(uint32_t parameter, uint32_t slot, D
   return Where{.region = region.get(), .offset_bytes = place.offset_bytes};
 }
 
-Result<void> SourceLink::read_words(const RemoteRegion& region, uint64_t offset_bytes,
+Result<void> MemberLink::read_words(const RemoteRegion& region, uint64_t offset_bytes,
                                     std::span<uint64_t> words, Deadline deadline) {
   if (peer_ == nullptr) return gone("its connection was closed");
   if (staged_words_.size() < words.size()) staged_words_.resize(words.size());
@@ -126,7 +126,7 @@ Result<void> SourceLink::read_words(const RemoteRegion& region, uint64_t offset_
   return {};
 }
 
-Result<Generation> SourceLink::read_generation(uint32_t slot, Deadline deadline) {
+Result<Generation> MemberLink::read_generation(uint32_t slot, Deadline deadline) {
   if (generation_region_ == nullptr) return gone("its connection was closed");
   TRANSFUSE_RETURN_IF_ERROR(check_slot(slot));
   std::array<uint64_t, 2> words{};
@@ -135,7 +135,7 @@ Result<Generation> SourceLink::read_generation(uint32_t slot, Deadline deadline)
   return Generation{.incarnation = words[0], .counter = words[1]};
 }
 
-Result<void> SourceLink::request_table(MemberId reader, const TableRequest& request,
+Result<void> MemberLink::request_table(MemberId reader, const TableRequest& request,
                                        Deadline deadline) {
   const auto known = std::ranges::find(tables_, request.plan_key, &Table::key);
   if (known != tables_.end() && known->refits_until_renewal > 1) {
@@ -152,7 +152,7 @@ Result<void> SourceLink::request_table(MemberId reader, const TableRequest& requ
   return {};
 }
 
-Result<SourceLink::Table*> SourceLink::open_table(MemberId reader, const TableRequest& request,
+Result<MemberLink::Table*> MemberLink::open_table(MemberId reader, const TableRequest& request,
                                                   size_t run_count, Deadline deadline) {
   const auto table = std::ranges::find(tables_, request.plan_key, &Table::key);
   TRANSFUSE_CHECK(table != tables_.end());
@@ -167,7 +167,7 @@ Result<SourceLink::Table*> SourceLink::open_table(MemberId reader, const TableRe
   return &*table;
 }
 
-Result<std::unique_ptr<RemoteRegion>> SourceLink::open_table_region(MemberId reader,
+Result<std::unique_ptr<RemoteRegion>> MemberLink::open_table_region(MemberId reader,
                                                                     const TableRequest& request,
                                                                     size_t run_count,
                                                                     Deadline deadline) {
@@ -198,14 +198,14 @@ Result<std::unique_ptr<RemoteRegion>> SourceLink::open_table_region(MemberId rea
 }
 
 // A source drops tables that nobody asked for in many versions, and says so in their headers.
-Result<SourceLink::Table*> SourceLink::reopen_table(MemberId reader, const TableRequest& request,
+Result<MemberLink::Table*> MemberLink::reopen_table(MemberId reader, const TableRequest& request,
                                                     size_t run_count, Deadline deadline) {
   std::erase_if(tables_, [&](const Table& table) { return table.key == request.plan_key; });
   TRANSFUSE_RETURN_IF_ERROR(request_table(reader, request, deadline));
   return open_table(reader, request, run_count, deadline);
 }
 
-Result<TableHeader> SourceLink::read_header(const Table& table, uint64_t offset_bytes,
+Result<TableHeader> MemberLink::read_header(const Table& table, uint64_t offset_bytes,
                                             Deadline deadline) {
   std::array<uint64_t, 4> words{};
   TRANSFUSE_RETURN_IF_ERROR(read_words(*table.region, offset_bytes, words, deadline));
@@ -213,13 +213,21 @@ Result<TableHeader> SourceLink::read_header(const Table& table, uint64_t offset_
       .incarnation = words[0], .counter = words[1], .progress = words[2], .run_count = words[3]};
 }
 
-Result<void> SourceLink::read_table(MemberId reader, const TableRequest& request,
-                                    const Offered& offered, std::span<uint64_t> sums,
+Result<std::unique_ptr<SourceLink>> MemberDirectory::open(const MemberInfo& info,
+                                                          const Layout& layout, Deadline deadline) {
+  TRANSFUSE_ASSIGN_OR_RETURN(std::unique_ptr<SourceLink> link,
+                             MemberLink::open(transport_, control_, info, layout, deadline));
+  return link;
+}
+
+Result<void> MemberLink::read_table(const SumQuery& query, std::span<uint64_t> sums,
                                     Deadline deadline, int64_t no_progress_ms,
                                     const std::atomic<bool>& cancelled) {
-  TRANSFUSE_RETURN_IF_ERROR(check_slot(offered.slot));
-  const Generation& generation = offered.generation;
-  const uint64_t offset_bytes = offered.slot * table_bytes(sums.size());
+  const MemberId reader = query.reader;
+  const TableRequest& request = query.request;
+  TRANSFUSE_RETURN_IF_ERROR(check_slot(query.slot));
+  const Generation& generation = query.generation;
+  const uint64_t offset_bytes = query.slot * table_bytes(sums.size());
   const auto next_limit = [&] { return deadline.earlier(Deadline::after_ms(no_progress_ms)); };
   const Deadline announced_by =
       deadline.earlier(Deadline::after_ms(kAnnouncementFactor * no_progress_ms));
@@ -240,7 +248,7 @@ Result<void> SourceLink::read_table(MemberId reader, const TableRequest& request
     }
     if (cancelled) return Error{ErrorCode::kCancelled, "the refit was cancelled by the caller"};
     if (!alive()) return gone("it ended before its fingerprints were complete");
-    TRANSFUSE_ASSIGN_OR_RETURN(const Generation now, read_generation(offered.slot, next_limit()));
+    TRANSFUSE_ASSIGN_OR_RETURN(const Generation now, read_generation(query.slot, next_limit()));
     if (now != generation) {
       return Error{ErrorCode::kTornRead,
                    fmt::format("source '{}' left generation {} for {} before its fingerprints were "

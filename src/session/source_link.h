@@ -1,4 +1,5 @@
-// One source as a receiver sees it: connection, opened regions, generation and fingerprint tables.
+// One source as a receiver sees it: connection, opened regions, generation and fingerprint tables;
+// and the members of a job as such sources.
 #pragma once
 
 #include <array>
@@ -7,8 +8,10 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "plan/copies.h"
 #include "session/descriptor.h"
 #include "session/served_weights.h"
 #include "transfuse/control.h"
@@ -20,8 +23,17 @@ namespace transfuse {
 // A reader asks for its table again after so many refits; see ServedWeights.
 inline constexpr uint32_t kTableRenewalVersions = 16;
 
-// Valid for one incarnation of one member. Used from one thread; outlived by the transport and the
-// control.
+// The sums that are wanted of a source: those of its runs in a plan, for one of its versions.
+struct SumQuery {
+  MemberId reader{};
+  TableRequest request;
+  const CopyTable* copies = nullptr;  // of the plan
+  uint32_t source_layout = 0;         // the source's own, in the plan
+  uint32_t slot = 0;
+  Generation generation;
+};
+
+// Valid for one incarnation of one source. Used from one thread.
 class SourceLink {
  public:
   struct Where {  // a parameter of the source
@@ -29,38 +41,64 @@ class SourceLink {
     uint64_t offset_bytes = 0;
   };
 
-  // Asks the coordinator for the descriptor, checks it against `layout` (I13), connects.
-  static Result<std::unique_ptr<SourceLink>> open(Transport& transport, Control& control,
-                                                  const MemberInfo& info, const Layout& layout,
-                                                  Deadline deadline);
-  ~SourceLink();
+  virtual ~SourceLink() = default;
   SourceLink(const SourceLink&) = delete;
   SourceLink& operator=(const SourceLink&) = delete;
 
   const MemberInfo& info() const { return info_; }
-  bool alive() const { return peer_ != nullptr && peer_->alive(); }
+  virtual bool alive() const = 0;
 
   // `slot` is that of the leased version (MemberInfo::slot): kCorrupt if the source has no such
   // slot.
   // Opens the parameter's region when it is first used. Parameters without bytes have none.
-  Result<Where> where(uint32_t parameter, uint32_t slot, Deadline deadline);
-  Result<Generation> read_generation(uint32_t slot, Deadline deadline);
+  virtual Result<Where> where(uint32_t parameter, uint32_t slot, Deadline deadline) = 0;
+  virtual Result<Generation> read_generation(uint32_t slot, Deadline deadline) = 0;
 
   // Asks the source to keep a table for the plan, unless it was asked lately.
-  Result<void> request_table(MemberId reader, const TableRequest& request, Deadline deadline);
+  virtual Result<void> request_table(MemberId reader, const TableRequest& request,
+                                     Deadline deadline) = 0;
   // Copies the sums that are valid for what is offered into `sums`, one per run that the source
   // holds, in the order of the runs (CopyTable::held_runs). Waits for the source to finish them, as
   // long as it makes progress within `no_progress_ms`.
-  struct Offered {  // one version of the source
-    uint32_t slot = 0;
-    Generation generation;
-  };
-  Result<void> read_table(MemberId reader, const TableRequest& request, const Offered& offered,
-                          std::span<uint64_t> sums, Deadline deadline, int64_t no_progress_ms,
-                          const std::atomic<bool>& cancelled);
+  virtual Result<void> read_table(const SumQuery& query, std::span<uint64_t> sums,
+                                  Deadline deadline, int64_t no_progress_ms,
+                                  const std::atomic<bool>& cancelled) = 0;
 
   // Ends every read of this source: afterwards nothing writes target memory on its behalf.
-  void close();
+  virtual void close() = 0;
+
+ protected:
+  explicit SourceLink(MemberInfo info) : info_(std::move(info)) {}
+
+  const MemberInfo info_;
+};
+
+// Where the sources of an attempt are found. Used from one thread.
+class SourceDirectory {
+ public:
+  virtual ~SourceDirectory() = default;
+  virtual Result<Layout> layout(const Digest& digest, Deadline deadline) = 0;
+  virtual Result<std::unique_ptr<SourceLink>> open(const MemberInfo& info, const Layout& layout,
+                                                   Deadline deadline) = 0;
+};
+
+// A member of the job. Outlived by the transport and the control.
+class MemberLink final : public SourceLink {
+ public:
+  // Asks the coordinator for the descriptor, checks it against `layout` (I13), connects.
+  static Result<std::unique_ptr<MemberLink>> open(Transport& transport, Control& control,
+                                                  const MemberInfo& info, const Layout& layout,
+                                                  Deadline deadline);
+  ~MemberLink() override;
+
+  bool alive() const override { return peer_ != nullptr && peer_->alive(); }
+  Result<Where> where(uint32_t parameter, uint32_t slot, Deadline deadline) override;
+  Result<Generation> read_generation(uint32_t slot, Deadline deadline) override;
+  Result<void> request_table(MemberId reader, const TableRequest& request,
+                             Deadline deadline) override;
+  Result<void> read_table(const SumQuery& query, std::span<uint64_t> sums, Deadline deadline,
+                          int64_t no_progress_ms, const std::atomic<bool>& cancelled) override;
+  void close() override;
 
  private:
   struct Table {
@@ -69,7 +107,7 @@ class SourceLink {
     uint32_t refits_until_renewal = kTableRenewalVersions;
   };
 
-  SourceLink(Transport& transport, Control& control, MemberInfo info, MemberDescriptor descriptor);
+  MemberLink(Transport& transport, Control& control, MemberInfo info, MemberDescriptor descriptor);
   // Reads `words.size()` 64-bit words. The words are staged: a read that is given up cannot touch
   // the caller's memory.
   Result<void> read_words(const RemoteRegion& region, uint64_t offset_bytes,
@@ -87,7 +125,6 @@ class SourceLink {
 
   Transport& transport_;
   Control& control_;
-  const MemberInfo info_;
   const MemberDescriptor descriptor_;
   std::unique_ptr<Peer> peer_;
   std::unique_ptr<RemoteRegion> generation_region_;
@@ -96,6 +133,22 @@ class SourceLink {
   std::vector<Table> tables_;
   std::vector<uint64_t> staged_words_;
   StridedCopy word_copy_;
+};
+
+// Used from one thread. Outlived by the transport and the control.
+class MemberDirectory final : public SourceDirectory {
+ public:
+  MemberDirectory(Transport& transport, Control& control)
+      : transport_(transport), control_(control) {}
+  Result<Layout> layout(const Digest& digest, Deadline deadline) override {
+    return control_.get_layout(digest, deadline);
+  }
+  Result<std::unique_ptr<SourceLink>> open(const MemberInfo& info, const Layout& layout,
+                                           Deadline deadline) override;
+
+ private:
+  Transport& transport_;
+  Control& control_;
 };
 
 }  // namespace transfuse

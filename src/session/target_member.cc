@@ -9,6 +9,7 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <string_view>
 #include <thread>
 #include <utility>
@@ -166,6 +167,30 @@ Result<void> TargetMember::applied(const Fetched& fetched, Deadline deadline,
     if (error.code == ErrorCode::kUnavailable) {
       std::this_thread::sleep_for(std::min<Duration>(kPause, deadline.remaining()));
     }
+  }
+}
+
+Result<void> TargetMember::hold_all(uint64_t version, Deadline deadline,
+                                    const std::atomic<bool>& cancelled) {
+  deadline = Deadline(std::max(deadline.at(), Deadline::after_ms(kAppliedGraceMs).at()));
+  auto told = hold(version, deadline);
+  while (true) {
+    std::string reason;
+    if (told) {
+      const auto whole = check_group(version);
+      if (whole) return {};
+      reason = whole.error().message;
+    } else {
+      reason = told.error().message;
+    }
+    if (deadline.passed() || cancelled) {
+      return Error{ErrorCode::kGroupBroken,
+                   fmt::format("this rank ('{}') holds version {} of a checkpoint, but it is not "
+                               "known that every rank of group '{}' does: {}",
+                               options_.name, version, options_.group, reason)};
+    }
+    std::this_thread::sleep_for(std::min<Duration>(kPause, deadline.remaining()));
+    if (!told) told = hold(version, deadline);
   }
 }
 

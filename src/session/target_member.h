@@ -46,6 +46,9 @@ class TargetMember {
   // Success: every rank holds the version. Else kGroupBroken, and this rank holds it.
   Result<void> applied(const Fetched& fetched, Deadline deadline,
                        const std::atomic<bool>& cancelled);
+  // This rank holds `version`, which no round has decided; waits until every rank does. Else
+  // kGroupBroken.
+  Result<void> hold_all(uint64_t version, Deadline deadline, const std::atomic<bool>& cancelled);
   // kGroupBroken unless every rank holds `version`.
   Result<GroupInfo> check_group(uint64_t version);
 

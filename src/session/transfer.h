@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "session/copies.h"
+#include "plan/copies.h"
 #include "session/source_link.h"
 #include "transfuse/transport.h"
 

@@ -14,8 +14,9 @@
 #include <nlohmann/json.hpp>
 #include <vector>
 #include "base/random.h"
-#include "session/copies.h"
+#include "plan/copies.h"
 #include "session/source_link.h"
+#include "session/whole_layout.h"
 #include "transfuse/control.h"
 #include "transfuse/deadline.h"
 #include "transfuse/layout.h"
@@ -54,11 +55,13 @@ class Verification {
       : transport_(transport), control_(control), member_(member), deadline_(deadline) {}
 
   Result<void> compare(const MemberInfo& target, TargetVerdict& verdict);
+  Result<VersionRevision> revision(const VersionRequest& request);
 
  private:
   // The fingerprint of every parameter of `probe`, from `members` (each read at
   // MemberInfo::generation, or at whatever even generation it has if that is zero).
   Result<std::vector<uint64_t>> fingerprints(const Layout& probe, std::vector<MemberInfo> members);
+  Result<Digest> content_of(const std::vector<MemberInfo>& sources);
 
   Transport& transport_;
   Control& control_;
@@ -100,7 +103,7 @@ Result<std::vector<uint64_t>> Verification::fingerprints(const Layout& probe,
     const auto held = copies.held_runs(static_cast<uint32_t>(layout - layouts.begin()));
     sums.resize(held.size());
     TRANSFUSE_ASSIGN_OR_RETURN(
-        auto link, SourceLink::open(transport_, control_, members[i], *layout, deadline_));
+        auto link, MemberLink::open(transport_, control_, members[i], *layout, deadline_));
     Generation generation = members[i].generation;
     if (generation.incarnation == 0) {
       TRANSFUSE_ASSIGN_OR_RETURN(generation, link->read_generation(members[i].slot, deadline_));
@@ -108,9 +111,13 @@ Result<std::vector<uint64_t>> Verification::fingerprints(const Layout& probe,
     if (generation.counter % 2 != 0) {
       return Error{ErrorCode::kTornRead, fmt::format("'{}' is being written", members[i].name)};
     }
-    TRANSFUSE_RETURN_IF_ERROR(link->read_table(member_, request,
-                                               {.slot = members[i].slot, .generation = generation},
-                                               sums, deadline_, kNoProgressMs, cancelled));
+    const SumQuery query{.reader = member_,
+                         .request = request,
+                         .copies = &copies,
+                         .source_layout = static_cast<uint32_t>(layout - layouts.begin()),
+                         .slot = members[i].slot,
+                         .generation = generation};
+    TRANSFUSE_RETURN_IF_ERROR(link->read_table(query, sums, deadline_, kNoProgressMs, cancelled));
     for (size_t at = 0; at < held.size(); ++at) {
       const uint32_t run = held[at];
       if (assignment.choice[run] == i) result[plan.runs()[run].parameter] += sums[at];
@@ -157,6 +164,44 @@ Result<void> Verification::compare(const MemberInfo& target, TargetVerdict& verd
   return {};
 }
 
+Result<VersionRevision> Verification::revision(const VersionRequest& request) {
+  TRANSFUSE_ASSIGN_OR_RETURN(const Lease lease, control_.acquire(member_, request, deadline_));
+  auto computed = content_of(lease.sources);
+  auto released = control_.release(lease.id, {}, deadline_);
+  if (!computed) return Unexpected{std::move(computed).error()};
+  TRANSFUSE_RETURN_IF_ERROR(std::move(released));
+  VersionRevision out{.version = lease.version, .computed = *computed, .stated = {}};
+  out.stated = lease.sources.front().revision;
+  const auto alike = [&](const MemberInfo& source) { return source.revision == out.stated; };
+  if (!std::ranges::all_of(lease.sources, alike)) out.stated = {};
+  return out;
+}
+
+Result<Digest> Verification::content_of(const std::vector<MemberInfo>& sources) {
+  std::vector<Layout> layouts;
+  for (const MemberInfo& source : sources) {
+    TRANSFUSE_ASSIGN_OR_RETURN(Layout layout, control_.get_layout(source.layout, deadline_));
+    layouts.push_back(std::move(layout));
+  }
+  TRANSFUSE_ASSIGN_OR_RETURN(const Layout whole, whole_layout(layouts));
+  TRANSFUSE_RETURN_IF_ERROR(control_.put_layout(whole));
+  // A parameter has the name of its tensor: their orders are one.
+  TRANSFUSE_ASSIGN_OR_RETURN(const auto sums, fingerprints(whole, sources));
+  return content_revision(whole.tensors(), sums);
+}
+
+// A member without parameters, which may hold leases and ask for sums.
+Result<MemberId> join_as_verifier(Control& control, std::string_view model, const Layout& nothing) {
+  TRANSFUSE_RETURN_IF_ERROR(control.put_layout(nothing));
+  Registration registration;
+  registration.role = MemberRole::kTarget;
+  registration.model = model;
+  registration.incarnation = random_identity();
+  registration.name = fmt::format("verify-{:016x}", registration.incarnation);
+  registration.layout = nothing.digest();
+  return control.join(registration);
+}
+
 }  // namespace
 
 bool VerifyReport::matches() const {
@@ -168,15 +213,8 @@ Result<VerifyReport> verify_model(Transport& transport, Control& control, std::s
   VerifyReport report;
   report.model = model;
   TRANSFUSE_ASSIGN_OR_RETURN(const auto members, control.members(model));
-  TRANSFUSE_ASSIGN_OR_RETURN(const Layout nothing, LayoutBuilder().build());
-  TRANSFUSE_RETURN_IF_ERROR(control.put_layout(nothing));
-  Registration registration;
-  registration.role = MemberRole::kTarget;
-  registration.model = model;
-  registration.incarnation = random_identity();
-  registration.name = fmt::format("verify-{:016x}", registration.incarnation);
-  registration.layout = nothing.digest();
-  TRANSFUSE_ASSIGN_OR_RETURN(const MemberId self, control.join(registration));
+  const Layout nothing;
+  TRANSFUSE_ASSIGN_OR_RETURN(const MemberId self, join_as_verifier(control, model, nothing));
   for (const MemberInfo& member : members) {
     // Another verification holds no parameters.
     if (member.role != MemberRole::kTarget || member.layout == nothing.digest()) continue;
@@ -192,6 +230,18 @@ Result<VerifyReport> verify_model(Transport& transport, Control& control, std::s
   }
   TRANSFUSE_RETURN_IF_ERROR(control.leave(self));
   return report;
+}
+
+Result<VersionRevision> version_revision(Transport& transport, Control& control,
+                                         std::string_view model, uint64_t version,
+                                         Deadline deadline) {
+  TRANSFUSE_ASSIGN_OR_RETURN(const MemberId self, join_as_verifier(control, model, Layout()));
+  VersionRequest request;
+  if (version != 0) request = {.kind = VersionRequest::Kind::kExactly, .version = version};
+  auto revision = Verification(transport, control, self, deadline).revision(request);
+  auto left = control.leave(self);
+  if (revision && !left) return Unexpected{std::move(left).error()};
+  return revision;
 }
 
 std::string VerifyReport::to_json() const {

@@ -35,6 +35,8 @@ inline const Backend kLocal = {"Local", "local", false};
 inline const Backend kFaulty = {"FaultyWithoutFaults", "faulty", false};
 inline const Backend kShmInside = {"ShmInOneProcess", "shm", false};
 inline const Backend kShm = {"Shm", "shm", true};
+inline const Backend kFileInside = {"FileInOneProcess", "file", false};
+inline const Backend kFile = {"File", "file", true};
 inline std::string backend_name(const testing::TestParamInfo<Backend>& info) {
   return info.param.name;
 }

@@ -36,7 +36,7 @@ inline std::vector<std::byte> pattern(uint64_t size_bytes, uint64_t seed) {
 }
 
 struct BackendOptions {
-  std::string backend;  // "local", "faulty" (around local, without a fault) or "shm"
+  std::string backend;  // "local", "faulty" (around local, without a fault), "shm" or "file"
   std::string folder;
   std::string token{};
   uint32_t threads = 2;
@@ -45,6 +45,7 @@ struct BackendOptions {
 inline Result<std::unique_ptr<Transport>> open_backend(const BackendOptions& options) {
   const TransportOptions transport = {
       .threads = options.threads, .allow_any_tracer = true, .token = options.token};
+  if (options.backend == "file") return open_file_transport(options.folder, transport);
   if (options.backend == "shm") return open_shm_transport(options.folder, transport);
   if (options.backend == "faulty") {
     TRANSFUSE_ASSIGN_OR_RETURN(auto faulty, open_faulty_local_transport({}, transport));
@@ -66,6 +67,10 @@ class PeerCommands {
     words >> command >> a >> b;
     if (command == "endpoint") return text(transport_->endpoint());
     if (command == "allocate") return hold(transport_->allocate(a), b);
+    // Memory of the caller is no file: there the two are one.
+    if (command == "register" && transport_->kind() == "file") {
+      return hold(transport_->allocate(a), b);
+    }
     if (command == "register") {
       auto memory = std::make_unique<std::vector<std::byte>>(a);
       std::vector<std::byte>& bytes = *memory;

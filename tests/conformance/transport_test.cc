@@ -28,7 +28,8 @@ namespace {
 
 class TransportTest : public Conformance {};
 INSTANTIATE_TEST_SUITE_P(Backends, TransportTest,
-                         testing::Values(kLocal, kFaulty, kShmInside, kShm), backend_name);
+                         testing::Values(kLocal, kFaulty, kShmInside, kShm, kFileInside, kFile),
+                         backend_name);
 
 TEST_P(TransportTest, ReadsWhatAPeerAllocatedAndWrote) {
   const auto peer = make_peer();
@@ -77,8 +78,8 @@ TEST_P(TransportTest, AllocatedMemoryIsZeroedPageAlignedAndWritable) {
 std::vector<StridedCopy> random_copies(Random& random, uint64_t source_bytes,
                                        std::vector<std::byte>& target) {
   constexpr std::array<ElementOp, kElementOpCount> kOps = {
-      ElementOp::kCopy1, ElementOp::kCopy2,     ElementOp::kCopy4,
-      ElementOp::kCopy8, ElementOp::kF32ToBF16, ElementOp::kF32ToF16};
+      ElementOp::kCopy1,     ElementOp::kCopy2,    ElementOp::kCopy4,     ElementOp::kCopy8,
+      ElementOp::kF32ToBF16, ElementOp::kF32ToF16, ElementOp::kBF16ToF32, ElementOp::kF16ToF32};
   std::vector<StridedCopy> copies;
   std::vector<uint64_t> starts;
   uint64_t end = 0;

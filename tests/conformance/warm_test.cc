@@ -43,7 +43,8 @@ class WarmTest : public Conformance {
     return allocation_count() - before;
   }
 };
-INSTANTIATE_TEST_SUITE_P(Backends, WarmTest, testing::Values(kLocal, kShmInside, kShm),
+INSTANTIATE_TEST_SUITE_P(Backends, WarmTest,
+                         testing::Values(kLocal, kShmInside, kShm, kFileInside, kFile),
                          backend_name);
 
 TEST_P(WarmTest, I5_AWarmCycleAllocatesNothing) {

@@ -7,9 +7,13 @@
 #include <array>
 #include <chrono>
 #include <cstdlib>
+#include <filesystem>
+#include <fstream>
 #include <utility>
 
 #include "faults/process_facts.h"
+#include "session/stored_weights.h"
+#include "transfuse/checkpoint.h"
 #include "transfuse/deadline.h"
 
 namespace transfuse::faults {
@@ -117,6 +121,7 @@ Result<Json> Member::dispatch(const std::string& call, const Json& request) {
     return Json::object();
   }
   if (call == "write") return write(request);
+  if (call == "save") return save(request);
   if (call == "check") return check(request);
   if (call == "refit" || call == "stage" || call == "staged" || call == "commit" ||
       call == "rollback" || call == "check_group") {
@@ -218,6 +223,16 @@ Result<Json> Member::write(const Json& request) {
   return Json::object();
 }
 
+// "path": a folder that is there; "version": what the file records.
+Result<Json> Member::save(const Json& request) {
+  TRANSFUSE_RETURN_IF_ERROR(require(weights_ != nullptr, "memory"));
+  const std::filesystem::path folder = request.value("path", "");
+  std::ofstream(folder / "config.json") << testing::kSmallConfig;
+  testing::write_rank(folder / "rank0.safetensors", weights_->parameters(),
+                      request.value("version", uint64_t{0}));
+  return Json::object();
+}
+
 Result<Json> Member::open_receiver(const Json& request) {
   TRANSFUSE_ASSIGN_OR_RETURN(Layout layout, make_layout(request));
   TRANSFUSE_ASSIGN_OR_RETURN(
@@ -233,6 +248,11 @@ Result<Json> Member::open_receiver(const Json& request) {
   options.group = request.value("group", "");
   options.group_size = request.value("group_size", 0u);
   options.round_ms = request.value("round_ms", int64_t{20000});
+  if (request.contains("checkpoint")) {
+    options.checkpoint = Checkpoint{.path = request.value("checkpoint", ""),
+                                    .spec = request.value("checkpoint_spec", "hf")};
+    options.checkpoint_wait_ms = request.value("checkpoint_wait_ms", int64_t{200});
+  }
   options.arenas = weights_->arenas();
   testing::Parameters& parameters = weights_->parameters();
   parameters.poison(std::byte{0xEE});

@@ -40,6 +40,7 @@ class Member {
   Result<Json> open_receiver(const Json& request);
   Result<Json> receiver_call(const std::string& call, const Json& request);
   Result<Json> refit(const Json& request);
+  Result<Json> save(const Json& request);
   Result<Json> check(const Json& request);
   Result<Json> control_call(const std::string& call, const Json& request);
   Result<Json> stats();

@@ -89,5 +89,36 @@ TEST(FullCount, All18867TensorsOfQwen3_30B_A3BReachMegatronFromFsdp) {
                      {"megatron:tp=4,pp=3,ep=8,etp=1,vocab_divisor=4"}, 18867);
 }
 
+ModelConfig narrow_mixtral() {
+  return {.architecture = "mixtral",
+          .hidden_size = 6,
+          .moe_intermediate_size = 8,
+          .num_hidden_layers = 32,
+          .num_attention_heads = 32,
+          .num_key_value_heads = 8,
+          .head_dim = 2,
+          .vocab_size = 151,
+          .num_experts = 8};
+}
+
+ModelConfig narrow_gemma3() {
+  return {.architecture = "gemma3_text",
+          .hidden_size = 6,
+          .intermediate_size = 8,
+          .num_hidden_layers = 26,
+          .num_attention_heads = 4,
+          .num_key_value_heads = 1,
+          .head_dim = 2,
+          .vocab_size = 151,
+          .tie_word_embeddings = true};
+}
+
+TEST(FullCount, All995TensorsOfMixtralAndAll340OfGemma3Arrive) {
+  expect_all_tensors(narrow_mixtral(), "megatron:tp=2,pp=2,ep=4,etp=1",
+                     {"vllm:tp=4,ep", "hf:experts=stacked"}, 995);
+  expect_all_tensors(narrow_mixtral(), "fsdp:dp=3,experts=stacked", {"vllm:tp=8", "hf"}, 995);
+  expect_all_tensors(narrow_gemma3(), "megatron:tp=2,pp=2", {"vllm:tp=4", "hf"}, 340);
+}
+
 }  // namespace
 }  // namespace transfuse::frameworks

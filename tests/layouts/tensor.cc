@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "transfuse/result.h"
@@ -46,6 +47,20 @@ Tensor Tensor::chunk(int64_t count, int64_t index, int dim) const {
   const int64_t piece = (length + count - 1) / count;
   const int64_t start = std::min(index * piece, length);
   return narrow(dim, start, std::min(piece, length - start));
+}
+
+Tensor Tensor::transposed() const {
+  Tensor out = *this;
+  const size_t rank = shape.size();
+  const auto rows = static_cast<size_t>(shape[rank - 2]);
+  const auto columns = static_cast<size_t>(shape[rank - 1]);
+  std::swap(out.shape[rank - 2], out.shape[rank - 1]);
+  for (size_t i = 0; i < data.size(); ++i) {
+    const size_t matrix = i / (rows * columns);
+    const size_t row = i / columns % rows;
+    out.data[(matrix * columns + i % columns) * rows + row] = data[i];
+  }
+  return out;
 }
 
 Tensor Tensor::padded(int64_t rows) const {

@@ -54,9 +54,14 @@ void set_fills(const Layout& layout, StateDict& state, int32_t value) {
 }  // namespace
 
 World make_world(const ModelConfig& config, const StateDict& hf, const std::string& text) {
-  ParallelSpec spec = parse_parallel_spec(text).value();
-  spec.dtype = Dtype::kI32;
-  World world{.name = text, .layouts = make_layouts(config, spec).value(), .states = {}};
+  World world = make_world(config, hf, parse_parallel_spec(text).value());
+  world.name = text;
+  return world;
+}
+
+World make_world(const ModelConfig& config, const StateDict& hf, ParallelSpec spec) {
+  spec.dtype = Dtype::kF32;  // engines hold some tensors so; the values are whole numbers
+  World world{.name = spec.family, .layouts = make_layouts(config, spec).value(), .states = {}};
   for (int64_t rank = 0; rank < spec.rank_count(); ++rank) {
     world.states.push_back(rank_state(config, hf, spec, rank));
   }

@@ -18,8 +18,9 @@ struct World {
   std::vector<Layout> layouts;
   std::vector<StateDict> states;  // of the same ranks
 };
-// Parameters hold i32, so that every element of the model has a value of its own. Aborts where
-// there are no such layouts.
+// Elements are counted up as i32, whatever their dtype is, so that each has a value of its own.
+// Aborts where there are no such layouts.
+World make_world(const ModelConfig& config, const StateDict& hf, ParallelSpec spec);
 World make_world(const ModelConfig& config, const StateDict& hf, const std::string& spec);
 
 // What is wrong between a rank's layout and its state: names, sizes, every element of every tile

@@ -125,6 +125,37 @@ def run_case(name: str, shard: Callable[[Toy, int], None], world: int, folder: P
         torch.save(full, folder / f"{name}-full.pt")
 
 
+def run_experts(world: int, folder: Path) -> None:
+    """Experts in stacks, as transformers 5 holds them: a rank has whole ones, or rows of all."""
+    config = transfuse.parse_model_config((folder / "config.json").read_text())
+    described = transfuse.make_layout(
+        config, transfuse.parse_parallel_spec("hf:experts=stacked"), 0
+    )
+    shapes = torch.load(folder / "stacked.pt")
+    assert {p.name: p.element_count for p in described.parameters} == {
+        name: value.numel() for name, value in shapes.items()
+    }
+    for name, dim in (("experts", 0), ("expert_rows", 1)):
+        model = torch.nn.Module()
+        for path, value in shapes.items():
+            *modules, leaf = path.split(".")
+            owner = model
+            for module in modules:
+                if module not in dict(owner.named_children()):
+                    owner.add_module(module, torch.nn.Module())
+                owner = owner.get_submodule(module)
+            owner.register_parameter(leaf, torch.nn.Parameter(value.clone()))
+        fully_shard(
+            model,
+            mesh=mesh(list(range(world)), ("dp",)),
+            shard_placement_fn=lambda p, d=dim: Shard(d) if p.ndim == 3 else Shard(0),
+        )
+        layout, parameters = fsdp2.layout(model, config=config)
+        rank = dist.get_rank()
+        (folder / f"{name}-{rank}.layout").write_bytes(layout.encode())
+        torch.save(parameters, folder / f"{name}-{rank}.pt")
+
+
 def refuse_reversed_mesh(world: int, folder: Path) -> None:
     """A mesh whose order is not that of its process group."""
     model = Toy()
@@ -147,6 +178,7 @@ def main() -> None:
     for name, (needed, shard) in CASES.items():
         if needed in (0, world):
             run_case(name, shard, world, folder)
+    run_experts(world, folder)
     if world == 2:
         refuse_reversed_mesh(world, folder)
     dist.barrier()

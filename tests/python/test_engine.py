@@ -464,3 +464,26 @@ def test_a_tensor_that_is_missing_or_has_another_shape_is_named(one):
     del state["model.norm.weight"]
     with pytest.raises(transfuse.InvalidArgumentError, match=r"model.norm.weight.*nothing"):
         weights.load(state)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_layout_captured_from_the_engines_own_loader_is_that_of_the_formula(size, tied):
+    """And what that loader puts where is what the formula says."""
+    source = transformers_model(3, tied)
+    for rank in range(size):
+        options = {"rank": rank, "size": size, "arena": False, "dtype": torch.float32}
+        formula = Weights(Architecture.parse(config_text(tied)), **options)
+        captured = Weights(Architecture.parse(config_text(tied)), captured=True, **options)
+        assert captured.layout.digest == formula.layout.digest
+        assert captured.report.counts["fallback"] == 0
+        formula.load(state_of(source))
+        captured.load_weights(iter(state_of(source).items()))
+        for name, value in formula.parameters.items():
+            assert torch.equal(captured.parameters[name], value), name
+
+
+def test_a_tensor_that_the_engine_does_not_know_is_named():
+    weights = Weights(Architecture.parse(config_text()), arena=False)
+    with pytest.raises(transfuse.InvalidArgumentError, match=r"model.layers.0.mlp.router.weight"):
+        weights.load_weights([("model.layers.0.mlp.router.weight", torch.zeros(2))])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -184,3 +185,57 @@ def test_transformers_loads_what_was_converted_back(folder: Path) -> None:
     convert(folder, ("vllm:tp=4", "ranks"), ("hf", "back"), "--shard-gb", "0.00002")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "back", dtype="auto")
     assert_same(dict(model.state_dict()), tensors())
+
+
+# A small process between: what a child inherits of this one's memory would count as its own.
+PEAK = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [("hf", "hf"), ("hf:dtype=f32", "vllm:tp=2,dtype=bf16")]
+)
+def test_memory_of_a_conversion_does_not_grow_with_the_model(
+    tmp_path: Path, source: str, target: str
+) -> None:
+    assert COMMAND
+    wide = "dtype=f32" in source
+    peaks = []
+    for vocabulary in (1 << 14, 1 << 18):  # 16 and 256 MiB a tensor of bf16
+        config = CONFIG | {"vocab_size": vocabulary, "hidden_size": 512}
+        folder = tmp_path / str(vocabulary)
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        listed = subprocess.run(
+            [COMMAND, "inspect", "hf", "--config", folder / "config.json", "--json"],
+            check=True,
+            stdout=subprocess.PIPE,
+        )
+        header, at = {}, 0
+        for tensor in json.loads(listed.stdout)["tensors"]:
+            end = at + tensor["size_bytes"] * (2 if wide else 1)
+            dtype = "F32" if wide else "BF16"
+            offsets = [at, end]
+            header[tensor["name"]] = {
+                "dtype": dtype,
+                "shape": tensor["shape"],
+                "data_offsets": offsets,
+            }
+            at = end
+        text = json.dumps(header).encode()
+        with (folder / "model.safetensors").open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + at)  # zeros that take no room
+        measured = subprocess.run(
+            [sys.executable, "-S", "-c", PEAK, COMMAND, "convert", "--from", source, folder]
+            + ["--to", target, tmp_path / "out"],
+            check=True,
+            stdout=subprocess.PIPE,
+        )
+        peaks.append(int(measured.stdout) * 1024)
+        shutil.rmtree(tmp_path / "out")
+    assert peaks[1] - peaks[0] < 32 << 20, peaks
+    assert peaks[1] < 64 << 20, peaks

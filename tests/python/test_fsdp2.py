@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import transfuse
@@ -13,6 +15,53 @@ CASES = {
 }
 
 
+CONFIG = {
+    "model_type": "mixtral",
+    "hidden_size": 8,
+    "intermediate_size": 4,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_local_experts": 3,
+    "vocab_size": 7,
+}
+
+
+def single_experts():
+    config = transfuse.parse_model_config(json.dumps(CONFIG))
+    return transfuse.make_layout(config, transfuse.parse_parallel_spec("hf:dtype=f32"), 0)
+
+
+def stacked_experts(spec):
+    config = transfuse.parse_model_config(json.dumps(CONFIG))
+    return transfuse.make_layouts(config, transfuse.parse_parallel_spec(spec))
+
+
+def experts():
+    """The published tensors: every element has a value of its own."""
+    weights, first = {}, 1
+    for tensor in single_experts().tensors:
+        count = torch.Size(tensor.shape).numel()
+        weights[tensor.name] = torch.arange(first, first + count).float().view(tensor.shape)
+        first += count
+    return weights
+
+
+def write_experts(folder):
+    """The same as modules of transformers 5 hold them."""
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    held, moe = {}, "model.layers.0.block_sparse_moe."
+    weights = experts()
+    for name, value in weights.items():
+        if ".experts." not in name:
+            held[name.replace(".block_sparse_moe.", ".mlp.")] = value
+    one = [[weights[f"{moe}experts.{x}.w{w}.weight"] for w in (1, 3, 2)] for x in range(3)]
+    stem = "model.layers.0.mlp.experts."
+    held[stem + "gate_up_proj"] = torch.stack([torch.cat(e[:2]) for e in one])
+    held[stem + "down_proj"] = torch.stack([e[2] for e in one])
+    torch.save(held, folder / "stacked.pt")
+
+
 @pytest.fixture(scope="module")
 def group(module_children, tmp_path_factory):
     """group(n): the folder with what n ranks of one gloo group wrote; they run once."""
@@ -21,6 +70,7 @@ def group(module_children, tmp_path_factory):
     def run(world):
         if world not in folders:
             folders[world] = tmp_path_factory.mktemp(f"fsdp2-{world}")
+            write_experts(folders[world])
             for rank in range(world):
                 module_children.start("fsdp2_worker.py", rank, world, folders[world])
             module_children.join()
@@ -57,6 +107,40 @@ def test_the_shards_of_all_ranks_are_the_full_tensors_bit_for_bit(
     execute(plan, sources, target)
     for name, value in full.items():
         assert torch.equal(target[name].view(value.shape), value.to(dtype)), name
+
+
+@pytest.mark.parametrize("case", ["experts", "expert_rows"])
+@pytest.mark.parametrize("world", CASES)
+def test_shards_of_stacked_experts_are_the_published_tensors(group, execute, world, case):
+    sources = [load(group(world), case, rank) for rank in range(world)]
+    target = {p.name: torch.zeros(p.element_count) for p in single_experts().parameters}
+    execute(transfuse.compile(single_experts(), [layout for layout, _ in sources]), sources, target)
+    for name, value in experts().items():
+        assert torch.equal(target[name].view(value.shape), value), name
+
+
+@pytest.mark.parametrize("world", CASES)
+def test_the_spec_of_stacked_experts_says_what_a_rank_of_fsdp2_holds(group, world):
+    described = stacked_experts(f"fsdp:dp={world},experts=stacked,dtype=f32")
+    for rank, expected in enumerate(described):
+        layout, _ = load(group(world), "experts", rank)
+        assert places(layout) == places(expected)
+        held = {p.name: p.element_count for p in expected.parameters if p.element_count > 0}
+        assert held == {p.name: p.element_count for p in layout.parameters}
+
+
+def places(layout):
+    """The tiles with names for numbers: an empty parameter has none."""
+    return [
+        (
+            layout.tensors[tile.tensor].name,
+            layout.parameters[tile.parameter].name,
+            tile.box,
+            tile.element_offset,
+            tile.element_strides,
+        )
+        for tile in layout.tiles
+    ]
 
 
 def test_I7_the_coordinate_on_the_mesh_decides_not_the_world_rank(group):

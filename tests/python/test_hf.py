@@ -43,27 +43,192 @@ FAMILIES = {
     "Qwen2ForCausalLM": transformers.Qwen2Config,
     "Qwen3ForCausalLM": transformers.Qwen3Config,
     "Qwen3MoeForCausalLM": transformers.Qwen3MoeConfig,
+    "MixtralForCausalLM": transformers.MixtralConfig,
+    "Gemma3ForCausalLM": transformers.Gemma3TextConfig,
+    "Glm4MoeForCausalLM": transformers.Glm4MoeConfig,
+    "DeepseekV3ForCausalLM": transformers.DeepseekV3Config,
+    "GptOssForCausalLM": transformers.GptOssConfig,
+    "Qwen3NextForCausalLM": transformers.Qwen3NextConfig,
 }
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+}
+# Modules of transformers have no layer that predicts further tokens, whatever the config says.
+ROUTED = {
+    "n_routed_experts": 3,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 0,
+}
+MORE = {
+    "Qwen3MoeForCausalLM": {"num_experts": 3, "moe_intermediate_size": 20},
+    "MixtralForCausalLM": {"num_local_experts": 3, "num_experts_per_tok": 2},
+    "Gemma3ForCausalLM": {"head_dim": 6},
+    "Glm4MoeForCausalLM": {**ROUTED, "moe_intermediate_size": 20, "attention_bias": True},
+    "DeepseekV3ForCausalLM": {
+        **ROUTED,
+        "moe_intermediate_size": 20,
+        "q_lora_rank": 12,
+        "kv_lora_rank": 7,
+        "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 2,
+        "v_head_dim": 5,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "GptOssForCausalLM": {"num_local_experts": 3, "head_dim": 6},
+    "Qwen3NextForCausalLM": {
+        "num_experts": 3,
+        "moe_intermediate_size": 20,
+        "shared_expert_intermediate_size": 12,
+        "head_dim": 6,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 6,
+        "linear_key_head_dim": 5,
+        "linear_value_head_dim": 7,
+        "linear_conv_kernel_dim": 3,
+        "num_hidden_layers": 5,
+        "num_nextn_predict_layers": 0,  # not in the model class of transformers
+    },
+}
+
+
+def config_of(model_class, **more):
+    sizes = SIZES | MORE.get(model_class, {}) | more
+    return FAMILIES[model_class](**sizes, architectures=[model_class])
+
+
+def catalog_of(config):
+    return transfuse.make_catalog(transfuse.parse_model_config(config.to_json_string()))
+
+
+def held_by(model):
+    """Parameters and persistent buffers; a tied one once."""
+    published = set(model.state_dict())
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tuple(t.shape) for name, t in tensors if name in published}
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("model_class", FAMILIES)
 def test_the_catalog_of_every_family_is_that_of_its_model_class(model_class, tied):
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 100}
-    experts = {"num_experts": 3, "moe_intermediate_size": 20}
-    config = FAMILIES[model_class](
-        **sizes,
-        **heads,
-        **(experts if "Moe" in model_class else {}),
-        tie_word_embeddings=tied,
-        architectures=[model_class],
-    )
+    config = config_of(model_class, tie_word_embeddings=tied)
     with torch.device("meta"):
         model = getattr(transformers, model_class)(config)
-    catalog = transfuse.make_catalog(transfuse.parse_model_config(config.to_json_string()))
-    assert {t.name: t.shape for t in catalog} == {
-        name: tuple(parameter.shape) for name, parameter in model.named_parameters()
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        pytest.skip("transformers 5 holds experts in stacks: the next test")
+    assert {t.name: t.shape for t in catalog_of(config)} == held_by(model)
+
+
+def test_the_norms_of_queries_and_keys_of_glm_are_there_where_the_config_says_so():
+    config = config_of("Glm4MoeForCausalLM", use_qk_norm=True, attention_bias=False)
+    with torch.device("meta"):
+        model = transformers.Glm4MoeForCausalLM(config)
+    assert {t.name: t.shape for t in catalog_of(config)} == held_by(model)
+
+
+class Stacked(torch.nn.Module):
+    """What modules of transformers 5 hold of a checkpoint's layer with experts."""
+
+    def __init__(self, weights, names, module):
+        super().__init__()
+        self.rest = torch.nn.ParameterDict()
+        stacks = {}
+        for name, value in weights.items():
+            head, found, tail = name.partition(".experts.")
+            head = head.replace(f".{module}", ".mlp")
+            if not found:
+                name = name.replace(f".{module}.", ".mlp.")
+                self.register_parameter(name.replace(".", "/"), torch.nn.Parameter(value))
+                continue
+            expert, matrix, _ = tail.split(".")
+            stacks.setdefault(head, {})[int(expert), names.index(matrix)] = value
+        for head, parts in stacks.items():
+            count = 1 + max(expert for expert, _ in parts)
+            gate_up = [torch.cat([parts[x, 0], parts[x, 1]]) for x in range(count)]
+            down = [parts[x, 2] for x in range(count)]
+            for name, stack in (("gate_up_proj", gate_up), ("down_proj", down)):
+                name = f"{head}.experts.{name}".replace(".", "/")
+                self.register_parameter(name, torch.nn.Parameter(torch.stack(stack)))
+
+    def named_parameters(self, *args, **kwargs):
+        for name, parameter in super().named_parameters(*args, **kwargs):
+            yield name.replace("/", "."), parameter
+
+
+def numbered(catalog):
+    weights, first = {}, 1
+    for tensor in catalog:
+        count = torch.Size(tensor.shape).numel()
+        weights[tensor.name] = torch.arange(first, first + count).float().view(tensor.shape)
+        first += count
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("model_class", "names", "module"),
+    [
+        ("Qwen3MoeForCausalLM", ["gate_proj", "up_proj", "down_proj"], "mlp"),
+        ("MixtralForCausalLM", ["w1", "w3", "w2"], "block_sparse_moe"),
+        ("DeepseekV3ForCausalLM", ["gate_proj", "up_proj", "down_proj"], "mlp"),
+    ],
+)
+def test_stacked_experts_of_a_live_module_meet_the_catalog(execute, model_class, names, module):
+    config = transfuse.parse_model_config(config_of(model_class).to_json_string())
+    weights = numbered(transfuse.make_catalog(config))
+    live = Stacked(weights, names, module)
+    layout, parameters = hf.layout(live, config=config)
+    assert {t.name: t.shape for t in layout.tensors} == {
+        n: tuple(w.shape) for n, w in weights.items()
+    }
+    spec = transfuse.parse_parallel_spec("hf:experts=stacked,dtype=f32")
+    described = transfuse.make_layout(config, spec, 0)
+    assert [(p.name, p.element_count) for p in layout.parameters] == [
+        (p.name, p.element_count) for p in described.parameters
+    ]
+    assert layout.tiles == described.tiles
+    assert {p.name for p in layout.parameters} == set(parameters)
+
+    # Out of the live module into single experts, and back into another live module.
+    single = transfuse.make_layout(config, transfuse.parse_parallel_spec("hf:dtype=f32"), 0)
+    held = {p.name: torch.zeros(p.element_count) for p in single.parameters}
+    execute(transfuse.compile(single, [layout]), [(layout, parameters)], held)
+    for name, value in weights.items():
+        assert torch.equal(held[name], value.flatten()), name
+    other = Stacked({n: torch.zeros_like(w) for n, w in weights.items()}, names, module)
+    target, target_parameters = hf.layout(other, config=config)
+    execute(transfuse.compile(target, [single]), [(single, held)], target_parameters)
+    for (name, value), (_, expected) in zip(
+        other.named_parameters(), live.named_parameters(), strict=True
+    ):
+        assert torch.equal(value, expected), name
+
+
+def test_a_config_of_another_size_than_the_module_is_refused_by_name():
+    config = config_of("MixtralForCausalLM")
+    weights = numbered(catalog_of(config))
+    other = config_of("MixtralForCausalLM", num_local_experts=4).to_json_string()
+    live = Stacked(weights, ["w1", "w3", "w2"], "block_sparse_moe")
+    with pytest.raises(transfuse.InvalidArgumentError, match=r"the config says \d+ elements"):
+        hf.layout(live, config=transfuse.parse_model_config(other))
+
+
+@pytest.mark.skipif(
+    int(transformers.__version__.split(".")[0]) < 5, reason="transformers 5 is not installed"
+)
+@pytest.mark.parametrize("model_class", [c for c in FAMILIES if c != "Gemma3ForCausalLM"])
+def test_modules_of_transformers_5_meet_the_catalog(model_class):
+    config = config_of(model_class)
+    model = getattr(transformers, model_class)(config)
+    read = transfuse.parse_model_config(config.to_json_string())
+    layout, _ = hf.layout(model, buffers=True, config=read)
+    assert {(t.name, t.shape) for t in layout.tensors} == {
+        (t.name, t.shape) for t in transfuse.make_catalog(read)
     }
 
 

@@ -67,7 +67,7 @@ def test_I1_a_gap_is_an_error_and_comes_back_as_data():
 
 
 def test_a_cast_that_no_refit_makes_is_found():
-    findings = transfuse.diagnose(rows(0, 8, dtype=Dtype.F32), [rows(0, 8, dtype=Dtype.BF16)])
+    findings = transfuse.diagnose(rows(0, 8, dtype=Dtype.F16), [rows(0, 8, dtype=Dtype.BF16)])
     assert FindingKind.DTYPE in {finding.kind for finding in findings}
 
 

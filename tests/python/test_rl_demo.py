@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import subprocess
+import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
@@ -30,13 +31,12 @@ def shared_memory():
     return {path.name for path in Path("/dev/shm").iterdir()}
 
 
-@pytest.fixture(scope="module")
-def tiny_run(tmp_path_factory):
+def run_demo(tmp_path_factory, *arguments):
     """Folder, text and report of one run, and what it has left behind."""
     out, temporary = tmp_path_factory.mktemp("demo"), tmp_path_factory.mktemp("temporary")
     before = shared_memory()
     with subprocess.Popen(
-        [*COMMAND, "--out", str(out)],
+        [*COMMAND, "--out", str(out), *arguments],
         env={**os.environ, "TMPDIR": str(temporary)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -50,6 +50,17 @@ def tiny_run(tmp_path_factory):
         "shared memory": sorted(shared_memory() - before),
     }
     return out, text, json.loads((out / "report.json").read_text()), left
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    return run_demo(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def megatron_run(tmp_path_factory):
+    pytest.importorskip("megatron", reason="megatron-core is not installed")
+    return run_demo(tmp_path_factory, "--trainer", "megatron:tp=2", "--steps", "4")
 
 
 def steps_of(tiny_run, run="live"):
@@ -127,8 +138,72 @@ def test_pictures_and_the_plan_are_written(tiny_run):
     assert "engine0.tp1" in (out / "plan.txt").read_text()
 
 
+def test_an_engine_whose_layout_is_captured_runs_the_same(tiny_run):
+    """Of four steps: the same first rollout, from a layout that equals that of the formula."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = dataclasses.replace(
+            tiny(Settings(job=f"test-captured-{os.getpid()}", folder=f"{folder}/run")),
+            engine="captured",
+            steps=4,
+            kill_at=0,
+            stop_at=0,
+        )
+        report, _ = perform(Run(settings, PlainScreen()))
+    assert [found["counts"]["direct"] for found in report["captured"]] == [24, 24]
+    assert [found["counts"]["fallback"] for found in report["captured"]] == [0, 0]
+    refits = [row["refit"] for row in report["steps"] if row["refit"]]
+    assert refits, report["steps"]
+    assert all(refit["verified"] for refit in refits)
+    assert report["steps"][0]["reward"] == steps_of(tiny_run)[0]["reward"]
+
+
 def test_nothing_is_left_of_a_run(tiny_run):
     assert tiny_run[3] == {"processes": [], "files": [], "shared memory": []}
+
+
+def test_megatron_begins_with_the_bytes_of_fsdp2_and_computes_what_it_does(megatron_run, tiny_run):
+    first, expected = steps_of(megatron_run)[0], steps_of(tiny_run)[0]
+    # Tokens drawn from equal weights, and their probabilities under the trainer's own model.
+    assert first["reward"] == expected["reward"]
+    assert first["ratio"] == pytest.approx(expected["ratio"], rel=1e-5)
+    assert (
+        megatron_run[2]["live"]["held_out"]["at the start"]
+        == (tiny_run[2]["live"]["held_out"]["at the start"])
+    )
+
+
+def test_megatron_trainers_refit_the_engine_through_kills_and_stops_too(megatron_run):
+    _, text, report, left = megatron_run
+    assert "2 Megatron-Core trainers" in text
+    assert report["settings"]["trainer"] == "megatron:tp=2"
+    assert report["verdict"]["same_start"] is True
+    events = [event["what"] for event in report["live"]["events"]]
+    assert events == ["killed", "broken", "whole", "stopped", "continued"]
+    assert report["live"]["held_out"]["as trained"]["version"] == 5
+    refits = [row["refit"] for row in report["live"]["steps"] if row["refit"]]
+    assert refits
+    assert all(refit["verified"] for refit in refits)
+    assert left == {"processes": [], "files": [], "shared memory": []}
+
+
+def test_the_demo_says_how_to_get_a_trainer_that_is_missing(tmp_path):
+    without = "import sys; sys.modules['megatron'] = None; "  # as where it is not installed
+    call = "from transfuse.demo.__main__ import main; sys.exit(main())"
+    demo = subprocess.run(
+        [sys.executable, "-c", without + call, "--trainer", "megatron:tp=2"],
+        cwd=tmp_path,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert demo.returncode == command.EXIT_MISSING
+    assert demo.stdout == ""
+    assert demo.stderr == (
+        "transfuse demo needs megatron-core: pip install megatron-core, or `make demo` in the "
+        "repository\n"
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_rollout_that_is_older_than_the_bound_is_answered_again():
@@ -309,7 +384,18 @@ def test_what_happens_to_processes_happens_within_any_number_of_steps():
         assert 1 <= settings.kill_at < settings.stop_at <= steps
 
 
-@pytest.mark.parametrize("arguments", [["--text", "x"], ["--steps", "1"], ["--nonsense"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--text", "x"],
+        ["--steps", "1"],
+        ["--nonsense"],
+        ["--trainer", "megatron:tp=3"],
+        ["--pretrain", "--trainer", "megatron:tp=2"],
+        ["--engine", "guessed"],
+        ["--engine", "captured", "--pretrain"],
+    ],
+)
 def test_wrong_usage_has_its_exit_code(arguments):
     with pytest.raises(SystemExit) as caught:
         command.parse(arguments)

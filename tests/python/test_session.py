@@ -42,8 +42,18 @@ def receiver(model, job, name="engine0", **options):
     return transfuse.Receiver(*hf.layout(model), name=name, job=job, **options)
 
 
-def test_every_version_arrives_cast_and_proved(job):
-    source, target = module(), module(torch.bfloat16, seed=1)
+@pytest.mark.parametrize(
+    ("held", "wanted"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ],
+    ids=str,
+)
+def test_every_version_arrives_cast_and_proved(job, held, wanted):
+    source, target = module(held), module(wanted, seed=1)
     with publisher(source, job) as trainer, receiver(target, job) as engine:
         for version in (1, 2, 3):
             with trainer.write(version):
@@ -53,7 +63,7 @@ def test_every_version_arrives_cast_and_proved(job):
             assert same(source, target)
             assert (report.version, engine.version) == (version, version)
             assert report.verified_bytes == report.size_bytes
-            assert report.source_bytes == 2 * report.size_bytes
+            assert report.source_bytes * wanted.itemsize == report.size_bytes * held.itemsize
             assert report.planned is (version == 1)
             assert {(r.source, r.route) for r in report.routes} == {
                 ("trainer0", "process_vm_readv")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 import transfuse
@@ -46,6 +48,16 @@ def test_with_every_2_each_second_step_is_a_version(world):
     assert publisher.version == 2, "detach publishes what was written"
 
 
+def test_the_trainer_says_of_every_version_which_step_it_is(world):
+    model, optimizer, publisher, _, receiver = world
+    steps = iter((10, 20))
+    with torch_optimizer.attach(optimizer, publisher, metadata=lambda: {"step": next(steps)}):
+        for expected in ("10", "20"):
+            step(model, optimizer)
+            report = receiver.refit(require={"step": int(expected)}, timeout_s=30)
+            assert report.metadata == {"step": expected}
+
+
 def test_after_detach_steps_publish_nothing(world):
     model, optimizer, publisher, _, _ = world
     attached = torch_optimizer.attach(optimizer, publisher)
@@ -85,3 +97,11 @@ def test_every_below_1_is_refused(world):
     _, optimizer, publisher, _, _ = world
     with pytest.raises(transfuse.InvalidArgumentError, match="every"):
         torch_optimizer.attach(optimizer, publisher, every=0)
+
+
+def test_weights_that_are_gathered_after_the_step_are_refused(world):
+    _, _, publisher, _, _ = world
+    lazy = types.SimpleNamespace(ddp_config=types.SimpleNamespace(overlap_param_gather=True))
+    chained = types.SimpleNamespace(chained_optimizers=[lazy], param_groups=[], step=lambda: None)
+    with pytest.raises(transfuse.UnsupportedError, match="overlap_param_gather"):
+        torch_optimizer.attach(chained, publisher)

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import torch
 import vllm.platforms
@@ -19,6 +20,22 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 # Before anything asks which device there is; without a compiled part vLLM finds none.
 vllm.platforms._current_platform = CpuPlatform()
+
+
+def accept_any_backend():
+    """Nothing computes the experts of gpt-oss on a CPU; their parameters are the same for all."""
+    # This module asks for the platform when it is imported.
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as unquantized
+
+    select = unquantized.select_unquantized_moe_backend
+
+    def select_any(*args, **kwargs):
+        try:
+            return select(*args, **kwargs)
+        except NotImplementedError:
+            return unquantized.UnquantizedMoeBackend.TRITON, None
+
+    unquantized.select_unquantized_moe_backend = select_any
 
 
 def group(rank, size):
@@ -36,7 +53,15 @@ def group(rank, size):
     )
 
 
-def build(folder, world, rank):
+def without_kernels():
+    """Quantised modules choose the kernels that will run them; nothing runs here."""
+    from vllm.model_executor.layers.quantization import fp8
+
+    fp8.init_fp8_linear_kernel = MagicMock()
+    fp8.select_fp8_moe_backend = lambda *_, **__: (MagicMock(), MagicMock())
+
+
+def build(folder, world, rank, dtype):
     tp, pp, dp = world.get("tp", 1), world.get("pp", 1), world.get("dp", 1)
     tp_rank, pp_rank, dp_rank = rank % tp, rank // tp % pp, rank // (tp * pp)
     parallel_state._TP = group(tp_rank, tp)
@@ -50,7 +75,7 @@ def build(folder, world, rank):
         model=str(folder),
         tokenizer_mode="auto",
         skip_tokenizer_init=True,
-        dtype="float32",
+        dtype=dtype,
         enforce_eager=True,
     )
     config = VllmConfig(model_config=model_config, load_config=LoadConfig())
@@ -61,20 +86,25 @@ def build(folder, world, rank):
     config.parallel_config.data_parallel_rank = dp_rank
     config.parallel_config.enable_expert_parallel = world.get("ep", False)
     model_class, _ = ModelRegistry.resolve_model_cls(model_config.architectures, model_config)
-    with set_current_vllm_config(config), set_default_torch_dtype(torch.float32):
+    with set_current_vllm_config(config), set_default_torch_dtype(getattr(torch, dtype)):
         return model_class(vllm_config=config, prefix="")
 
 
 def main():
     request = json.loads(sys.argv[1])
+    accept_any_backend()
     folder = Path(request["folder"])
     weights = torch.load(folder / "weights.pt")
+    dtype = request.get("dtype", "float32")
+    if "quantization_config" in json.loads((folder / "config.json").read_text()):
+        without_kernels()
     for rank in range(request["size"]):
-        model = build(folder, request["world"], rank)
+        model = build(folder, request["world"], rank, dtype)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
-            model.load_weights(iter(weights.items()))
+            # Some loaders write into what they are given.
+            model.load_weights((name, value.clone()) for name, value in weights.items())
         found = {name: p.detach().clone() for name, p in model.named_parameters()}
         torch.save(found, folder / f"rank{rank}.pt")
 

@@ -15,10 +15,13 @@ from transfuse.errors import TransfuseError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_MISSING, EXIT_INTERRUPTED = 1, 2, 3, 130
 NEEDED = ("torch", "transformers", "matplotlib")
+TRAINERS = {"fsdp:dp=2": (), "megatron:tp=2": ("megatron.core",)}  # and what each needs besides
 
 EPILOG = """examples:
   transfuse demo                       the whole run, results in ./demo-out
   transfuse demo --tiny --out /tmp/x   a run of seconds, too short to learn anything
+  transfuse demo --trainer megatron:tp=2   Megatron-Core trains (pip install megatron-core)
+  transfuse demo --engine captured     the engine's layout learned from its own load_weights
   transfuse demo --pretrain            pre-training on real text instead
   transfuse demo --pretrain --text README.md --steps 200
 
@@ -41,8 +44,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of the results")
     parser.add_argument("--steps", type=int, help="optimizer steps")
     parser.add_argument("--seed", type=int, default=1, help="of weights, data and samples")
+    parser.add_argument(
+        "--trainer", choices=TRAINERS, default="fsdp:dp=2", help="what trains (default: fsdp:dp=2)"
+    )
     parser.add_argument("--tiny", action="store_true", help="small model, few steps")
     parser.add_argument("--plain", action="store_true", help="no colours, no progress bar")
+    parser.add_argument(
+        "--engine",
+        choices=("formula", "captured"),
+        default="formula",
+        help="where its layout comes from: the vllm spec, or a capture of its own load_weights",
+    )
     parser.add_argument(
         "--pretrain", action="store_true", help="pre-training into one inference process instead"
     )
@@ -52,9 +64,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.text is not None and not options.pretrain:
         parser.error("--text: only with --pretrain; the RL demo makes its own task")
+    if options.pretrain and options.trainer != "fsdp:dp=2":
+        parser.error("--trainer: only without --pretrain, which has FSDP2 trainers")
+    if options.engine != "formula" and options.pretrain:
+        parser.error("--engine: the engine of --pretrain is a module, whose layout is its own")
     if options.steps is not None and options.steps < 2:
         parser.error(f"--steps: expected at least 2, found {options.steps}")
     return options
+
+
+def is_there(module: str) -> bool:
+    """Whether a module can be imported, without doing it."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False  # not even its package
 
 
 def run(options: argparse.Namespace) -> int:
@@ -78,10 +102,11 @@ def run(options: argparse.Namespace) -> int:
 def main() -> int:
     """Exit code of the demo."""
     options = parse(sys.argv[1:])
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    missing = [name for name in (*NEEDED, *TRAINERS[options.trainer]) if not is_there(name)]
     if missing:
+        packages = ", ".join(missing).replace("megatron.core", "megatron-core")
         sys.stderr.write(
-            f"transfuse demo needs {', '.join(missing)}: pip install {' '.join(missing)}, or "
+            f"transfuse demo needs {packages}: pip install {packages.replace(',', '')}, or "
             "`make demo` in the repository\n"
         )
         return EXIT_MISSING

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from transfuse._transfuse import Layout, make_layout, parse_parallel_spec
 from transfuse.arena import Arena, aligned
+from transfuse.captured import CaptureReport, capture
 from transfuse.engine.architecture import Architecture
+from transfuse.engine.loader import Loader, parameter_shapes
 from transfuse.errors import InvalidArgumentError, UnsupportedError
 from transfuse.session import DEFAULT_JOB
 
@@ -22,6 +24,9 @@ class Weights:
     `layout` and `parameters` are what transfuse.Receiver takes. Parameters are [rows, columns], or
     [elements] for norms; zeros until something is loaded. They stay where they are for life: in an
     arena of the job, which peers map, or with `arena=False` in private memory.
+
+    `captured`: the layout is what transfuse.capture() learns from load_weights(), the engine's own
+    loader, instead of the formula of the vllm spec; `report` says how. They are equal.
     """
 
     def __init__(
@@ -32,6 +37,7 @@ class Weights:
         size: int = 1,
         dtype: torch.dtype = torch.bfloat16,
         arena: bool = True,
+        captured: bool = False,
         job: str = DEFAULT_JOB,
     ) -> None:
         if dtype not in _DTYPES:
@@ -41,8 +47,13 @@ class Weights:
         self.rank = rank
         self.size = size
         self.dtype = dtype
-        self.layout: Layout = make_layout(architecture.model, spec, rank)
-        shapes = _shapes(self.layout)
+        self.report: CaptureReport | None = None
+        self.layout: Layout
+        if captured:
+            shapes = parameter_shapes(architecture.model, size)
+        else:
+            self.layout = make_layout(architecture.model, spec, rank)
+            shapes = _shapes(self.layout)
         self.parameters: dict[str, torch.Tensor]
         if arena:
             size_bytes = sum(aligned(math.prod(s) * dtype.itemsize) for s in shapes.values())
@@ -50,6 +61,15 @@ class Weights:
             self.parameters = {n: memory.tensor(s, dtype) for n, s in shapes.items()}
         else:
             self.parameters = {n: torch.zeros(s, dtype=dtype) for n, s in shapes.items()}
+        self._loader = Loader(architecture.model, self.parameters, rank, size)
+        if captured:
+            found = capture(self.load_weights, self.parameters, architecture.model)
+            self.layout, self.report = found.layout, found.report
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Takes this rank's share of the tensors of a checkpoint, by HF name, one by one."""
+        with torch.no_grad():
+            self._loader.load_weights(weights)
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copies this rank's boxes out of whole tensors by HF name, cast to `dtype`."""

@@ -24,8 +24,8 @@ namespace transfuse::cuda {
 namespace {
 
 constexpr std::array<ElementOp, kElementOpCount> kOps = {
-    ElementOp::kCopy1, ElementOp::kCopy2,     ElementOp::kCopy4,
-    ElementOp::kCopy8, ElementOp::kF32ToBF16, ElementOp::kF32ToF16};
+    ElementOp::kCopy1,     ElementOp::kCopy2,    ElementOp::kCopy4,     ElementOp::kCopy8,
+    ElementOp::kF32ToBF16, ElementOp::kF32ToF16, ElementOp::kBF16ToF32, ElementOp::kF16ToF32};
 
 class OnGpu : public testing::Test {
  protected:

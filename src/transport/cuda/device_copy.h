@@ -190,6 +190,16 @@ struct F32ToBF16Cast {
   using Target = uint16_t;
   TRANSFUSE_HOST_DEVICE static Target cast(Source bits) { return cast_f32_bits_to_bf16(bits); }
 };
+struct BF16ToF32Cast {
+  using Source = uint16_t;
+  using Target = uint32_t;
+  TRANSFUSE_HOST_DEVICE static Target cast(Source bits) { return cast_bf16_bits_to_f32(bits); }
+};
+struct F16ToF32Cast {
+  using Source = uint16_t;
+  using Target = uint32_t;
+  TRANSFUSE_HOST_DEVICE static Target cast(Source bits) { return cast_f16_bits_to_f32(bits); }
+};
 struct F32ToF16Cast {
   using Source = uint32_t;
   using Target = uint16_t;
@@ -423,6 +433,10 @@ TRANSFUSE_NOINLINE TRANSFUSE_HOST_DEVICE uint64_t copy_rarely(const ItemView& vi
       return copy_cast<F32ToBF16Cast, kSums>(view, lane);
     case ElementOp::kF32ToF16:
       return copy_cast<F32ToF16Cast, kSums>(view, lane);
+    case ElementOp::kBF16ToF32:
+      return copy_cast<BF16ToF32Cast, kSums>(view, lane);
+    case ElementOp::kF16ToF32:
+      return copy_cast<F16ToF32Cast, kSums>(view, lane);
   }
   return 0;
 }

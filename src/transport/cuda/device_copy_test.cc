@@ -23,8 +23,8 @@ namespace transfuse {
 namespace {
 
 constexpr std::array<ElementOp, kElementOpCount> kOps = {
-    ElementOp::kCopy1, ElementOp::kCopy2,     ElementOp::kCopy4,
-    ElementOp::kCopy8, ElementOp::kF32ToBF16, ElementOp::kF32ToF16};
+    ElementOp::kCopy1,     ElementOp::kCopy2,    ElementOp::kCopy4,     ElementOp::kCopy8,
+    ElementOp::kF32ToBF16, ElementOp::kF32ToF16, ElementOp::kBF16ToF32, ElementOp::kF16ToF32};
 
 // Memory that begins at an address divisible by 256, as an allocation on a device does.
 class Memory {

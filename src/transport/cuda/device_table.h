@@ -58,6 +58,8 @@ TRANSFUSE_HOST_DEVICE constexpr uint32_t source_bytes_of(ElementOp op) {
     case ElementOp::kCopy1:
       return 1;
     case ElementOp::kCopy2:
+    case ElementOp::kBF16ToF32:
+    case ElementOp::kF16ToF32:
       return 2;
     case ElementOp::kCopy4:
     case ElementOp::kF32ToBF16:
@@ -69,8 +71,16 @@ TRANSFUSE_HOST_DEVICE constexpr uint32_t source_bytes_of(ElementOp op) {
   return 1;
 }
 TRANSFUSE_HOST_DEVICE constexpr uint32_t target_bytes_of(ElementOp op) {
-  const bool halves = op == ElementOp::kF32ToBF16 || op == ElementOp::kF32ToF16;
-  return halves ? 2 : source_bytes_of(op);
+  switch (op) {
+    case ElementOp::kF32ToBF16:
+    case ElementOp::kF32ToF16:
+      return 2;
+    case ElementOp::kBF16ToF32:
+    case ElementOp::kF16ToF32:
+      return 4;
+    default:
+      return source_bytes_of(op);
+  }
 }
 
 // Elements that a lane moves at once: vectors have kVectorBytes on the narrower side.

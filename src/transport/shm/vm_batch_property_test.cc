@@ -94,6 +94,8 @@ uint64_t model(const StridedCopy& copy, const std::byte* region, std::byte* targ
             load_bits(region + copy.source_offset_bytes + at(copy.source_stride) * wide, wide);
         if (copy.op == ElementOp::kF32ToBF16) bits = f32_bits_to_bf16(static_cast<uint32_t>(bits));
         if (copy.op == ElementOp::kF32ToF16) bits = f32_bits_to_f16(static_cast<uint32_t>(bits));
+        if (copy.op == ElementOp::kBF16ToF32) bits = bf16_bits_to_f32(static_cast<uint16_t>(bits));
+        if (copy.op == ElementOp::kF16ToF32) bits = f16_bits_to_f32(static_cast<uint16_t>(bits));
         std::memcpy(target + at(copy.target_stride) * narrow, &bits, narrow);
         sum += element_fingerprint(copy.fingerprint_key, copy.linear_index + at(copy.index_stride),
                                    bits, narrow);

@@ -27,7 +27,13 @@ TINY_STEPS = 8
 
 def settings_of(options: argparse.Namespace, job: str, folder: str) -> Settings:
     """Settings of the run that was asked for."""
-    settings = Settings(job=f"{job}-live", folder=f"{folder}/live", seed=options.seed)
+    settings = Settings(
+        job=f"{job}-live",
+        folder=f"{folder}/live",
+        seed=options.seed,
+        trainer=options.trainer,
+        engine=options.engine,
+    )
     if options.tiny:
         settings = with_steps(tiny(settings), TINY_STEPS)
     if options.steps is not None:

@@ -20,6 +20,7 @@ class RankedEngine:
     def __init__(self, settings: Settings, crew: Crew) -> None:
         self.version = 0
         self.staged = 0
+        self.captured: list[dict[str, Any]] = []  # by rank: what a capture has found
         self._settings = settings
         self._crew = crew
         self._attempt = 0
@@ -27,8 +28,8 @@ class RankedEngine:
 
     def open(self, at_least: int) -> list[dict[str, Any]]:
         """The ranks have started, meet each other and bring in their first version."""
-        for rank in self._ranks:
-            rank.expect("ready", timeout_s=START_S)
+        ready = [rank.expect("ready", timeout_s=START_S) for rank in self._ranks]
+        self.captured = [said["captured"] for said in ready if said["captured"]]
         return self._form(at_least)
 
     def ask(self, batch: Batch, *, stage: int = 0) -> None:

@@ -89,12 +89,20 @@ class Rank:
         self._rank = rank
         self._settings = settings
         architecture = Architecture.parse(json.dumps(settings.model_config()))
-        self._weights = Weights(architecture, rank=rank, size=RANKS, job=settings.job)
+        captured = settings.engine == "captured"
+        self._weights = Weights(
+            architecture, rank=rank, size=RANKS, captured=captured, job=settings.job
+        )
         save_layout(settings.path, RANK_NAMES[rank], self._weights.layout)
         self._receiver = self._open_receiver()
         self._safe_point = SafePoint(self._receiver, settings.deadline_s)
         self._memcpy = Memcpy(self._weights.layout.parameter_bytes)
         self._engine: Engine | None = None
+
+    def captured(self) -> dict[str, Any] | None:
+        """How the layout was learned from the engine's own loader, if it was."""
+        report = self._weights.report
+        return None if report is None else {"counts": report.counts, "seconds": report.seconds}
 
     def close(self) -> None:
         """Leaves the group."""
@@ -220,7 +228,7 @@ def main() -> None:
     rank, settings = int(sys.argv[1]), Settings.from_json(sys.argv[2])
     torch.set_num_threads(1)
     served = Rank(rank, settings)
-    answer("ready")
+    answer("ready", captured=served.captured())
     for command in commands():
         obey(served, command)
     served.close()

@@ -74,11 +74,11 @@ class Rollout:
         """The share of answers that are right as a whole."""
         return fmean(float(min(row)) for row in self.rewards)
 
-    def share_of(self, trainer: int) -> dict[str, Any]:
+    def share_of(self, trainer: int, shares: int = TRAINERS) -> dict[str, Any]:
         """The groups that one trainer learns from."""
         samples = self.batch.samples
-        rows = len(self.tokens) // TRAINERS
-        begin = trainer * rows
+        rows = len(self.tokens) // shares
+        begin = trainer % shares * rows
         worth: list[list[float]] = []
         for group in range(begin, begin + rows, samples):
             worth += advantages(self.rewards[group : group + samples])

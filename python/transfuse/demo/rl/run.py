@@ -16,6 +16,7 @@ from transfuse.demo.rl.engine import RankedEngine
 from transfuse.demo.rl.rollout import Batch, Rollout, held_out_batch, training_batch
 from transfuse.demo.rl.rows import HEADER, LEGEND, format_row
 from transfuse.demo.rl.settings import (
+    FSDP,
     GROUP,
     MODEL,
     RANK_NAMES,
@@ -56,10 +57,17 @@ class Run:
             self._version = trainer.expect("ready", timeout_s=START_S)["version"]
         first = self._engine.open(at_least=self._version)
         megabytes = first[0]["size_bytes"] / 1e6
+        trainers = "FSDP2" if self.settings.trainer == FSDP else "Megatron-Core"
         self.screen.say(
-            f"{TRAINERS} FSDP2 trainers hold the policy in f32, sharded; the engine's {RANKS} "
+            f"{TRAINERS} {trainers} trainers hold the policy in f32, sharded; the engine's {RANKS} "
             f"ranks hold {megabytes:.1f} MB each in bf16, fused and tensor parallel"
         )
+        for rank, found in enumerate(self._engine.captured):
+            counts = ", ".join(f"{count} {way}" for way, count in found["counts"].items())
+            self.screen.say(
+                f"{RANK_NAMES[rank]}: layout captured from the engine's own load_weights in "
+                f"{found['seconds'] * 1e3:.0f} ms; catalog tensors: {counts}"
+            )
 
     def train(self) -> None:
         """All steps. While trainers learn from one rollout, the engine answers the next."""
@@ -90,6 +98,7 @@ class Run:
         return {
             "seconds": time.monotonic() - self._start,
             "peak_bytes": self.crew.peak_bytes,
+            "captured": self._engine.captured,
             "held_out": self.held_out,
             "events": self.events,
             "steps": self.rows,
@@ -109,7 +118,8 @@ class Run:
             "lag": self._version - rollout.version,
         }
         for rank, trainer in enumerate(self._trainers):
-            trainer.send(**rollout.share_of(rank), stop=stops and rank == STOPPED)
+            share = rollout.share_of(rank, self.settings.shares)
+            trainer.send(**share, stop=stops and rank == STOPPED)
         batch = training_batch(self.settings, step + 1)
         self._engine.ask(batch, stage=self._wanted())
         if self.settings.refits and step == self.settings.kill_at:

@@ -11,6 +11,7 @@ MODEL = "policy"
 GROUP = "engine0"
 TRAINERS = 2
 RANKS = 2  # of the engine
+FSDP = "fsdp:dp=2"  # what the trainers are where nobody says otherwise
 TRAINER_NAMES = tuple(f"trainer{rank}" for rank in range(TRAINERS))
 RANK_NAMES = tuple(f"{GROUP}.tp{rank}" for rank in range(RANKS))
 
@@ -21,6 +22,8 @@ class Settings:
 
     job: str
     folder: str  # of this run, removed at its end: rendezvous, logs, layouts
+    trainer: str = FSDP
+    engine: str = "formula"  # where the layout of the engine comes from; or "captured"
     refits: bool = True  # False: the control run, whose engine keeps the version it began with
     steps: int = 200
     kill_at: int = 100  # a rank of the engine, in the rollout that runs beside this step
@@ -52,6 +55,11 @@ class Settings:
     def from_json(text: str) -> Settings:
         """The inverse of to_json()."""
         return Settings(**json.loads(text))
+
+    @property
+    def shares(self) -> int:
+        """Parts of a rollout that are learned from apart; tensor parallel trainers share one."""
+        return TRAINERS if self.trainer == FSDP else 1
 
     @property
     def path(self) -> Path:

@@ -1,10 +1,11 @@
-"""One FSDP2 trainer process: learns from rollouts and publishes a snapshot after every step.
+"""One trainer process: learns from rollouts and publishes a snapshot after every step.
 
 Usage: python -m transfuse.demo.rl.trainer <rank> <settings>
 """
 
 from __future__ import annotations
 
+import abc
 import datetime
 import os
 import signal
@@ -26,50 +27,96 @@ from transfuse.demo.rl.settings import MODEL, TRAINERS, Settings
 SNAPSHOT_SLOTS = 2  # one that engines read while the next is copied
 
 
-class Trainer:
-    """The sharded policy and its optimizer."""
+class Trainer(abc.ABC):
+    """The sharded policy and its optimizer; what a framework is to do of a step."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+        self.settings = settings
         self._step = 0
-        torch.manual_seed(settings.seed)
-        config = transformers.Qwen3Config(**settings.model_config())
-        self.model = transformers.Qwen3ForCausalLM(config).float()
-        mesh = init_device_mesh("cpu", (TRAINERS,), mesh_dim_names=("dp",))
-        for layer in self.model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(self.model, mesh=mesh)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
-        )
+
+    @abc.abstractmethod
+    def layout(self) -> tuple[transfuse.Layout, dict[str, torch.Tensor]]:
+        """What this process holds of the policy."""
+
+    @abc.abstractmethod
+    def logits(self, text: torch.Tensor) -> torch.Tensor:
+        """Of every token that may follow, at every place of every row."""
+
+    @abc.abstractmethod
+    def learn(self, loss: torch.Tensor, learning_rate: float) -> None:
+        """One step of the optimizer with gradients of at most norm 1."""
+
+    def first_model(self) -> transformers.Qwen3ForCausalLM:
+        """The whole policy as every run with this seed begins."""
+        torch.manual_seed(self.settings.seed)
+        config = transformers.Qwen3Config(**self.settings.model_config())
+        model: transformers.Qwen3ForCausalLM = transformers.Qwen3ForCausalLM(config).float()
+        return model
 
     def step(self, rollout: Message) -> dict[str, float]:
         """One step of the clipped policy gradient; the numbers are means over all trainers."""
-        self._set_learning_rate()
         prompts, tokens = torch.tensor(rollout["prompts"]), torch.tensor(rollout["tokens"])
         drawn_with = torch.tensor(rollout["log_probabilities"])
         advantages = torch.tensor(rollout["advantages"])
         text = torch.cat((prompts, tokens), dim=1)
-        logits = self.model(input_ids=text[:, :-1], use_cache=False).logits
+        logits = self.logits(text[:, :-1])
         log_p = logits[:, prompts.shape[1] - 1 :].log_softmax(dim=-1)
         log_p = log_p.gather(2, tokens[..., None]).squeeze(2)
         ratio = (log_p - drawn_with).exp()
-        clipped = ratio.clamp(1 - self._settings.clip, 1 + self._settings.clip)
+        clipped = ratio.clamp(1 - self.settings.clip, 1 + self.settings.clip)
         loss = -torch.min(ratio * advantages, clipped * advantages).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        self.learn(loss, self._learning_rate())
         numbers = torch.stack((ratio.detach().mean(), (ratio != clipped).float().mean()))
         dist.all_reduce(numbers)
         ratio_mean, clipped_share = (numbers / TRAINERS).tolist()
         return {"ratio": ratio_mean, "clipped": clipped_share}
 
-    def _set_learning_rate(self) -> None:
-        progress = self._step / self._settings.steps
+    def _learning_rate(self) -> float:
+        progress = self._step / self.settings.steps
         self._step += 1
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._settings.learning_rate * (1 - 0.8 * progress)
+        return self.settings.learning_rate * (1 - 0.8 * progress)
+
+
+class FsdpTrainer(Trainer):
+    """FSDP2 over all trainers; each learns from its share of a rollout."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._model = self.first_model()
+        mesh = init_device_mesh("cpu", (TRAINERS,), mesh_dim_names=("dp",))
+        for layer in self._model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self._model, mesh=mesh)
+        self._optimizer = torch.optim.AdamW(
+            self._model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+        )
+
+    def layout(self) -> tuple[transfuse.Layout, dict[str, torch.Tensor]]:
+        """See Trainer."""
+        return fsdp2.layout(self._model)
+
+    def logits(self, text: torch.Tensor) -> torch.Tensor:
+        """See Trainer."""
+        logits: torch.Tensor = self._model(input_ids=text, use_cache=False).logits
+        return logits
+
+    def learn(self, loss: torch.Tensor, learning_rate: float) -> None:
+        """See Trainer."""
+        self._optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+
+
+def make_trainer(settings: Settings) -> Trainer:
+    """The trainer that the settings name."""
+    if settings.trainer.startswith("megatron"):
+        from transfuse.demo.rl.megatron_trainer import MegatronTrainer
+
+        return MegatronTrainer(settings)
+    return FsdpTrainer(settings)
 
 
 def publish(publisher: transfuse.Publisher, version: int) -> dict[str, float]:
@@ -107,8 +154,8 @@ def main() -> None:
         world_size=TRAINERS,
         timeout=datetime.timedelta(seconds=settings.deadline_s),
     )
-    trainer = Trainer(settings)
-    layout, parameters = fsdp2.layout(trainer.model)
+    trainer = make_trainer(settings)
+    layout, parameters = trainer.layout()
     save_layout(settings.path, f"trainer{rank}", layout)
     with transfuse.Publisher(
         layout,

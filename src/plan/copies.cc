@@ -1,5 +1,5 @@
 // Element sizes, casts, offsets and fingerprint keys of a run, ready for a copy engine.
-#include "session/copies.h"
+#include "plan/copies.h"
 
 #include <algorithm>
 #include <cstddef>
@@ -21,6 +21,9 @@ namespace {
 ElementOp element_op(Dtype source, Dtype target) {
   if (source != target) {
     TRANSFUSE_CHECK(castable(source, target));
+    if (target == Dtype::kF32) {
+      return source == Dtype::kBF16 ? ElementOp::kBF16ToF32 : ElementOp::kF16ToF32;
+    }
     return target == Dtype::kBF16 ? ElementOp::kF32ToBF16 : ElementOp::kF32ToF16;
   }
   return plain_copy(static_cast<uint32_t>(dtype_size_bytes(source)));

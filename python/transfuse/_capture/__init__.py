@@ -1,0 +1,1 @@
+"""How transfuse.capture() follows a loader; use transfuse.capture, not this package."""
