@@ -24,7 +24,7 @@ struct ShapeConflict {
 };
 
 // A tensor whose shapes differ only in how dimensions are split is compared in the shape that
-// splits most (docs/decisions/0005-shapes-may-split.md). Points into the layouts, which must
+// splits most (docs/decisions/0004-shapes-may-split.md). Points into the layouts, which must
 // outlive it. Safe to use from any thread once built.
 class SourceIndex {
  public:

@@ -245,8 +245,18 @@ class Run:
                 raise ChildFailedError(f"process {pid} was not stopped")
             time.sleep(0.01)
 
+    def _opened(self, version: int) -> transfuse.VersionInfo:
+        """As the coordinator knows it, once the trainer that goes on has begun to publish it."""
+        deadline = time.monotonic() + self.settings.deadline_s
+        while time.monotonic() < deadline:
+            for known in self.crew.control.versions(MODEL):
+                if known.version == version:
+                    return known
+            time.sleep(0.01)
+        raise ChildFailedError(f"no trainer has begun to publish version {version}")
+
     def _why_not_ready(self, version: int) -> str:
-        found = next(v for v in self.crew.control.versions(MODEL) if v.version == version)
+        found = self._opened(version)
         missing = [
             m.name
             for m in self.crew.control.members(MODEL)
