@@ -162,11 +162,6 @@ class Transport {
 
 // Within one process; the memory of every `local` transport is reachable from every other.
 Result<std::unique_ptr<Transport>> open_local_transport(const TransportOptions& options = {});
-// Memory of GPUs between processes of one host, and, through `host`, all that lies in memory of the
-// host. Reads into memory of `device` (an ordinal of this process). kUnsupported where this build,
-// or this host, has no CUDA. Takes `host` over.
-Result<std::unique_ptr<Transport>> open_cuda_transport(std::unique_ptr<Transport> host,
-                                                       int device);
 // Between processes of one host. `runtime_folder` (0700, the caller's) holds the socket.
 Result<std::unique_ptr<Transport>> open_shm_transport(std::string_view runtime_folder,
                                                       const TransportOptions& options = {});
@@ -174,5 +169,18 @@ Result<std::unique_ptr<Transport>> open_shm_transport(std::string_view runtime_f
 // allocate() puts files; empty: it only reads. Memory of the caller cannot be served.
 Result<std::unique_ptr<Transport>> open_file_transport(std::string_view folder = {},
                                                        const TransportOptions& options = {});
+
+// -- builds with CUDA only (TRANSFUSE_CUDA) --
+struct Gpu {
+  int ordinal = 0;  // in this process
+  std::string name;
+  std::string uuid;  // "GPU-...", the same in every process
+};
+// The GPUs that this process sees. kUnsupported: no driver, or none.
+Result<std::vector<Gpu>> list_gpus();
+// Memory of GPUs between processes of one host, and, through `host`, all that lies in memory of the
+// host. Reads into memory of `device` (an ordinal of this process). kUnsupported where this host
+// has no GPU. Takes `host` over.
+Result<std::unique_ptr<Transport>> open_cuda_transport(std::unique_ptr<Transport> host, int device);
 
 }  // namespace transfuse

@@ -3,14 +3,18 @@
 
 #include <fmt/format.h>
 
+#include <array>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <span>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "base/random.h"
 #include "transfuse/result.h"
+#include "transfuse/transport.h"
 #include "transport/cuda/device.h"
 #include "transport/cuda/driver.h"
 #include "transport/cuda/memory_offer.h"
@@ -169,3 +173,28 @@ uint64_t Devices::opened() const {
 }
 
 }  // namespace transfuse::cuda
+
+namespace transfuse {
+
+Result<std::vector<Gpu>> list_gpus() {
+  using namespace cuda;
+  TRANSFUSE_ASSIGN_OR_RETURN(const Driver* driver, Driver::load());
+  int count = 0;
+  TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(*driver, cuDeviceGetCount, &count));
+  std::vector<Gpu> gpus;
+  for (int ordinal = 0; ordinal < count; ++ordinal) {
+    CUdevice handle = 0;
+    CUuuid uuid{};
+    std::array<char, 128> name{};
+    TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(*driver, cuDeviceGet, &handle, ordinal));
+    TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(*driver, cuDeviceGetUuid, &uuid, handle));
+    TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(*driver, cuDeviceGetName, name.data(),
+                                             static_cast<int>(name.size()), handle));
+    DeviceUuid bytes{};
+    std::memcpy(bytes.data(), uuid.bytes, bytes.size());
+    gpus.push_back({.ordinal = ordinal, .name = name.data(), .uuid = to_string(bytes)});
+  }
+  return gpus;
+}
+
+}  // namespace transfuse
