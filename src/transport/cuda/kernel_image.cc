@@ -4,7 +4,7 @@
 namespace transfuse::cuda {
 namespace {
 
-#include "kernel_image.inc"
+#include "transport/cuda/kernel_image.inc"
 
 }  // namespace
 
