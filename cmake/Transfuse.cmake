@@ -98,3 +98,28 @@ function(transfuse_rpc)
   target_link_libraries(tf_proto PUBLIC protobuf::libprotobuf PkgConfig::GRPC)
   transfuse_folder(rpc USES control LINK tf_proto ${CMAKE_DL_LIBS})
 endfunction()
+
+# src/transport/cuda: kernels for every architecture become one image inside the library; the driver
+# itself is found when the program runs, so nothing of CUDA is linked.
+function(transfuse_cuda)
+  set(out ${CMAKE_BINARY_DIR}/generated)
+  set(image ${out}/transport/cuda/kernel_image.inc)
+  file(MAKE_DIRECTORY ${out}/transport/cuda)
+  set(folder ${CMAKE_SOURCE_DIR}/src/transport/cuda)
+  file(GLOB headers CONFIGURE_DEPENDS ${folder}/*.h ${CMAKE_SOURCE_DIR}/src/copy/*.h)
+  get_filename_component(bin ${CUDAToolkit_NVCC_EXECUTABLE} DIRECTORY)
+  add_custom_command(OUTPUT ${image}
+    COMMAND ${CUDAToolkit_NVCC_EXECUTABLE} -std=c++20 -O3 -fatbin -Xfatbin -compress-all
+            -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=sm_90
+            -gencode=arch=compute_100,code=[sm_100,compute_100]
+            -I ${CMAKE_SOURCE_DIR}/src -I ${CMAKE_SOURCE_DIR}/include
+            -o ${out}/transport/cuda/copy_kernel.fatbin ${folder}/copy_kernel.cu
+    COMMAND ${bin}/bin2c --const --name kImage --type longlong
+            ${out}/transport/cuda/copy_kernel.fatbin > ${image}
+    DEPENDS ${folder}/copy_kernel.cu ${headers} VERBATIM)
+  add_custom_target(transfuse_kernel_image DEPENDS ${image})
+  transfuse_folder(transport/cuda USES copy LINK ${CMAKE_DL_LIBS})
+  add_dependencies(tf_transport_cuda transfuse_kernel_image)
+  target_include_directories(tf_transport_cuda SYSTEM PUBLIC ${CUDAToolkit_INCLUDE_DIRS})
+  target_include_directories(tf_transport_cuda PRIVATE ${out})
+endfunction()

@@ -33,6 +33,7 @@
 #include <vector>
 
 #include "base/unique_fd.h"
+#include "transfuse/transport.h"
 
 namespace transfuse {
 namespace {
@@ -405,10 +406,29 @@ HostCheck check_shmem_huge_pages() {
           "optional: echo advise > " + path};
 }
 
+HostCheck check_gpus() {
+  const std::string name = "gpus";
+#ifdef TRANSFUSE_CUDA
+  const auto gpus = list_gpus();
+  if (!gpus)
+    return {name, CheckOutcome::kLimited, gpus.error().message,
+            "only for weights in GPU memory: an NVIDIA driver for CUDA 12 or later"};
+  std::string found;
+  for (const Gpu& gpu : *gpus) {
+    if (!found.empty()) found += ", ";
+    found += std::to_string(gpu.ordinal) + ": " + gpu.name + " (" + gpu.uuid + ")";
+  }
+  return {name, CheckOutcome::kOk, found, ""};
+#else
+  return {name, CheckOutcome::kLimited, "this build has no CUDA",
+          "only for weights in GPU memory: build where nvcc is"};
+#endif
+}
+
 std::vector<HostCheck> check_host() {
-  return {check_memfd(),      check_memory_room(),     check_process_vm_readv(),
-          check_pidfd(),      check_unix_sockets(),    check_cores(),
-          check_open_files(), check_shmem_huge_pages()};
+  return {check_memfd(),      check_memory_room(),      check_process_vm_readv(),
+          check_pidfd(),      check_unix_sockets(),     check_cores(),
+          check_open_files(), check_shmem_huge_pages(), check_gpus()};
 }
 
 }  // namespace transfuse

@@ -28,6 +28,7 @@ HostCheck check_unix_sockets();
 HostCheck check_cores();
 HostCheck check_open_files();
 HostCheck check_shmem_huge_pages();
+HostCheck check_gpus();
 
 // All of the above, in the order in which they are shown.
 std::vector<HostCheck> check_host();

@@ -79,6 +79,9 @@ struct ReadRequest {
   std::span<const StridedCopy> copies{};
   std::span<uint64_t>
       fingerprints{};  // empty, or one per copy: written where copies[i].fingerprint is set
+  // Not 0: every request of this region with this number has the same copies, so that what was made
+  // ready for one serves the next. 0: nothing is kept.
+  uint64_t reuse = 0;
 };
 
 enum class TicketState : uint8_t {
@@ -166,5 +169,18 @@ Result<std::unique_ptr<Transport>> open_shm_transport(std::string_view runtime_f
 // allocate() puts files; empty: it only reads. Memory of the caller cannot be served.
 Result<std::unique_ptr<Transport>> open_file_transport(std::string_view folder = {},
                                                        const TransportOptions& options = {});
+
+// -- builds with CUDA only (TRANSFUSE_CUDA) --
+struct Gpu {
+  int ordinal = 0;  // in this process
+  std::string name;
+  std::string uuid;  // "GPU-...", the same in every process
+};
+// The GPUs that this process sees. kUnsupported: no driver, or none.
+Result<std::vector<Gpu>> list_gpus();
+// Memory of GPUs between processes of one host, and, through `host`, all that lies in memory of the
+// host. Reads into memory of `device` (an ordinal of this process). kUnsupported where this host
+// has no GPU. Takes `host` over.
+Result<std::unique_ptr<Transport>> open_cuda_transport(std::unique_ptr<Transport> host, int device);
 
 }  // namespace transfuse

@@ -4,14 +4,16 @@
 #include <bit>
 #include <cstdint>
 
+#include "base/host_device.h"
+
 namespace transfuse {
 
-inline uint16_t cast_f32_bits_to_bf16(uint32_t bits) {
+TRANSFUSE_HOST_DEVICE inline uint16_t cast_f32_bits_to_bf16(uint32_t bits) {
   if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return 0x7FC0;
   return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
 }
 
-inline uint16_t cast_f32_bits_to_f16(uint32_t bits) {
+TRANSFUSE_HOST_DEVICE inline uint16_t cast_f32_bits_to_f16(uint32_t bits) {
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
   if (magnitude > 0x7F800000u) return 0x7E00;
@@ -31,10 +33,12 @@ inline uint16_t cast_f32_bits_to_f16(uint32_t bits) {
 }
 
 // Exact. As torch does: a NaN keeps its payload.
-inline uint32_t cast_bf16_bits_to_f32(uint16_t bits) { return uint32_t{bits} << 16; }
+TRANSFUSE_HOST_DEVICE inline uint32_t cast_bf16_bits_to_f32(uint16_t bits) {
+  return uint32_t{bits} << 16;
+}
 
 // Exact. As torch does, and the CPUs: a NaN keeps its payload and becomes quiet.
-inline uint32_t cast_f16_bits_to_f32(uint16_t bits) {
+TRANSFUSE_HOST_DEVICE inline uint32_t cast_f16_bits_to_f32(uint16_t bits) {
   const uint32_t sign = (bits & 0x8000u) << 16;
   const uint32_t exponent = (bits >> 10) & 0x1Fu;
   const uint32_t mantissa = bits & 0x03FFu;
@@ -43,7 +47,12 @@ inline uint32_t cast_f16_bits_to_f32(uint16_t bits) {
   }
   if (exponent > 0) return sign | ((exponent + 112u) << 23) | (mantissa << 13);
   if (mantissa == 0) return sign;
-  const auto shift = static_cast<uint32_t>(std::countl_zero(mantissa)) - 21u;  // to bit 10
+#ifdef __CUDA_ARCH__
+  const uint32_t zeros = static_cast<uint32_t>(__clz(static_cast<int>(mantissa)));
+#else
+  const auto zeros = static_cast<uint32_t>(std::countl_zero(mantissa));
+#endif
+  const uint32_t shift = zeros - 21u;  // to bit 10
   return sign | ((113u - shift) << 23) | (((mantissa << shift) & 0x03FFu) << 13);
 }
 

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "base/host_device.h"
+
 namespace transfuse {
 
 inline constexpr uint32_t kIndexFactor = 0x9E3779B1u;
@@ -19,7 +21,7 @@ struct MixSeed {
 // `part`: the element size in bytes; kUpperPart for the upper half of an 8-byte element, which is
 // mixed like an element of its own.
 inline constexpr uint32_t kUpperPart = 16;
-inline MixSeed mix_seed(uint64_t key, uint32_t index_high, uint32_t part) {
+TRANSFUSE_HOST_DEVICE inline MixSeed mix_seed(uint64_t key, uint32_t index_high, uint32_t part) {
   uint64_t z = key + 0x9E3779B97F4A7C15u * (uint64_t{index_high} + 1) + 0xD1B54A32D192ED03u * part;
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
   z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
@@ -28,7 +30,7 @@ inline MixSeed mix_seed(uint64_t key, uint32_t index_high, uint32_t part) {
 }
 
 // `place` = low 32 bits of the linear index * kIndexFactor + seed.first.
-inline uint64_t mix_word(uint32_t place, uint32_t second, uint32_t bits) {
+TRANSFUSE_HOST_DEVICE inline uint64_t mix_word(uint32_t place, uint32_t second, uint32_t bits) {
   const uint32_t value = (bits * kBitsFactor) ^ place;
   uint32_t weight = (place ^ (place >> 15)) * kKeyFactor;
   weight ^= (weight >> 13) ^ second;

@@ -1,0 +1,288 @@
+// Memory of GPUs between real processes; skipped where there is no GPU.
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <memory>
+#include <span>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "gpu/pattern.h"
+#include "transfuse/copy.h"
+#include "transfuse/deadline.h"
+#include "transfuse/result.h"
+#include "transfuse/transport.h"
+#include "transport/cuda/device.h"
+#include "transport/cuda/driver.h"
+
+namespace transfuse {
+namespace {
+
+Deadline soon() { return Deadline::after_ms(20000); }
+
+// A child process with a GPU, spoken to line by line.
+class GpuPeer {
+ public:
+  GpuPeer(const std::string& folder, int device) {
+    std::array<int, 2> in{};
+    std::array<int, 2> out{};
+    TRANSFUSE_CHECK(pipe(in.data()) == 0 && pipe(out.data()) == 0);
+    pid_ = fork();
+    if (pid_ == 0) {
+      dup2(in[0], 0);
+      dup2(out[1], 1);
+      for (const int fd : {in[0], in[1], out[0], out[1]}) close(fd);
+      const std::string ordinal = std::to_string(device);
+      execl(TRANSFUSE_GPU_PEER, TRANSFUSE_GPU_PEER, folder.c_str(), ordinal.c_str(), nullptr);
+      _exit(127);
+    }
+    close(in[0]);
+    close(out[1]);
+    to_ = fdopen(in[1], "w");
+    from_ = fdopen(out[0], "r");
+    endpoint_ = line();
+  }
+  ~GpuPeer() {
+    (void)std::fclose(to_);
+    (void)std::fclose(from_);
+    (void)waitpid(pid_, nullptr, 0);
+  }
+  GpuPeer(const GpuPeer&) = delete;
+  GpuPeer& operator=(const GpuPeer&) = delete;
+
+  const std::string& endpoint() const { return endpoint_; }
+  std::string ask(const std::string& command) {
+    (void)std::fprintf(to_, "%s\n", command.c_str());
+    (void)std::fflush(to_);
+    return line();
+  }
+  RegionDescriptor allocate(uint64_t bytes, uint64_t seed) {
+    unsigned long long id = 0;
+    unsigned long long size = 0;
+    const std::string answer = ask(fmt::format("allocate {} {}", bytes, seed));
+    TRANSFUSE_CHECK(std::sscanf(answer.c_str(), "%llu %llu", &id, &size) == 2);
+    return {.id = RegionId{id}, .size_bytes = size};
+  }
+  void kill_it() { (void)kill(pid_, SIGKILL); }
+
+ private:
+  std::string line() {
+    std::array<char, 512> buffer{};
+    if (std::fgets(buffer.data(), buffer.size(), from_) == nullptr) return {};
+    std::string text = buffer.data();
+    while (!text.empty() && text.back() == '\n') text.pop_back();
+    return text;
+  }
+
+  pid_t pid_ = -1;
+  std::FILE* to_ = nullptr;
+  std::FILE* from_ = nullptr;
+  std::string endpoint_;
+};
+
+class CudaTransportTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    auto driver = cuda::Driver::load();
+    if (!driver) GTEST_SKIP() << driver.error().message;
+    device_ = cuda::Device::open(**driver, 0).value();
+    (void)(*driver)->cuDeviceGetCount(&device_count_);
+    std::string name = (std::filesystem::temp_directory_path() / "tf-gpu-XXXXXX").string();
+    ASSERT_NE(mkdtemp(name.data()), nullptr);
+    folder_ = name;
+    transport_ = open_cuda_transport(open_shm_transport(folder_).value(), 0).value();
+    stream_ = cuda::Stream::create(*device_).value();
+  }
+  void TearDown() override {
+    target_ = cuda::Memory();
+    transport_.reset();
+    if (!folder_.empty()) std::filesystem::remove_all(folder_);
+  }
+
+  // A read of the whole region into target_, in pieces.
+  std::vector<StridedCopy> whole(uint64_t size, uint32_t piece, bool fingerprint) {
+    if (target_.size_bytes() != size) {
+      target_ = cuda::Memory::allocate(*device_, cuda::MemoryPlace::kDevice, size).value();
+    }
+    std::vector<StridedCopy> copies;
+    for (uint64_t at = 0; at < size; at += piece) {
+      copies.push_back(
+          {.source_offset_bytes = at,
+           .target = target_.as<std::byte>() + at,
+           .linear_index = at,
+           .fingerprint_key = 7,
+           .count = {1, 1, static_cast<uint32_t>(std::min<uint64_t>(piece, size - at))},
+           .op = ElementOp::kCopy1,
+           .fingerprint = fingerprint,
+           .source_stride = {0, 0, 1},
+           .target_stride = {0, 0, 1},
+           .index_stride = {0, 0, 1}});
+    }
+    return copies;
+  }
+  Result<void> read(const RemoteRegion& region, std::span<const StridedCopy> copies,
+                    std::span<uint64_t> sums = {}, uint64_t reuse = 0) {
+    TRANSFUSE_ASSIGN_OR_RETURN(
+        const TicketId ticket,
+        transport_->submit(
+            {.region = &region, .copies = copies, .fingerprints = sums, .reuse = reuse}));
+    if (!transport_->wait_any({&ticket, 1}, soon())) {
+      return Error{ErrorCode::kDeadlineExceeded, "the read did not end"};
+    }
+    return transport_->finish(ticket);
+  }
+  std::vector<std::byte> held() {
+    std::vector<std::byte> bytes(target_.size_bytes());
+    const cuda::Current current = device_->use();
+    const auto& driver = device_->driver();
+    EXPECT_EQ(driver.cuMemcpyAsync(reinterpret_cast<CUdeviceptr>(bytes.data()), target_.address(),
+                                   bytes.size(), stream_.get()),
+              CUDA_SUCCESS);
+    EXPECT_EQ(driver.cuStreamSynchronize(stream_.get()), CUDA_SUCCESS);
+    return bytes;
+  }
+  uint64_t free_bytes() {
+    size_t free = 0;
+    size_t total = 0;
+    const cuda::Current current = device_->use();
+    EXPECT_EQ(device_->driver().cuMemGetInfo(&free, &total), CUDA_SUCCESS);
+    return free;
+  }
+
+  std::unique_ptr<cuda::Device> device_;
+  int device_count_ = 0;
+  std::string folder_;
+  std::unique_ptr<Transport> transport_;
+  cuda::Stream stream_;
+  cuda::Memory target_;
+};
+
+TEST_F(CudaTransportTest, ReadsWhatAnotherProcessHoldsOnAGpu) {
+  for (int ordinal = 0; ordinal < std::min(device_count_, 2); ++ordinal) {
+    SCOPED_TRACE(ordinal);
+    GpuPeer peer(folder_, ordinal);
+    const auto connection = transport_->connect(peer.endpoint(), "", soon()).value();
+    const RegionDescriptor descriptor = peer.allocate(20000001, 1);
+    const auto region = connection->open_region(descriptor, soon());
+    ASSERT_TRUE(region.has_value()) << region.error().message;
+    EXPECT_EQ((*region)->route(), ordinal == 0 ? "cuda_ipc, one GPU" : "cuda_ipc, peer GPU");
+    const auto copies = whole(20000001, 1 << 20, true);
+    std::vector<uint64_t> sums(copies.size());
+    for (const uint64_t seed : {1U, 2U, 3U}) {  // through the same handle and the same table
+      if (seed != 1) peer.ask(fmt::format("fill {}", seed));
+      ASSERT_TRUE(read(**region, copies, sums, 5).has_value());
+      const auto expected = pattern(20000001, seed);
+      ASSERT_TRUE(held() == expected);
+      uint64_t sum = 0;
+      for (uint64_t i = 0; i < copies[3].count[2]; ++i) {
+        const uint64_t at = copies[3].linear_index + i;
+        sum += element_fingerprint(7, at, std::to_integer<uint64_t>(expected[at]), 1);
+      }
+      EXPECT_EQ(sums[3], sum);
+    }
+    EXPECT_EQ(transport_->stats().tickets, 0U);
+  }
+}
+
+TEST_F(CudaTransportTest, MemoryThatWasAllocatedAnewIsOpenedAnew) {
+  GpuPeer peer(folder_, 0);
+  const auto connection = transport_->connect(peer.endpoint(), "", soon()).value();
+  const auto copies = whole(8 << 20, 1 << 20, false);
+  RegionDescriptor old;
+  for (uint64_t seed = 1; seed <= 5; ++seed) {
+    const RegionDescriptor descriptor = peer.allocate(8 << 20, seed);
+    EXPECT_NE(descriptor.id, old.id);
+    old = descriptor;
+    const auto region = connection->open_region(descriptor, soon()).value();
+    ASSERT_TRUE(read(*region, copies).has_value());
+    ASSERT_TRUE(held() == pattern(8 << 20, seed));
+    peer.ask("free");
+  }
+  EXPECT_FALSE(connection->open_region(old, soon()).has_value());
+}
+
+TEST_F(CudaTransportTest, I3_AThousandReadsLeaveDeviceMemoryAndHandlesAsTheyWere) {
+  GpuPeer peer(folder_, 0);
+  const auto connection = transport_->connect(peer.endpoint(), "", soon()).value();
+  const RegionDescriptor descriptor = peer.allocate(4 << 20, 1);
+  const auto copies = whole(4 << 20, 64 << 10, true);
+  std::vector<uint64_t> sums(copies.size());
+  const auto region = connection->open_region(descriptor, soon()).value();
+  uint64_t free = 0;
+  TransportStats stats;
+  for (int cycle = 0; cycle < 1000; ++cycle) {
+    ASSERT_TRUE(read(*region, copies, sums, 1).has_value());
+    if (cycle == 1) {
+      free = free_bytes();
+      stats = transport_->stats();
+    }
+  }
+  EXPECT_EQ(free_bytes(), free);
+  stats.read_bytes = transport_->stats().read_bytes;
+  EXPECT_EQ(transport_->stats(), stats);
+}
+
+TEST_F(CudaTransportTest, ASourceThatIsKilledMidwayEndsTheReadWithoutAHang) {
+  for (int ordinal = 0; ordinal < std::min(device_count_, 2); ++ordinal) {
+    SCOPED_TRACE(ordinal);
+    constexpr uint64_t kSize = uint64_t{1} << 30;
+    GpuPeer peer(folder_, ordinal);
+    const auto connection = transport_->connect(peer.endpoint(), "", soon()).value();
+    const auto region = connection->open_region(peer.allocate(kSize, 1), soon()).value();
+    const auto copies = whole(kSize, 8 << 20, true);
+    std::vector<uint64_t> sums(copies.size());
+    std::vector<TicketId> tickets;
+    for (int i = 0; i < 8; ++i) {
+      tickets.push_back(
+          transport_
+              ->submit({.region = region.get(), .copies = copies, .fingerprints = sums, .reuse = 1})
+              .value());
+    }
+    peer.kill_it();
+    for (const TicketId ticket : tickets) {
+      ASSERT_TRUE(transport_->wait_any({&ticket, 1}, soon()));
+      const auto outcome = transport_->finish(ticket);
+      if (!outcome) {
+        fmt::print("killed source, read ended with: {}\n", outcome.error().to_string());
+      }
+    }
+    for (int i = 0; i < 100 && connection->alive(); ++i) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    }
+    EXPECT_FALSE(connection->alive());
+  }
+}
+
+TEST_F(CudaTransportTest, MemoryOfTheHostGoesThroughTheHostsTransport) {
+  std::vector<std::byte> bytes = pattern(1 << 20, 3);
+  const auto region = transport_->register_memory(bytes);
+  ASSERT_TRUE(region.has_value()) << region.error().message;
+  EXPECT_EQ((*region)->descriptor().size_bytes, bytes.size());
+}
+
+TEST_F(CudaTransportTest, ABadOfferIsRefused) {
+  auto forged = transport_->allocate(256).value();
+  const auto bytes = pattern(256, 9);
+  std::ranges::copy(bytes, forged->bytes().begin());
+  const auto connection = transport_->connect(transport_->endpoint().value(), "", soon()).value();
+  const RegionDescriptor descriptor{
+      .id = RegionId{static_cast<uint64_t>(forged->descriptor().id) | (uint64_t{1} << 63)},
+      .size_bytes = 4096};
+  EXPECT_EQ(connection->open_region(descriptor, soon()).error().code, ErrorCode::kCorrupt);
+}
+
+}  // namespace
+}  // namespace transfuse
