@@ -421,7 +421,7 @@ HostCheck check_gpus() {
   return {name, CheckOutcome::kOk, found, ""};
 #else
   return {name, CheckOutcome::kLimited, "this build has no CUDA",
-          "only for weights in GPU memory: build where nvcc is"};
+          "only for weights in GPU memory: build where nvcc 13 or later is"};
 #endif
 }
 
