@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "copy/cast.h"
+#include "copy/element_size.h"
 #include "copy/fingerprint.h"
 #include "copy/row_kernels.h"
 #include "transfuse/copy.h"
@@ -324,34 +325,15 @@ ElementOp plain_copy(uint32_t element_bytes) {
 }
 
 uint32_t source_element_bytes(ElementOp op) {
-  switch (op) {
-    case ElementOp::kCopy1:
-      return 1;
-    case ElementOp::kCopy2:
-    case ElementOp::kBF16ToF32:
-    case ElementOp::kF16ToF32:
-      return 2;
-    case ElementOp::kCopy4:
-    case ElementOp::kF32ToBF16:
-    case ElementOp::kF32ToF16:
-      return 4;
-    case ElementOp::kCopy8:
-      return 8;
-  }
-  check_failed(__FILE__, __LINE__, "an ElementOp outside the enum");
+  const uint32_t bytes = source_bytes_of(op);
+  if (bytes == 0) check_failed(__FILE__, __LINE__, "an ElementOp outside the enum");
+  return bytes;
 }
 
 uint32_t target_element_bytes(ElementOp op) {
-  switch (op) {
-    case ElementOp::kF32ToBF16:
-    case ElementOp::kF32ToF16:
-      return 2;
-    case ElementOp::kBF16ToF32:
-    case ElementOp::kF16ToF32:
-      return 4;
-    default:
-      return source_element_bytes(op);
-  }
+  const uint32_t bytes = target_bytes_of(op);
+  if (bytes == 0) check_failed(__FILE__, __LINE__, "an ElementOp outside the enum");
+  return bytes;
 }
 
 uint64_t StridedCopy::source_end_bytes() const {

@@ -179,8 +179,10 @@ TEST_F(CudaTransportTest, ReadsWhatAnotherProcessHoldsOnAGpu) {
     const auto region = connection->open_region(descriptor, soon());
     ASSERT_TRUE(region.has_value()) << region.error().message;
     EXPECT_EQ((*region)->route(), ordinal == 0 ? "cuda_ipc, one GPU" : "cuda_ipc, peer GPU");
-    const auto copies = whole(20000001, 1 << 20, true);
-    std::vector<uint64_t> sums(copies.size());
+    auto copies = whole(20000001, 1 << 20, true);
+    copies[0].fingerprint = false;  // from another GPU, a copy engine moves this one
+    constexpr uint64_t kUntouched = 123;
+    std::vector<uint64_t> sums(copies.size(), kUntouched);
     for (const uint64_t seed : {1U, 2U, 3U}) {  // through the same handle and the same table
       if (seed != 1) peer.ask(fmt::format("fill {}", seed));
       ASSERT_TRUE(read(**region, copies, sums, 5).has_value());
@@ -192,6 +194,7 @@ TEST_F(CudaTransportTest, ReadsWhatAnotherProcessHoldsOnAGpu) {
         sum += element_fingerprint(7, at, std::to_integer<uint64_t>(expected[at]), 1);
       }
       EXPECT_EQ(sums[3], sum);
+      EXPECT_EQ(sums[0], kUntouched);
     }
     EXPECT_EQ(transport_->stats().tickets, 0U);
   }

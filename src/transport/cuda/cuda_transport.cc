@@ -142,6 +142,7 @@ Result<void> read_now(Transport& host, const RemoteRegion& region, std::span<std
   TRANSFUSE_ASSIGN_OR_RETURN(const TicketId ticket,
                              host.submit({.region = &region, .copies = {&copy, 1}}));
   if (!host.wait_any({&ticket, 1}, deadline)) host.cancel(ticket);
+  // A cancelled one ends with what a worker of the host transport has in hand.
   while (host.poll(ticket) == TicketState::kPending ||
          host.poll(ticket) == TicketState::kPoisoned) {
     std::this_thread::sleep_for(kPollPause);
@@ -151,7 +152,8 @@ Result<void> read_now(Transport& host, const RemoteRegion& region, std::span<std
 
 }  // namespace
 
-// Safe to call from any thread.
+// Safe to call from any thread. All reads go over one stream: one that comes after a cancelled read
+// writes after it, so that none has to be refused for poisoned memory.
 class CudaTransport final : public Transport {
  public:
   explicit CudaTransport(std::unique_ptr<Core> core, Stream stream)
@@ -213,6 +215,7 @@ class CudaTransport final : public Transport {
     const CudaRemoteRegion* region = nullptr;
     Prepared* prepared = nullptr;
     std::unique_ptr<Prepared> own;  // where nothing is kept
+    std::span<const StridedCopy> copies;
     std::span<uint64_t> fingerprints;
     Event done;
     bool cancelled = false;
@@ -314,6 +317,7 @@ Result<TicketId> CudaTransport::submit(const ReadRequest& request) {
   const MutexLock lock(mutex_);
   Ticket ticket;
   ticket.region = region;
+  ticket.copies = request.copies;
   ticket.fingerprints = request.fingerprints;
   TRANSFUSE_ASSIGN_OR_RETURN(ticket.prepared, prepare(*region, request, ticket.own));
   if (events_.empty()) {
@@ -344,7 +348,9 @@ void CudaTransport::settle(Ticket& ticket) {
   if (!*ticket.outcome) return;
   core_->read_bytes += ticket.prepared->copies.target_bytes();
   const auto sums = ticket.prepared->copies.sums();
-  if (!sums.empty()) std::ranges::copy(sums, ticket.fingerprints.begin());
+  for (size_t i = 0; i < sums.size(); ++i) {
+    if (ticket.copies[i].fingerprint) ticket.fingerprints[i] = sums[i];
+  }
 }
 
 TicketState CudaTransport::poll(TicketId id) {

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "copy/element_size.h"
 #include "transfuse/copy.h"
 #include "transfuse/result.h"
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "base/host_device.h"
+#include "copy/element_size.h"
 #include "transfuse/copy.h"
 #include "transfuse/result.h"
 
@@ -51,37 +52,6 @@ struct DeviceItem {
   uint32_t units = 0;  // in each row
 };
 static_assert(sizeof(DeviceItem) == 20);
-
-// As in copy.h, where device code can call them.
-TRANSFUSE_HOST_DEVICE constexpr uint32_t source_bytes_of(ElementOp op) {
-  switch (op) {
-    case ElementOp::kCopy1:
-      return 1;
-    case ElementOp::kCopy2:
-    case ElementOp::kBF16ToF32:
-    case ElementOp::kF16ToF32:
-      return 2;
-    case ElementOp::kCopy4:
-    case ElementOp::kF32ToBF16:
-    case ElementOp::kF32ToF16:
-      return 4;
-    case ElementOp::kCopy8:
-      return 8;
-  }
-  return 1;
-}
-TRANSFUSE_HOST_DEVICE constexpr uint32_t target_bytes_of(ElementOp op) {
-  switch (op) {
-    case ElementOp::kF32ToBF16:
-    case ElementOp::kF32ToF16:
-      return 2;
-    case ElementOp::kBF16ToF32:
-    case ElementOp::kF16ToF32:
-      return 4;
-    default:
-      return source_bytes_of(op);
-  }
-}
 
 // Elements that a lane moves at once: vectors have kVectorBytes on the narrower side.
 TRANSFUSE_HOST_DEVICE constexpr uint32_t unit_elements(RunWalk walk, ElementOp op) {

@@ -1,0 +1,42 @@
+// Bytes of an element before and after its operation, where device code can ask too.
+#pragma once
+
+#include <cstdint>
+
+#include "base/host_device.h"
+#include "transfuse/copy.h"
+
+namespace transfuse {
+
+// 0 outside the enum.
+TRANSFUSE_HOST_DEVICE constexpr uint32_t source_bytes_of(ElementOp op) {
+  switch (op) {
+    case ElementOp::kCopy1:
+      return 1;
+    case ElementOp::kCopy2:
+    case ElementOp::kBF16ToF32:
+    case ElementOp::kF16ToF32:
+      return 2;
+    case ElementOp::kCopy4:
+    case ElementOp::kF32ToBF16:
+    case ElementOp::kF32ToF16:
+      return 4;
+    case ElementOp::kCopy8:
+      return 8;
+  }
+  return 0;
+}
+TRANSFUSE_HOST_DEVICE constexpr uint32_t target_bytes_of(ElementOp op) {
+  switch (op) {
+    case ElementOp::kF32ToBF16:
+    case ElementOp::kF32ToF16:
+      return 2;
+    case ElementOp::kBF16ToF32:
+    case ElementOp::kF16ToF32:
+      return 4;
+    default:
+      return source_bytes_of(op);
+  }
+}
+
+}  // namespace transfuse
