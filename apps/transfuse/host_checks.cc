@@ -33,6 +33,7 @@
 #include <vector>
 
 #include "base/unique_fd.h"
+#include "transfuse/gpu.h"
 #include "transfuse/transport.h"
 
 namespace transfuse {

@@ -34,7 +34,7 @@ using cuda::Driver;
 using cuda::Event;
 using cuda::EventKind;
 using cuda::Memory;
-using cuda::MemoryPlace;
+using cuda::MemoryKind;
 using cuda::PreparedCopies;
 using cuda::Stream;
 
@@ -127,7 +127,7 @@ class Bench {
       size = (size + kAlignment - 1) / kAlignment * kAlignment;
     }
     TRANSFUSE_ASSIGN_OR_RETURN(
-        placed.memory, Memory::allocate(device, MemoryPlace::kDevice, std::max(size, kAlignment)));
+        placed.memory, Memory::allocate(device, MemoryKind::kDevice, std::max(size, kAlignment)));
     return placed;
   }
 

@@ -19,6 +19,9 @@ namespace transfuse {
 enum class RegionId : uint64_t {};  // unique in one transport instance, never reused
 enum class TicketId : uint64_t {};  // never reused, does not wrap
 
+// Whose memory it is: addresses of kDevice are for the transport and the device, not for the CPU.
+enum class MemoryPlace : uint8_t { kHost, kDevice };
+
 // What a peer must know to open a region; travels over the control plane.
 struct RegionDescriptor {
   RegionId id{};
@@ -35,6 +38,7 @@ class LocalRegion {
   LocalRegion& operator=(const LocalRegion&) = delete;
   virtual std::span<std::byte> bytes() const = 0;
   virtual RegionDescriptor descriptor() const = 0;
+  virtual MemoryPlace place() const { return MemoryPlace::kHost; }
 
  protected:
   LocalRegion() = default;
@@ -50,6 +54,8 @@ class RemoteRegion {
   virtual uint64_t size_bytes() const = 0;
   // How its bytes travel, in words for reports: "memfd", "process_vm_readv", "local".
   virtual std::string_view route() const = 0;
+  // True: reads of it and of other such regions of its peer are best made in one large request.
+  virtual bool joins_requests() const { return false; }
 
  protected:
   RemoteRegion() = default;
@@ -72,16 +78,17 @@ class Peer {
   Peer() = default;
 };
 
-// A read of one region: its copies, executed in any order by any number of threads. Spans belong to
-// the caller and stay valid and unchanged until the ticket has ended (landed, failed or cancelled).
+// A read of one region, or of several that join: its copies, executed in any order by any number of
+// threads. Spans belong to the caller and stay valid and unchanged until the ticket has ended
+// (landed, failed or cancelled).
 struct ReadRequest {
-  const RemoteRegion* region = nullptr;
+  const RemoteRegion* region = nullptr;  // of every copy, where `regions` is empty
   std::span<const StridedCopy> copies{};
   std::span<uint64_t>
       fingerprints{};  // empty, or one per copy: written where copies[i].fingerprint is set
-  // Not 0: every request of this region with this number has the same copies, so that what was made
-  // ready for one serves the next. 0: nothing is kept.
-  uint64_t reuse = 0;
+  // Empty, or one per copy: all of them join (RemoteRegion::joins_requests()).
+  std::span<const RemoteRegion* const> regions{};
+  double gigabytes_per_second = 0;  // of bytes written, where the region joins; 0: all there is
 };
 
 enum class TicketState : uint8_t {
@@ -127,8 +134,15 @@ class Transport {
   // Zeroed memory of the transport's best kind, page aligned. kResourceExhausted where there is no
   // room.
   virtual Result<std::unique_ptr<LocalRegion>> allocate(uint64_t size_bytes) = 0;
+  // The same on the device that it reads into. kUnsupported: it has none.
+  virtual Result<std::unique_ptr<LocalRegion>> allocate_on_device(uint64_t size_bytes) {
+    return no_device("allocate " + std::to_string(size_bytes) + " bytes on");
+  }
   // Memory that the caller owns and keeps alive while the handle lives.
   virtual Result<std::unique_ptr<LocalRegion>> register_memory(std::span<std::byte> memory) = 0;
+  // The memory around `address` that is shared as one: spans within it need one registration only.
+  // Empty: as the caller likes (memory of the host, by pages).
+  virtual std::span<std::byte> allocation_of(const std::byte* /*address*/) { return {}; }
   // What a peer passes to connect(): opaque, valid while this transport lives.
   virtual Result<std::string> endpoint() = 0;
 
@@ -136,6 +150,15 @@ class Transport {
   // kUnavailable: nobody there. kPermissionDenied: wrong user or token.
   virtual Result<std::unique_ptr<Peer>> connect(std::string_view endpoint, std::string_view token,
                                                 Deadline deadline) = 0;
+  // Whether what a transport of that kind serves can be read, at least what lies in the host.
+  virtual bool reads(std::string_view other_kind) const { return other_kind == kind(); }
+  // A transport like this one whose own reads go through `host`: files into memory of a device.
+  virtual std::unique_ptr<Transport> reading_through(std::unique_ptr<Transport> host) {
+    return host;
+  }
+  // This process' own memory on the device, as one region: source_offset_bytes is an address, and a
+  // copy without a target is only summed. kUnsupported: it has no device. Lives with the transport.
+  virtual Result<const RemoteRegion*> own_memory() { return no_device("copy within"); }
 
   // Checks every copy against the size of its region (kCorrupt, nothing is started) and against
   // poisoned target memory (kPoisoned). Does not allocate once warm.
@@ -158,6 +181,10 @@ class Transport {
 
  protected:
   Transport() = default;
+  Error no_device(std::string_view what) const {
+    return {ErrorCode::kUnsupported, "transport '" + std::string(kind()) + "' has no device to " +
+                                         std::string(what) + ": open a session with a device"};
+  }
 };
 
 // Within one process; the memory of every `local` transport is reachable from every other.
@@ -169,18 +196,5 @@ Result<std::unique_ptr<Transport>> open_shm_transport(std::string_view runtime_f
 // allocate() puts files; empty: it only reads. Memory of the caller cannot be served.
 Result<std::unique_ptr<Transport>> open_file_transport(std::string_view folder = {},
                                                        const TransportOptions& options = {});
-
-// -- builds with CUDA only (TRANSFUSE_CUDA) --
-struct Gpu {
-  int ordinal = 0;  // in this process
-  std::string name;
-  std::string uuid;  // "GPU-...", the same in every process
-};
-// The GPUs that this process sees. kUnsupported: no driver, or none.
-Result<std::vector<Gpu>> list_gpus();
-// Memory of GPUs between processes of one host, and, through `host`, all that lies in memory of the
-// host. Reads into memory of `device` (an ordinal of this process). kUnsupported where this host
-// has no GPU. Takes `host` over.
-Result<std::unique_ptr<Transport>> open_cuda_transport(std::unique_ptr<Transport> host, int device);
 
 }  // namespace transfuse

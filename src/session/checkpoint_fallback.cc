@@ -130,15 +130,14 @@ Lease lease_of(const CheckpointSource& source, const Digest& revision) {
 
 }  // namespace
 
-CheckpointFallback::CheckpointFallback(const Layout& target,
-                                       std::span<std::byte* const> target_data,
-                                       const ReceiverOptions& options, MemberId member,
-                                       AttemptProgress& progress)
+CheckpointFallback::CheckpointFallback(Transport& transport, const Layout& target,
+                                       const TargetMemory& memory, const ReceiverOptions& options,
+                                       MemberId member, AttemptProgress& progress)
     : options_(options),
       // Its threads start with the first read.
-      transport_(open_file_transport().value()),
+      transport_(transport.reading_through(open_file_transport().value())),
       attempt_(std::make_unique<RefitAttempt>(*transport_, static_cast<SourceDirectory&>(*this),
-                                              target, target_data, options_, member, progress)) {}
+                                              target, memory, options_, member, progress)) {}
 
 void CheckpointFallback::abandon_in_forked_child() {
   attempt_->abandon_in_forked_child();

@@ -25,8 +25,8 @@ namespace transfuse {
 // one thread; outlived by the progress and the target's memory.
 class CheckpointFallback final : private SourceDirectory {
  public:
-  // options.checkpoint is set.
-  CheckpointFallback(const Layout& target, std::span<std::byte* const> target_data,
+  // options.checkpoint is set. `transport` writes the target when peers serve it.
+  CheckpointFallback(Transport& transport, const Layout& target, const TargetMemory& memory,
                      const ReceiverOptions& options, MemberId member, AttemptProgress& progress);
 
   const Checkpoint& checkpoint() const { return *options_.checkpoint; }

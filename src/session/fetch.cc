@@ -80,17 +80,17 @@ Deadline with_grace(Deadline deadline) {
 }  // namespace
 
 Fetch::Fetch(Transport& transport, Control& control, const Layout& target,
-             std::span<std::byte* const> target_data, FetchMemory& memory,
-             const ReceiverOptions& options, MemberId member)
+             const TargetMemory& target_memory, FetchMemory& memory, const ReceiverOptions& options,
+             MemberId member)
     : control_(control),
       memory_(memory),
       options_(options),
       member_(member),
       members_(transport, control),
-      attempt_(transport, members_, target, target_data, options, member, progress_) {
+      attempt_(transport, members_, target, target_memory, options, member, progress_) {
   if (options_.checkpoint) {
-    fallback_ =
-        std::make_unique<CheckpointFallback>(target, target_data, options_, member_, progress_);
+    fallback_ = std::make_unique<CheckpointFallback>(transport, target, target_memory, options_,
+                                                     member_, progress_);
   }
 }
 

@@ -46,8 +46,8 @@ struct Fetched {
 class Fetch {
  public:
   Fetch(Transport& transport, Control& control, const Layout& target,
-        std::span<std::byte* const> target_data, FetchMemory& memory,
-        const ReceiverOptions& options, MemberId member);
+        const TargetMemory& target_memory, FetchMemory& memory, const ReceiverOptions& options,
+        MemberId member);
 
   // On success the memory holds the version, proved, and the rank of a group has voted for it. On
   // failure the group's round is given up. `cancelled` ends it soon with kCancelled.

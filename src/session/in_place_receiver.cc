@@ -27,20 +27,12 @@ namespace {
 
 constexpr auto kRoundPause = std::chrono::milliseconds(20);
 
-std::vector<std::byte*> parameter_data(TargetMember& member) {
-  std::vector<std::byte*> data;
-  for (uint32_t i = 0; i < member.layout().parameters().size(); ++i) {
-    data.push_back(member.weights().memory().data(i));
-  }
-  return data;
-}
-
 // Used from one thread; cancel() and version() from any.
 class InPlaceReceiver final : public Receiver, private FetchMemory {
  public:
   InPlaceReceiver(Transport& transport, Control& control, std::unique_ptr<TargetMember> member)
       : member_(std::move(member)),
-        fetch_(transport, control, member_->layout(), parameter_data(*member_), *this,
+        fetch_(transport, control, member_->layout(), member_->weights().memory().target(), *this,
                member_->options(), member_->id()) {}
 
   ~InPlaceReceiver() override {

@@ -17,8 +17,8 @@
 namespace transfuse {
 namespace {
 
-// Spans that begin on the page where the last one ended, or the next, become one registration: the
-// bytes between them lie on pages that are registered anyway.
+// In the host, spans that begin on the page where the last one ended, or the next, become one
+// registration: the bytes between them lie on pages that are registered anyway.
 constexpr uint64_t kPageBytes = 4096;
 
 struct Span {
@@ -88,6 +88,13 @@ Result<BoundMemory> BoundMemory::open(Transport& transport, const Layout& layout
   bound.binding_.places.resize(bound.data_.size());
   for (const LocalRegion* arena : arenas) bound.regions_.push_back(arena->descriptor());
 
+  // The first parameter of each place.
+  const ParameterSpec* in_host = nullptr;
+  const ParameterSpec* on_device = nullptr;
+  const auto see = [&](MemoryPlace place, uint32_t parameter) {
+    const ParameterSpec*& first = place == MemoryPlace::kHost ? in_host : on_device;
+    if (first == nullptr) first = &layout.parameters()[parameter];
+  };
   std::vector<Span> own;
   for (uint32_t i = 0; i < bound.data_.size(); ++i) {
     const uint64_t size_bytes = parameter_size_bytes(layout.parameters()[i]);
@@ -97,19 +104,22 @@ Result<BoundMemory> BoundMemory::open(Transport& transport, const Layout& layout
       bound.binding_.places[i] = {
           .region = index,
           .offset_bytes = static_cast<uint64_t>(bound.data_[i] - arena->bytes().data())};
+      see(arena->place(), i);
     } else {
       own.push_back({bound.data_[i], bound.data_[i] + size_bytes, i});
     }
   }
   std::ranges::sort(own, {}, &Span::begin);
   for (size_t first = 0; first < own.size();) {
+    const std::span<std::byte> allocation = transport.allocation_of(own[first].begin);
     std::byte* end = own[first].end;
     size_t last = first + 1;
-    const auto touches = [&end](const Span& next) {
+    const auto joins = [&](const Span& next) {
+      if (!allocation.empty()) return next.end <= allocation.data() + allocation.size();
       const auto page = (reinterpret_cast<uintptr_t>(end) - 1) / kPageBytes;  // of the last byte
       return reinterpret_cast<uintptr_t>(next.begin) / kPageBytes <= page + 1;
     };
-    while (last < own.size() && touches(own[last])) end = std::max(end, own[last++].end);
+    while (last < own.size() && joins(own[last])) end = std::max(end, own[last++].end);
     std::byte* const begin = own[first].begin;
     TRANSFUSE_ASSIGN_OR_RETURN(
         auto registration, transport.register_memory({begin, static_cast<size_t>(end - begin)}));
@@ -118,10 +128,18 @@ Result<BoundMemory> BoundMemory::open(Transport& transport, const Layout& layout
           .region = bound.regions_.size(),
           .offset_bytes = static_cast<uint64_t>(own[i].begin - begin)};
     }
+    see(registration->place(), own[first].parameter);
     bound.regions_.push_back(registration->descriptor());
     bound.registrations_.push_back(std::move(registration));
     first = last;
   }
+  if (in_host != nullptr && on_device != nullptr) {
+    return Error{ErrorCode::kUnsupported,
+                 fmt::format("parameter '{}' lies on a device, '{}' in the host: bring both to one "
+                             "place",
+                             on_device->name, in_host->name)};
+  }
+  if (on_device != nullptr) bound.place_ = MemoryPlace::kDevice;
   return bound;
 }
 

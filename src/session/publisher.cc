@@ -39,9 +39,11 @@ int64_t microseconds_since(TimePoint start) {
 
 class SlotPublisher final : public Publisher {
  public:
-  SlotPublisher(Control& control, PublisherOptions options, std::unique_ptr<ServedWeights> weights,
-                std::unique_ptr<RevisionSum> revision, MemberId member)
-      : control_(control),
+  SlotPublisher(Transport& transport, Control& control, PublisherOptions options,
+                std::unique_ptr<ServedWeights> weights, std::unique_ptr<RevisionSum> revision,
+                MemberId member)
+      : transport_(transport),
+        control_(control),
         revision_(std::move(revision)),
         options_(std::move(options)),
         weights_(std::move(weights)),
@@ -223,7 +225,7 @@ class SlotPublisher final : public Publisher {
         TRANSFUSE_ASSIGN_OR_RETURN(slot, make_room());
         const TimePoint start = std::chrono::steady_clock::now();
         withdraw(slot);
-        weights_->copy_weights(slot);
+        TRANSFUSE_RETURN_IF_ERROR(weights_->copy_weights(slot));
         timing_.copy_us = microseconds_since(start);
       }
       offer_ = {.version = version_, .generation = weights_->end_write(slot), .slot = slot};
@@ -245,8 +247,11 @@ class SlotPublisher final : public Publisher {
       return {};
     }
     if (offer_.revision == Digest{}) {
-      offer_.revision = revision_->of(
-          [this](uint32_t parameter) { return weights_->data(offer_.slot, parameter); });
+      TRANSFUSE_ASSIGN_OR_RETURN(
+          offer_.revision,
+          revision_->of(
+              [this](uint32_t parameter) { return weights_->data(offer_.slot, parameter); },
+              weights_->on_device() ? &transport_ : nullptr));
     }
     if (words.revision == Digest{} || words.revision == offer_.revision) return {};
     return Error{ErrorCode::kFingerprintMismatch,
@@ -294,6 +299,7 @@ class SlotPublisher final : public Publisher {
     return control_.abort_version(member_, version_, reason);
   }
 
+  Transport& transport_;
   Control& control_;
   const std::unique_ptr<RevisionSum> revision_;  // null: publish() computes none
   const PublisherOptions options_;
@@ -368,8 +374,8 @@ Result<std::unique_ptr<Publisher>> Publisher::open(Transport& transport, Control
     (void)control.leave(member);  // what matters is why nothing can be served
     return Unexpected{std::move(serving).error()};
   }
-  return std::unique_ptr<Publisher>(
-      new SlotPublisher(control, options, std::move(weights), std::move(revision), member));
+  return std::unique_ptr<Publisher>(new SlotPublisher(
+      transport, control, options, std::move(weights), std::move(revision), member));
 }
 
 }  // namespace transfuse

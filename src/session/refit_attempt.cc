@@ -6,12 +6,13 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <optional>
 #include <span>
 #include <utility>
 #include <vector>
+#include "session/memory.h"
+#include "session/padding.h"
 #include "session/source_link.h"
 #include "session/stopwatch.h"
 #include "session/transfer.h"
@@ -35,14 +36,15 @@ constexpr uint32_t kTriesPerSource = 2;
 }  // namespace
 
 RefitAttempt::RefitAttempt(Transport& transport, SourceDirectory& sources, const Layout& target,
-                           std::span<std::byte* const> target_data, const ReceiverOptions& options,
+                           const TargetMemory& memory, const ReceiverOptions& options,
                            MemberId member, AttemptProgress& progress)
     : transport_(transport),
       sources_(sources),
       target_(target),
       options_(options),
       member_(member),
-      target_data_(target_data.begin(), target_data.end()),
+      target_data_(memory.data.begin(), memory.data.end()),
+      place_(memory.place),
       transfer_(transport),
       progress_(progress),
       admission_(options.demand) {
@@ -306,24 +308,6 @@ void RefitAttempt::count_missing() {
   }
 }
 
-// Zeros where the layout declares them: once, since nothing else writes there.
-void RefitAttempt::fill_padding() {
-  if (padding_filled_) return;
-  for (const Fill& fill : target_.fills()) {
-    const uint32_t size = dtype_size_bytes(target_.parameters()[fill.parameter].dtype);
-    std::byte* const base = target_data_[fill.parameter];
-    Dims at = fill.length;
-    for (int d = 0; d < at.rank(); ++d) at[d] = 0;
-    for (int64_t element = 0; element < fill.length.product(); ++element) {
-      int64_t offset = fill.element_offset;
-      for (int d = 0; d < at.rank(); ++d) offset += at[d] * fill.element_strides[d];
-      std::memset(base + offset * size, 0, size);
-      for (int d = at.rank() - 1; d >= 0 && ++at[d] == fill.length[d]; --d) at[d] = 0;
-    }
-  }
-  padding_filled_ = true;
-}
-
 Result<void> RefitAttempt::move(Deadline deadline, const std::atomic<bool>& cancelled,
                                 RefitReport& report) {
   uint64_t missing_bytes = 0;
@@ -493,7 +477,10 @@ Result<void> RefitAttempt::verify(Deadline deadline, const std::atomic<bool>& ca
 Result<void> RefitAttempt::transfer(Deadline deadline, const std::atomic<bool>& cancelled,
                                     RefitReport& report) {
   const Plan& plan = copies_->plan();
-  fill_padding();
+  if (!padding_filled_) {
+    TRANSFUSE_RETURN_IF_ERROR(fill_padding(transport_, target_, {target_data_, place_}));
+  }
+  padding_filled_ = true;
   report.chunk_count = static_cast<uint32_t>(plan.chunks().size());
   report.source_bytes = 0;
   bool first_round = true;

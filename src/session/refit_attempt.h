@@ -11,6 +11,7 @@
 
 #include "plan/copies.h"
 #include "session/admission.h"
+#include "session/memory.h"
 #include "session/source_link.h"
 #include "session/transfer.h"
 #include "transfuse/receiver.h"
@@ -29,8 +30,8 @@ struct AttemptProgress {
 class RefitAttempt {
  public:
   RefitAttempt(Transport& transport, SourceDirectory& sources, const Layout& target,
-               std::span<std::byte* const> target_data, const ReceiverOptions& options,
-               MemberId member, AttemptProgress& progress);
+               const TargetMemory& memory, const ReceiverOptions& options, MemberId member,
+               AttemptProgress& progress);
 
   // Everything before the first byte: layouts, plan, sources, connections, first generation reads.
   // Writes no parameter.
@@ -79,7 +80,6 @@ class RefitAttempt {
   Result<void> expect_sums(Candidate& candidate, Deadline deadline,
                            const std::atomic<bool>& cancelled);
   void compare_sums(uint32_t candidate, std::span<const uint64_t> expected, RefitReport& report);
-  void fill_padding();
   void report_routes(RefitReport& report) const;
   void count_missing();
   void forget_unproved(uint32_t candidate);
@@ -94,6 +94,7 @@ class RefitAttempt {
   const ReceiverOptions options_;
   const MemberId member_;
   const std::vector<std::byte*> target_data_;  // per target parameter
+  const MemoryPlace place_;
   Transfer transfer_;
   bool padding_filled_ = false;
   double gigabytes_per_second_ = 0;

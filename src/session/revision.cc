@@ -17,12 +17,14 @@
 #include "copy/copy.h"
 #include "plan/copies.h"
 #include "session/copy_threads.h"
+#include "session/device_work.h"
 #include "session/whole_layout.h"
 #include "transfuse/copy.h"
 #include "transfuse/layout.h"
 #include "transfuse/plan.h"
 #include "transfuse/publisher.h"
 #include "transfuse/result.h"
+#include "transfuse/transport.h"
 
 namespace transfuse {
 
@@ -58,17 +60,29 @@ Result<std::unique_ptr<RevisionSum>> RevisionSum::open(const Layout& layout, uin
       new RevisionSum(CopyTable(std::move(*plan)), std::move(pool)));
 }
 
-Digest RevisionSum::of(const std::function<const std::byte*(uint32_t)>& data) {
+Result<Digest> RevisionSum::of(const std::function<const std::byte*(uint32_t)>& data,
+                               Transport* device) {
   const Plan& plan = copies_.plan();
+  const auto copy_of = [&](uint32_t run) {
+    const Holder& holder = plan.holders_of(plan.runs()[run]).front();
+    StridedCopy copy = copies_.copy(plan.runs()[run], holder, 0, nullptr, true);
+    copy.source_offset_bytes += reinterpret_cast<uintptr_t>(data(holder.parameter));
+    return copy;
+  };
   std::vector<uint64_t> sums(plan.runs().size());  // apart, so that no thread waits for another
-  threads_->run(plan.chunks().size(), [&](size_t i) {
-    const Chunk& chunk = plan.chunks()[i];
-    for (uint32_t run = chunk.first_run; run < chunk.first_run + chunk.run_count; ++run) {
-      const Holder& holder = plan.holders_of(plan.runs()[run]).front();
-      const StridedCopy copy = copies_.copy(plan.runs()[run], holder, 0, nullptr, true);
-      sums[run] = sum_copy(copy, data(holder.parameter) + copy.source_offset_bytes);
-    }
-  });
+  if (device != nullptr) {
+    std::vector<StridedCopy> copies;
+    for (uint32_t run = 0; run < sums.size(); ++run) copies.push_back(copy_of(run));
+    TRANSFUSE_RETURN_IF_ERROR(run_on_device(*device, copies, sums));
+  } else {
+    threads_->run(plan.chunks().size(), [&](size_t i) {
+      const Chunk& chunk = plan.chunks()[i];
+      for (uint32_t run = chunk.first_run; run < chunk.first_run + chunk.run_count; ++run) {
+        const StridedCopy copy = copy_of(run);
+        sums[run] = sum_copy(copy, reinterpret_cast<const std::byte*>(copy.source_offset_bytes));
+      }
+    });
+  }
   std::vector<uint64_t> tensors(plan.target().tensors().size(), 0);
   for (size_t run = 0; run < sums.size(); ++run) tensors[plan.runs()[run].tensor] += sums[run];
   return content_revision(plan.target().tensors(), tensors);

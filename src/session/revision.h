@@ -10,6 +10,7 @@
 #include "session/copy_threads.h"
 #include "transfuse/layout.h"
 #include "transfuse/result.h"
+#include "transfuse/transport.h"
 
 namespace transfuse {
 
@@ -19,8 +20,9 @@ class RevisionSum {
   // kLayoutMismatch names a tensor of which `layout` holds only a part.
   static Result<std::unique_ptr<RevisionSum>> open(const Layout& layout, uint32_t threads);
 
-  // `data(i)` is where parameter i of the layout lies.
-  Digest of(const std::function<const std::byte*(uint32_t)>& data);
+  // `data(i)` is where parameter i of the layout lies; on the device of `device`, if that is given.
+  Result<Digest> of(const std::function<const std::byte*(uint32_t)>& data,
+                    Transport* device = nullptr);
 
  private:
   RevisionSum(CopyTable copies, std::unique_ptr<CopyThreads> threads)

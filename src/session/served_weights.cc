@@ -22,6 +22,7 @@
 #include "copy/copy.h"
 #include "plan/copies.h"
 #include "session/descriptor.h"
+#include "session/device_work.h"
 #include "session/memory.h"
 #include "session/snapshots.h"
 #include "transfuse/control.h"
@@ -85,8 +86,9 @@ Result<std::unique_ptr<ServedWeights>> ServedWeights::open(Transport& transport,
                                                            const ServedWeightsOptions& options) {
   std::unique_ptr<ServedWeights> weights(
       new ServedWeights(transport, control, layout, std::move(memory), options));
-  TRANSFUSE_ASSIGN_OR_RETURN(weights->snapshots_,
-                             Snapshots::open(transport, layout, options.snapshot_slots));
+  TRANSFUSE_ASSIGN_OR_RETURN(
+      weights->snapshots_,
+      Snapshots::open(transport, layout, weights->memory_, options.snapshot_slots));
   const uint32_t slot_count = weights->slot_count();
   TRANSFUSE_ASSIGN_OR_RETURN(weights->control_region_,
                              transport.allocate(slot_count * kGenerationStrideBytes));
@@ -176,8 +178,9 @@ void ServedWeights::begin_write(uint32_t slot) {
   while (slots_[slot].sums_in_flight > 0) changed_.wait(mutex_);
 }
 
-void ServedWeights::copy_weights(uint32_t slot) {
+Result<void> ServedWeights::copy_weights(uint32_t slot) {
   TRANSFUSE_CHECK(slot > 0 && slot < slot_count());
+  if (on_device()) return snapshots_.copy_on_device(transport_, memory_, slot - 1);
   const MutexLock lock(mutex_);
   TRANSFUSE_CHECK(slots_[slot].writing && !copy_work_);
   copy_work_ = CopyWork{.slot = slot};
@@ -185,6 +188,7 @@ void ServedWeights::copy_weights(uint32_t slot) {
   while (copy_a_chunk()) continue;
   while (copy_work_->in_flight > 0) changed_.wait(mutex_);
   copy_work_.reset();
+  return {};
 }
 
 Generation ServedWeights::end_write(uint32_t slot) {
@@ -415,25 +419,33 @@ bool ServedWeights::sum_a_chunk() {
   Table* const table = next_table(slot);
   if (table == nullptr) return false;
   Sums& sums = table->sums[slot];
-  const std::span<const Chunk> chunks = table->copies.plan().chunks();
-  const Chunk chunk = chunks[sums.next_chunk++];
+  const std::span<const Chunk> chunks = chunks_at(*table, sums.next_chunk);
+  sums.next_chunk += static_cast<uint32_t>(chunks.size());
   ++sums.in_flight;
   ++slots_[slot].sums_in_flight;
   mutex_.unlock();
 
-  sum_chunk(*table, slot, chunk);
+  const auto summed = sum_chunks(*table, slot, chunks);
 
   mutex_.lock();
   --slots_[slot].sums_in_flight;
   --sums.in_flight;
+  if (!summed && sums.wanted) {
+    // Who waits for them sees no progress, and says so.
+    sums.wanted = false;
+    log_event(LogLevel::kError, "fingerprints_failed", {{"reason", summed.error().to_string()}});
+  }
   // Tables are summed one after another: who waits for a later one sees that this one moves.
+  const uint32_t run_count =
+      chunks.back().first_run + chunks.back().run_count - chunks[0].first_run;
   for (const auto& due : tables_) {
     for (uint32_t i = 0; i < slots_.size(); ++i) {
       if (!due->sums[i].wanted) continue;
-      word(due->header(i)->progress).fetch_add(chunk.run_count, std::memory_order_relaxed);
+      word(due->header(i)->progress).fetch_add(run_count, std::memory_order_relaxed);
     }
   }
-  if (sums.wanted && sums.next_chunk == chunks.size() && sums.in_flight == 0) {
+  const size_t chunk_count = table->copies.plan().chunks().size();
+  if (sums.wanted && sums.next_chunk == chunk_count && sums.in_flight == 0) {
     sums.wanted = false;
     word(table->header(slot)->counter).store(slots_[slot].counter, std::memory_order_release);
   }
@@ -441,19 +453,36 @@ bool ServedWeights::sum_a_chunk() {
   return true;
 }
 
-void ServedWeights::sum_chunk(const Table& table, uint32_t slot, const Chunk& chunk) const {
+// Threads take turns at chunks; a device sums a table in one launch.
+std::span<const Chunk> ServedWeights::chunks_at(const Table& table, uint32_t first) const {
+  const std::span<const Chunk> chunks = table.copies.plan().chunks();
+  return chunks.subspan(first, on_device() ? chunks.size() - first : 1);
+}
+
+Result<void> ServedWeights::sum_chunks(const Table& table, uint32_t slot,
+                                       std::span<const Chunk> chunks) const {
   const Plan& plan = table.copies.plan();
   auto* const sums = reinterpret_cast<uint64_t*>(table.bytes(slot) + kTableHeaderBytes);
   const std::span<const uint32_t> held = table.copies.held_runs(table.own);
-  auto at = std::ranges::lower_bound(held, chunk.first_run);
-  for (; at != held.end() && *at < chunk.first_run + chunk.run_count; ++at) {
+  const uint32_t end = chunks.back().first_run + chunks.back().run_count;
+  const auto first = std::ranges::lower_bound(held, chunks.front().first_run);
+  std::vector<StridedCopy> on_device_copies;
+  auto at = first;
+  for (; at != held.end() && *at < end; ++at) {
     const Run& run = plan.runs()[*at];
     const Holder& holder =
         *std::ranges::find(plan.holders_of(run), table.own, &Holder::source_layout);
-    const StridedCopy copy = table.copies.copy(run, holder, 0, nullptr, true);
-    sums[at - held.begin()] =
-        sum_copy(copy, data(slot, holder.parameter) + copy.source_offset_bytes);
+    StridedCopy copy = table.copies.copy(run, holder, 0, nullptr, true);
+    std::byte* const source = data(slot, holder.parameter);
+    if (on_device()) {
+      copy.source_offset_bytes += reinterpret_cast<uintptr_t>(source);
+      on_device_copies.push_back(copy);
+    } else {
+      sums[at - held.begin()] = sum_copy(copy, source + copy.source_offset_bytes);
+    }
   }
+  return run_on_device(transport_, on_device_copies,
+                       {sums + (first - held.begin()), on_device_copies.size()});
 }
 
 }  // namespace transfuse

@@ -50,8 +50,8 @@ struct ServedWeightsOptions {
 
 // Slot 0 is the weights themselves, slots 1 to snapshot_slots are snapshots; each has its own
 // generation. Sums tables on its own threads, which help with copies first; begin_write() stops
-// sums of its slot. Writes and copies from one thread, the rest internal. Outlived by `transport`,
-// `control` and the memory.
+// sums of its slot. Slots on a device are copied and summed by the device, whole. Writes and copies
+// from one thread, the rest internal. Outlived by `transport`, `control` and the memory.
 class ServedWeights {
  public:
   // Room for the snapshots is checked before anything is allocated.
@@ -64,6 +64,7 @@ class ServedWeights {
 
   uint64_t incarnation() const { return incarnation_; }
   const BoundMemory& memory() const { return memory_; }
+  bool on_device() const { return memory_.place() == MemoryPlace::kDevice; }
   uint32_t slot_count() const { return 1 + snapshots_.count(); }
   Result<std::string> descriptor(const std::string& token);  // encoded MemberDescriptor
 
@@ -78,8 +79,9 @@ class ServedWeights {
   // The slot's counter becomes odd: whatever a peer reads of it from here on is torn. Waits for
   // sums of it in progress (at most a chunk each).
   void begin_write(uint32_t slot = 0);
-  // Between begin_write() and end_write() of a snapshot: all parameters, at the speed of memory.
-  void copy_weights(uint32_t slot);
+  // Between begin_write() and end_write() of a snapshot: all parameters, at the speed of memory. An
+  // error is one of the device; the slot holds nothing then.
+  Result<void> copy_weights(uint32_t slot);
   // The counter becomes even: the slot's bytes are those of the generation that is returned.
   Generation end_write(uint32_t slot = 0);
 
@@ -128,7 +130,9 @@ class ServedWeights {
   bool copy_a_chunk() REQUIRES(mutex_);
   bool sum_a_chunk() REQUIRES(mutex_);
   Table* next_table(uint32_t& slot) REQUIRES(mutex_);
-  void sum_chunk(const Table& table, uint32_t slot, const Chunk& chunk) const;
+  // The chunks that are summed at once, from `first` on.
+  std::span<const Chunk> chunks_at(const Table& table, uint32_t first) const;
+  Result<void> sum_chunks(const Table& table, uint32_t slot, std::span<const Chunk> chunks) const;
   void drop_stale_tables() REQUIRES(mutex_);
   static void mark_dropped(const Table& table);
   GenerationWords& words(uint32_t slot) const;  // in registered memory

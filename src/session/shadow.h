@@ -15,8 +15,9 @@
 
 namespace transfuse {
 
-// Owns one region of the transport and the threads that copy; not the parameters, which outlive it.
-// Used from one thread, but data() is for whoever writes the shadow meanwhile.
+// Owns one region of the transport in the place of the parameters, and the threads that copy (a
+// device needs none); not the parameters, which outlive it. Used from one thread, but memory() is
+// for whoever writes the shadow meanwhile.
 class Shadow {
  public:
   // kResourceExhausted says how many bytes are needed. kUnsupported: options.keep_previous, and two
@@ -25,11 +26,12 @@ class Shadow {
                                               const BoundMemory& parameters,
                                               const ReceiverOptions& options);
 
-  std::span<std::byte* const> data() const { return data_; }  // per parameter
-  // The parameters hold what the shadow holds.
-  void copy_to_parameters();
+  TargetMemory memory() const { return {.data = data_, .place = region_->place()}; }
+  // The parameters hold what the shadow holds. An error is one of the device: what they hold then
+  // is not known.
+  Result<void> copy_to_parameters();
   // And the shadow what they held.
-  void exchange();
+  Result<void> exchange();
 
  private:
   struct Piece {
@@ -38,10 +40,14 @@ class Shadow {
     size_t size_bytes = 0;
   };
 
-  Shadow() = default;
+  explicit Shadow(Transport& transport) : transport_(transport) {}
+  static Result<void> check_room(const Layout& layout, const ReceiverOptions& options);
+  Result<void> exchange_on_device();
 
+  Transport& transport_;
   std::unique_ptr<LocalRegion> region_;
-  std::unique_ptr<CopyThreads> threads_;
+  std::unique_ptr<LocalRegion> held_;     // on a device: between the two sides of an exchange
+  std::unique_ptr<CopyThreads> threads_;  // null: on a device
   std::vector<std::byte*> data_;
   std::vector<Piece> pieces_;
 };

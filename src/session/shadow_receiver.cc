@@ -51,7 +51,7 @@ class ShadowReceiver final : public Receiver, private FetchMemory {
                  std::unique_ptr<Shadow> shadow)
       : member_(std::move(member)),
         shadow_(std::move(shadow)),
-        fetch_(std::make_unique<Fetch>(transport, control, member_->layout(), shadow_->data(),
+        fetch_(std::make_unique<Fetch>(transport, control, member_->layout(), shadow_->memory(),
                                        static_cast<FetchMemory&>(*this), member_->options(),
                                        member_->id())),
         stage_(std::make_unique<Stage>(*fetch_, staged_bytes(member_->layout()), cancelled_)) {}
@@ -130,7 +130,7 @@ class ShadowReceiver final : public Receiver, private FetchMemory {
                                    ? "the shadow was used since, or there was none"
                                    : "keep_previous is not set")};
     }
-    write_parameters(previous_);
+    TRANSFUSE_RETURN_IF_ERROR(write_parameters(previous_));
     previous_ = 0;
     if (auto held = hold(deadline); !held) {
       Error error = std::move(held).error();
@@ -243,7 +243,7 @@ class ShadowReceiver final : public Receiver, private FetchMemory {
     }
     const Stopwatch commit_watch;
     const uint64_t before = version_;
-    write_parameters(ready.version);
+    TRANSFUSE_RETURN_IF_ERROR(write_parameters(ready.version));
     report_.phases.commit_us = commit_watch.elapsed_us();
     previous_ = member_->options().keep_previous ? before : 0;
     stage_->drop({});
@@ -257,18 +257,20 @@ class ShadowReceiver final : public Receiver, private FetchMemory {
     return {};
   }
 
-  // Peers that verify the parameters see them change only here.
-  void write_parameters(uint64_t version) {
+  // Peers that verify the parameters see them change only here. After an error they hold no
+  // version.
+  Result<void> write_parameters(uint64_t version) {
     version_ = 0;
     member_->weights().begin_write();
     if (member_->options().keep_previous) {
-      shadow_->exchange();
       previous_held_ = true;
+      TRANSFUSE_RETURN_IF_ERROR(shadow_->exchange());
     } else {
-      shadow_->copy_to_parameters();
+      TRANSFUSE_RETURN_IF_ERROR(shadow_->copy_to_parameters());
     }
     member_->weights().end_write();
     version_ = version;
+    return {};
   }
 
   Result<void> hold(Deadline deadline) {

@@ -9,6 +9,7 @@
 #include <fmt/format.h>
 #include "base/memory_room.h"
 #include "copy/copy.h"
+#include "session/device_work.h"
 #include "session/memory.h"
 #include "transfuse/copy.h"
 #include "transfuse/layout.h"
@@ -53,14 +54,17 @@ uint64_t snapshot_bytes(const Layout& layout, uint32_t slots) {
   return one_snapshot_bytes(layout) * slots;
 }
 
-Result<Snapshots> Snapshots::open(Transport& transport, const Layout& layout, uint32_t count) {
+Result<Snapshots> Snapshots::open(Transport& transport, const Layout& layout,
+                                  const BoundMemory& parameters, uint32_t count) {
   Snapshots snapshots;
   if (count == 0) return snapshots;
-  TRANSFUSE_RETURN_IF_ERROR(check_room(layout, count));
+  const bool on_device = parameters.place() == MemoryPlace::kDevice;
+  if (!on_device) TRANSFUSE_RETURN_IF_ERROR(check_room(layout, count));
   uint64_t begin = 0;
   for (uint32_t i = 0; i < layout.parameters().size(); ++i) {
     const uint64_t size_bytes = parameter_size_bytes(layout.parameters()[i]);
     snapshots.offsets_.push_back(begin);
+    snapshots.sizes_bytes_.push_back(size_bytes);
     begin += aligned(size_bytes);
     for (uint64_t at = 0; at < size_bytes; at += kChunkBytes) {
       snapshots.chunks_.push_back(
@@ -70,7 +74,9 @@ Result<Snapshots> Snapshots::open(Transport& transport, const Layout& layout, ui
     }
   }
   for (uint32_t i = 0; i < count; ++i) {
-    TRANSFUSE_ASSIGN_OR_RETURN(auto region, transport.allocate(one_snapshot_bytes(layout)));
+    const uint64_t size_bytes = one_snapshot_bytes(layout);
+    TRANSFUSE_ASSIGN_OR_RETURN(auto region, on_device ? transport.allocate_on_device(size_bytes)
+                                                      : transport.allocate(size_bytes));
     snapshots.regions_.push_back(std::move(region));
   }
   return snapshots;
@@ -83,6 +89,15 @@ void Snapshots::copy(const BoundMemory& from, uint32_t snapshot, const SnapshotC
   copy.count[2] = chunk.size_bytes;
   copy.source_stride[2] = copy.target_stride[2] = 1;
   run_copy(copy, from.data(chunk.parameter) + chunk.offset_bytes);
+}
+
+Result<void> Snapshots::copy_on_device(Transport& transport, const BoundMemory& from,
+                                       uint32_t snapshot) const {
+  std::vector<StridedCopy> copies;
+  for (uint32_t i = 0; i < offsets_.size(); ++i) {
+    add_plain(copies, data(snapshot, i), from.data(i), sizes_bytes_[i]);
+  }
+  return run_on_device(transport, copies, {});
 }
 
 }  // namespace transfuse

@@ -55,10 +55,13 @@ Result<std::unique_ptr<MemberLink>> MemberLink::open(Transport& transport, Contr
   TRANSFUSE_ASSIGN_OR_RETURN(const std::string bytes,
                              control.describe(info.id, info.incarnation, deadline));
   TRANSFUSE_ASSIGN_OR_RETURN(MemberDescriptor descriptor, decode_member_descriptor(bytes, layout));
-  if (descriptor.transport != transport.kind()) {
-    return Error{ErrorCode::kUnsupported,
-                 fmt::format("source '{}' is served over '{}', this receiver reads over '{}'",
-                             info.name, descriptor.transport, transport.kind())};
+  if (!transport.reads(descriptor.transport)) {
+    return Error{
+        ErrorCode::kUnsupported,
+        fmt::format(
+            "source '{}' is served over '{}', this receiver reads over '{}'{}", info.name,
+            descriptor.transport, transport.kind(),
+            descriptor.transport == "cuda" ? ": give the receiver a device to read through" : "")};
   }
   std::unique_ptr<MemberLink> link(new MemberLink(transport, control, info, std::move(descriptor)));
   TRANSFUSE_ASSIGN_OR_RETURN(link->peer_, transport.connect(link->descriptor_.endpoint,

@@ -20,6 +20,10 @@ namespace {
 
 constexpr size_t kSlots = 32;
 constexpr size_t kCopiesPerTicket = 512;
+// Of a request that joins regions: large enough that its beginning and end do not count, and never
+// so large that it shows no progress for long.
+constexpr uint64_t kJoinedBytes = uint64_t{8} << 30;
+constexpr double kJoinedSeconds = 0.25;  // under a bandwidth cap
 constexpr auto kWaitSlice = std::chrono::milliseconds(50);
 constexpr auto kCancelGrace = std::chrono::milliseconds(200);
 constexpr auto kBurst = std::chrono::milliseconds(5);        // what a capped transfer may catch up
@@ -45,13 +49,50 @@ void Transfer::fail_link(uint32_t link, Error error) {
   if (!failed(link)) failures_.push_back({link, std::move(error)});
 }
 
-// Gathers runs that read one region until a ticket's worth of bytes is there. False when no run is
-// left.
+void Transfer::add(const TransferOrder& order, Slot& slot, uint32_t run,
+                   const SourceLink::Where& where) {
+  const Run& of_plan = order.copies->plan().runs()[run];
+  const Holder& holder = order.copies->plan().holders()[order.holder[run]];
+  slot.copies.push_back(order.copies->copy(of_plan, holder, where.offset_bytes,
+                                           order.target[of_plan.parameter], order.fingerprint));
+  slot.runs.push_back(run);
+  slot.bytes += order.copies->target_bytes(of_plan);
+}
+
+// All runs of the slot's link from next_ on that join, up to a request's worth.
+void Transfer::gather(const TransferOrder& order, Slot& slot, Deadline limit) {
+  const Plan& plan = order.copies->plan();
+  uint64_t most = kJoinedBytes;
+  if (order.gigabytes_per_second > 0) {
+    const double paced = order.gigabytes_per_second * 1e9 * kJoinedSeconds;
+    if (paced < static_cast<double>(most)) most = static_cast<uint64_t>(paced);
+  }
+  size_t at = next_;
+  for (; at < order.runs.size() && slot.bytes < most; ++at) {
+    const uint32_t run = order.runs[at];
+    if (order.link_of[run] != slot.link) continue;
+    const Holder& holder = plan.holders()[order.holder[run]];
+    const auto where =
+        order.links[slot.link]->where(holder.parameter, order.slots[slot.link], limit);
+    if (!where) {
+      fail_link(slot.link, where.error());
+      break;
+    }
+    if (!where->region->joins_requests()) continue;
+    add(order, slot, run, *where);
+    slot.regions.push_back(where->region);
+  }
+  gathered_to_[slot.link] = at;
+}
+
+// Gathers runs that read one region, or regions that join, until a ticket's worth of bytes is
+// there. False when no run is left.
 bool Transfer::fill(const TransferOrder& order, Slot& slot) {
   const Plan& plan = order.copies->plan();
   const uint64_t ticket_bytes = plan.options().chunk_bytes;
   slot.copies.clear();
   slot.runs.clear();
+  slot.regions.clear();
   slot.bytes = 0;
   const RemoteRegion* region = nullptr;
   // A region that is not open yet is asked for: a source that does not answer is a stalled one.
@@ -72,21 +113,29 @@ bool Transfer::fill(const TransferOrder& order, Slot& slot) {
       fail_link(link, where.error());
       continue;
     }
+    if (where->region->joins_requests()) {
+      if (next_ < gathered_to_[link]) {
+        ++next_;
+        continue;
+      }
+      if (region != nullptr) break;
+      region = where->region;
+      slot.link = link;
+      gather(order, slot, limit);
+      break;
+    }
     if (region != nullptr && where->region != region) break;
     const uint64_t bytes = order.copies->target_bytes(run);
     // A run that would make the ticket half as large again goes to the next one.
     if (slot.bytes > 0 && slot.bytes + bytes > ticket_bytes + ticket_bytes / 2) break;
     region = where->region;
     slot.link = link;
-    slot.copies.push_back(order.copies->copy(run, holder, where->offset_bytes,
-                                             order.target[run.parameter], order.fingerprint));
-    slot.runs.push_back(number);
-    slot.bytes += bytes;
+    add(order, slot, number, *where);
     ++next_;
   }
   if (region == nullptr) return false;
   slot.sums.assign(order.fingerprint ? slot.copies.size() : 0, 0);
-  submit(slot, *region);
+  submit(order, slot, *region);
   if (order.gigabytes_per_second > 0) {
     const TimePoint now = std::chrono::steady_clock::now();
     next_submit_at_ =
@@ -97,9 +146,12 @@ bool Transfer::fill(const TransferOrder& order, Slot& slot) {
   return true;
 }
 
-void Transfer::submit(Slot& slot, const RemoteRegion& region) {
-  auto ticket =
-      transport_.submit({.region = &region, .copies = slot.copies, .fingerprints = slot.sums});
+void Transfer::submit(const TransferOrder& order, Slot& slot, const RemoteRegion& region) {
+  auto ticket = transport_.submit({.region = &region,
+                                   .copies = slot.copies,
+                                   .fingerprints = slot.sums,
+                                   .regions = slot.regions,
+                                   .gigabytes_per_second = order.gigabytes_per_second});
   if (!ticket) {
     fail_link(slot.link, std::move(ticket).error());
     return;
@@ -183,6 +235,7 @@ Result<void> Transfer::run(const TransferOrder& order, std::span<uint8_t> landed
   failures_.clear();
   landed_bytes_ = order.landed_before;
   progress_at_.assign(order.links.size(), TimePoint{});
+  gathered_to_.assign(order.links.size(), 0);
   Result<void> outcome;
   bool stopping = false;
   while (true) {

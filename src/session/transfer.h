@@ -62,11 +62,14 @@ class Transfer {
     std::vector<StridedCopy> copies;
     std::vector<uint64_t> sums;
     std::vector<uint32_t> runs;
+    std::vector<const RemoteRegion*> regions;  // per copy; empty: all read one
   };
 
   bool held_back(const TransferOrder& order) const;
   bool fill(const TransferOrder& order, Slot& slot);
-  void submit(Slot& slot, const RemoteRegion& region);
+  void gather(const TransferOrder& order, Slot& slot, Deadline limit);
+  void add(const TransferOrder& order, Slot& slot, uint32_t run, const SourceLink::Where& where);
+  void submit(const TransferOrder& order, Slot& slot, const RemoteRegion& region);
   bool reap(const TransferOrder& order, Slot& slot, std::span<uint8_t> landed,
             std::span<uint64_t> sums);
   void watch_progress(const TransferOrder& order);
@@ -79,6 +82,7 @@ class Transfer {
   std::vector<TicketId> waiting_;
   std::vector<LinkFailure> failures_;
   size_t next_ = 0;                     // position in order.runs
+  std::vector<size_t> gathered_to_;     // per link: joining runs before this place were asked for
   std::vector<TimePoint> progress_at_;  // per link: when a read of it last moved or ended
   uint64_t landed_bytes_ = 0;
   TimePoint next_submit_at_{};  // under a bandwidth cap

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <memory>
 #include <span>
@@ -20,9 +21,11 @@
 #include <utility>
 #include <vector>
 
+#include "copy/copy.h"
 #include "gpu/pattern.h"
 #include "transfuse/copy.h"
 #include "transfuse/deadline.h"
+#include "transfuse/gpu.h"
 #include "transfuse/result.h"
 #include "transfuse/transport.h"
 #include "transport/cuda/device.h"
@@ -115,7 +118,7 @@ class CudaTransportTest : public testing::Test {
   // A read of the whole region into target_, in pieces.
   std::vector<StridedCopy> whole(uint64_t size, uint32_t piece, bool fingerprint) {
     if (target_.size_bytes() != size) {
-      target_ = cuda::Memory::allocate(*device_, cuda::MemoryPlace::kDevice, size).value();
+      target_ = cuda::Memory::allocate(*device_, cuda::MemoryKind::kDevice, size).value();
     }
     std::vector<StridedCopy> copies;
     for (uint64_t at = 0; at < size; at += piece) {
@@ -134,11 +137,10 @@ class CudaTransportTest : public testing::Test {
     return copies;
   }
   Result<void> read(const RemoteRegion& region, std::span<const StridedCopy> copies,
-                    std::span<uint64_t> sums = {}, uint64_t reuse = 0) {
+                    std::span<uint64_t> sums = {}) {
     TRANSFUSE_ASSIGN_OR_RETURN(
         const TicketId ticket,
-        transport_->submit(
-            {.region = &region, .copies = copies, .fingerprints = sums, .reuse = reuse}));
+        transport_->submit({.region = &region, .copies = copies, .fingerprints = sums}));
     if (!transport_->wait_any({&ticket, 1}, soon())) {
       return Error{ErrorCode::kDeadlineExceeded, "the read did not end"};
     }
@@ -185,7 +187,7 @@ TEST_F(CudaTransportTest, ReadsWhatAnotherProcessHoldsOnAGpu) {
     std::vector<uint64_t> sums(copies.size(), kUntouched);
     for (const uint64_t seed : {1U, 2U, 3U}) {  // through the same handle and the same table
       if (seed != 1) peer.ask(fmt::format("fill {}", seed));
-      ASSERT_TRUE(read(**region, copies, sums, 5).has_value());
+      ASSERT_TRUE(read(**region, copies, sums).has_value());
       const auto expected = pattern(20000001, seed);
       ASSERT_TRUE(held() == expected);
       uint64_t sum = 0;
@@ -227,7 +229,7 @@ TEST_F(CudaTransportTest, I3_AThousandReadsLeaveDeviceMemoryAndHandlesAsTheyWere
   uint64_t free = 0;
   TransportStats stats;
   for (int cycle = 0; cycle < 1000; ++cycle) {
-    ASSERT_TRUE(read(*region, copies, sums, 1).has_value());
+    ASSERT_TRUE(read(*region, copies, sums).has_value());
     if (cycle == 1) {
       free = free_bytes();
       stats = transport_->stats();
@@ -250,8 +252,7 @@ TEST_F(CudaTransportTest, ASourceThatIsKilledMidwayEndsTheReadWithoutAHang) {
     std::vector<TicketId> tickets;
     for (int i = 0; i < 8; ++i) {
       tickets.push_back(
-          transport_
-              ->submit({.region = region.get(), .copies = copies, .fingerprints = sums, .reuse = 1})
+          transport_->submit({.region = region.get(), .copies = copies, .fingerprints = sums})
               .value());
     }
     peer.kill_it();
@@ -274,6 +275,158 @@ TEST_F(CudaTransportTest, MemoryOfTheHostGoesThroughTheHostsTransport) {
   const auto region = transport_->register_memory(bytes);
   ASSERT_TRUE(region.has_value()) << region.error().message;
   EXPECT_EQ((*region)->descriptor().size_bytes, bytes.size());
+}
+
+// Strided, casting copies of `count` f32 at the source to bf16.
+std::vector<StridedCopy> strided_casts(std::byte* target, uint32_t rows, uint32_t columns) {
+  std::vector<StridedCopy> copies;
+  for (uint32_t half = 0; half < 2; ++half) {
+    copies.push_back({.source_offset_bytes = uint64_t{half} * (columns / 2) * 4,
+                      .target = target + uint64_t{half} * rows * (columns / 2) * 2,
+                      .linear_index = half * (columns / 2),
+                      .fingerprint_key = 5,
+                      .count = {1, rows, columns / 2},
+                      .op = ElementOp::kF32ToBF16,
+                      .fingerprint = true,
+                      .source_stride = {0, columns, 1},
+                      .target_stride = {0, columns / 2, 1},
+                      .index_stride = {0, columns, 1}});
+  }
+  return copies;
+}
+
+TEST_F(CudaTransportTest, ReadsOfTheHostIntoTheDeviceAndBackAreStaged) {
+  constexpr uint32_t kRows = 4099;
+  constexpr uint32_t kColumns = 6004;  // 98 MB of f32: more than the buffers hold
+  std::vector<std::byte> floats(uint64_t{kRows} * kColumns * 4);
+  for (size_t i = 0; i < floats.size() / 4; ++i) {
+    const float value = static_cast<float>(i % 100003) * 0.37F - 11111.0F;
+    std::memcpy(floats.data() + i * 4, &value, 4);
+  }
+  std::vector<std::byte> expected(floats.size() / 2);
+  std::vector<uint64_t> sums;
+  for (const StridedCopy& copy : strided_casts(expected.data(), kRows, kColumns)) {
+    sums.push_back(run_copy(copy, floats.data() + copy.source_offset_bytes));
+  }
+  copy_fence();
+  // The source is memory of the host of this process, the target on the device.
+  auto served = transport_->allocate(floats.size()).value();
+  std::ranges::copy(floats, served->bytes().begin());
+  const auto connection = transport_->connect(transport_->endpoint().value(), "", soon()).value();
+  const auto in_host = connection->open_region(served->descriptor(), soon()).value();
+  target_ = cuda::Memory::allocate(*device_, cuda::MemoryKind::kDevice, expected.size()).value();
+  std::vector<uint64_t> found(2);
+  auto up = read(*in_host, strided_casts(target_.as<std::byte>(), kRows, kColumns), found);
+  ASSERT_TRUE(up) << up.error().to_string();
+  EXPECT_EQ(found, sums);
+  EXPECT_EQ(held(), expected);
+
+  // And back: f32 on the device, bf16 in the host.
+  const auto on_device = transport_->allocate_on_device(floats.size()).value();
+  ASSERT_EQ(on_device->place(), MemoryPlace::kDevice);
+  StridedCopy plain{.target = on_device->bytes().data(),
+                    .count = {1, 1, static_cast<uint32_t>(floats.size())},
+                    .source_stride = {0, 0, 1},
+                    .target_stride = {0, 0, 1}};
+  ASSERT_TRUE(read(*in_host, {&plain, 1}));
+  const auto remote = connection->open_region(on_device->descriptor(), soon()).value();
+  std::vector<std::byte> back(expected.size());
+  std::ranges::fill(found, 0);
+  auto down = read(*remote, strided_casts(back.data(), kRows, kColumns), found);
+  ASSERT_TRUE(down) << down.error().to_string();
+  EXPECT_EQ(found, sums);
+  EXPECT_EQ(back, expected);
+}
+
+TEST_F(CudaTransportTest, CopiesAndSumsWithinItsOwnMemory) {
+  constexpr uint64_t kSize = 3 << 20;
+  const auto a = transport_->allocate_on_device(kSize).value();
+  const auto b = transport_->allocate_on_device(kSize).value();
+  const std::vector<std::byte> bytes = pattern(kSize, 21);
+  const RemoteRegion* own = transport_->own_memory().value();
+  {
+    const cuda::Current current = device_->use();
+    ASSERT_TRUE(TRANSFUSE_CUDA(device_->driver(), cuMemcpyAsync,
+                               reinterpret_cast<CUdeviceptr>(a->bytes().data()),
+                               reinterpret_cast<CUdeviceptr>(bytes.data()), kSize, stream_.get()));
+    ASSERT_TRUE(TRANSFUSE_CUDA(device_->driver(), cuStreamSynchronize, stream_.get()));
+  }
+  StridedCopy copy{.source_offset_bytes = reinterpret_cast<uintptr_t>(a->bytes().data()),
+                   .target = b->bytes().data(),
+                   .fingerprint_key = 3,
+                   .count = {1, 1, static_cast<uint32_t>(kSize)},
+                   .fingerprint = true,
+                   .source_stride = {0, 0, 1},
+                   .target_stride = {0, 0, 1},
+                   .index_stride = {0, 0, 1}};
+  uint64_t copied = 0;
+  ASSERT_TRUE(read(*own, {&copy, 1}, {&copied, 1}));
+  StridedCopy sum = copy;
+  sum.source_offset_bytes = reinterpret_cast<uintptr_t>(b->bytes().data());
+  sum.target = nullptr;
+  uint64_t summed = 0;
+  ASSERT_TRUE(read(*own, {&sum, 1}, {&summed, 1}));
+  EXPECT_EQ(copied, sum_copy(sum, bytes.data()));
+  EXPECT_EQ(summed, copied);
+}
+
+TEST_F(CudaTransportTest, OneRequestJoinsRegions) {
+  std::vector<std::unique_ptr<LocalRegion>> regions;
+  std::vector<std::unique_ptr<RemoteRegion>> opened;
+  const auto connection = transport_->connect(transport_->endpoint().value(), "", soon()).value();
+  constexpr uint64_t kPart = 1 << 20;
+  const RemoteRegion* own = transport_->own_memory().value();
+  for (uint64_t i = 0; i < 40; ++i) {
+    regions.push_back(transport_->allocate_on_device(kPart).value());
+    const std::vector<std::byte> bytes = pattern(kPart, i);
+    const cuda::Current current = device_->use();
+    ASSERT_TRUE(TRANSFUSE_CUDA(device_->driver(), cuMemcpyAsync,
+                               reinterpret_cast<CUdeviceptr>(regions[i]->bytes().data()),
+                               reinterpret_cast<CUdeviceptr>(bytes.data()), kPart, stream_.get()));
+    ASSERT_TRUE(TRANSFUSE_CUDA(device_->driver(), cuStreamSynchronize, stream_.get()));
+    opened.push_back(connection->open_region(regions[i]->descriptor(), soon()).value());
+    ASSERT_TRUE(opened[i]->joins_requests());
+  }
+  ASSERT_TRUE(own->joins_requests());
+  target_ = cuda::Memory::allocate(*device_, cuda::MemoryKind::kDevice, 40 * kPart).value();
+  std::vector<StridedCopy> copies;
+  std::vector<const RemoteRegion*> of_copy;
+  std::vector<std::byte> expected;
+  for (uint64_t i = 0; i < 40; ++i) {
+    copies.push_back({.target = target_.as<std::byte>() + i * kPart,
+                      .count = {1, 1, static_cast<uint32_t>(kPart)},
+                      .source_stride = {0, 0, 1},
+                      .target_stride = {0, 0, 1}});
+    of_copy.push_back(opened[39 - i].get());
+    const std::vector<std::byte> bytes = pattern(kPart, 39 - i);
+    expected.insert(expected.end(), bytes.begin(), bytes.end());
+  }
+  for (int cycle = 0; cycle < 3; ++cycle) {
+    const auto ticket = transport_->submit(
+        {.region = of_copy[0], .copies = copies, .fingerprints = {}, .regions = of_copy});
+    ASSERT_TRUE(ticket) << ticket.error().to_string();
+    ASSERT_TRUE(transport_->wait_any({&*ticket, 1}, soon()));
+    ASSERT_TRUE(transport_->finish(*ticket));
+    EXPECT_EQ(held(), expected);
+  }
+}
+
+TEST_F(CudaTransportTest, ATargetThatTheKernelCannotWriteIsRefused) {
+  const auto region = transport_->allocate_on_device(4096).value();
+  const auto connection = transport_->connect(transport_->endpoint().value(), "", soon()).value();
+  const auto opened = connection->open_region(region->descriptor(), soon()).value();
+  target_ = cuda::Memory::allocate(*device_, cuda::MemoryKind::kDevice, 4096).value();
+  std::vector<std::byte> in_host(64);
+  std::vector<StridedCopy> copies(2);
+  for (StridedCopy& copy : copies) {
+    copy.count[2] = 64;
+    copy.source_stride[2] = copy.target_stride[2] = 1;
+  }
+  copies[0].target = target_.as<std::byte>();
+  copies[1].target = in_host.data();
+  const auto refused = transport_->submit({.region = opened.get(), .copies = copies});
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().code, ErrorCode::kUnsupported) << refused.error().to_string();
 }
 
 TEST_F(CudaTransportTest, ABadOfferIsRefused) {

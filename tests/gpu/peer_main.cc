@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "gpu/pattern.h"
+#include "transfuse/gpu.h"
 #include "transfuse/result.h"
 #include "transfuse/transport.h"
 #include "transport/cuda/device.h"
@@ -55,8 +56,8 @@ Result<void> serve(const char* folder, int ordinal) {
     words >> command;
     if (command == "allocate") {
       words >> bytes >> seed;
-      TRANSFUSE_ASSIGN_OR_RETURN(
-          offered.memory, cuda::Memory::allocate(*device, cuda::MemoryPlace::kDevice, bytes));
+      TRANSFUSE_ASSIGN_OR_RETURN(offered.memory,
+                                 cuda::Memory::allocate(*device, cuda::MemoryKind::kDevice, bytes));
       TRANSFUSE_RETURN_IF_ERROR(fill(*device, offered.memory, seed));
       TRANSFUSE_ASSIGN_OR_RETURN(
           offered.region, transport->register_memory({offered.memory.as<std::byte>(), bytes}));

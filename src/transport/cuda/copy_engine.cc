@@ -81,20 +81,20 @@ Result<PreparedCopies> PreparedCopies::make(const Device& device,
 }
 
 Result<void> PreparedCopies::upload(const DeviceTable& table) {
-  const auto allocate = [&](MemoryPlace place, uint64_t size) {
+  const auto allocate = [&](MemoryKind place, uint64_t size) {
     return Memory::allocate(*device_, place, size);
   };
   item_count_ = static_cast<uint32_t>(table.items.size());
   const uint64_t bases_bytes = known_bases_.size() * sizeof(CUdeviceptr);
   const uint64_t sums_bytes = sum_count_ * sizeof(uint64_t);
   TRANSFUSE_ASSIGN_OR_RETURN(runs_,
-                             allocate(MemoryPlace::kDevice, table.runs.size() * sizeof(DeviceRun)));
+                             allocate(MemoryKind::kDevice, table.runs.size() * sizeof(DeviceRun)));
   TRANSFUSE_ASSIGN_OR_RETURN(
-      items_, allocate(MemoryPlace::kDevice, table.items.size() * sizeof(DeviceItem)));
-  TRANSFUSE_ASSIGN_OR_RETURN(bases_, allocate(MemoryPlace::kDevice, bases_bytes));
-  TRANSFUSE_ASSIGN_OR_RETURN(work_, allocate(MemoryPlace::kDevice, sums_bytes + sizeof(uint64_t)));
-  TRANSFUSE_ASSIGN_OR_RETURN(host_sums_, allocate(MemoryPlace::kPinned, sums_bytes));
-  TRANSFUSE_ASSIGN_OR_RETURN(host_bases_, allocate(MemoryPlace::kPinned, bases_bytes));
+      items_, allocate(MemoryKind::kDevice, table.items.size() * sizeof(DeviceItem)));
+  TRANSFUSE_ASSIGN_OR_RETURN(bases_, allocate(MemoryKind::kDevice, bases_bytes));
+  TRANSFUSE_ASSIGN_OR_RETURN(work_, allocate(MemoryKind::kDevice, sums_bytes + sizeof(uint64_t)));
+  TRANSFUSE_ASSIGN_OR_RETURN(host_sums_, allocate(MemoryKind::kPinned, sums_bytes));
+  TRANSFUSE_ASSIGN_OR_RETURN(host_bases_, allocate(MemoryKind::kPinned, bases_bytes));
   TRANSFUSE_ASSIGN_OR_RETURN(const Stream stream, Stream::create(*device_));
   const Current current = device_->use();
   const Driver& driver = device_->driver();

@@ -41,7 +41,7 @@ class OnGpu : public testing::Test {
   }
 
   Memory memory(const Device& device, uint64_t size) {
-    auto memory = Memory::allocate(device, MemoryPlace::kDevice, size);
+    auto memory = Memory::allocate(device, MemoryKind::kDevice, size);
     TRANSFUSE_CHECK(memory.has_value());
     return std::move(*memory);
   }

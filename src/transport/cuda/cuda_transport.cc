@@ -1,13 +1,11 @@
-// Device memory by CUDA IPC, read by one launch a request; everything else is the host transport's.
+// Device memory by CUDA IPC, read by one launch a request; what lies in the host is the host
+// transport's, and what goes from one to the other is staged.
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <array>
-#include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <optional>
 #include <span>
@@ -21,160 +19,68 @@
 #include "copy/copy.h"
 #include "transfuse/copy.h"
 #include "transfuse/deadline.h"
+#include "transfuse/gpu.h"
 #include "transfuse/result.h"
 #include "transfuse/transport.h"
 #include "transport/cuda/copy_engine.h"
+#include "transport/cuda/copy_key.h"
 #include "transport/cuda/device.h"
 #include "transport/cuda/devices.h"
-#include "transport/cuda/memory_offer.h"
+#include "transport/cuda/regions.h"
+#include "transport/cuda/staged_reads.h"
 
 namespace transfuse {
 
-class CudaTransport;
-
 namespace {
 
+using cuda::CopyKey;
 using cuda::CopyOptions;
+using cuda::Core;
+using cuda::CudaRemoteRegion;
+using cuda::CudaTickets;
 using cuda::Current;
 using cuda::Device;
 using cuda::Devices;
 using cuda::Event;
 using cuda::EventKind;
-using cuda::kOfferBytes;
-using cuda::MemoryOffer;
-using cuda::OpenedMemory;
+using cuda::kDeviceBit;
+using cuda::Memory;
 using cuda::PreparedCopies;
+using cuda::StagedRead;
+using cuda::StagedReads;
 using cuda::Stream;
 
-// Regions of device memory, and tickets of reads of them, have this bit; the rest of the number is
-// the host transport's region of the offer, or the ticket's own.
-constexpr uint64_t kDeviceBit = uint64_t{1} << 63;
-constexpr size_t kKeptTables = 4;  // prepared copies a region: one each for the slots of a source
+constexpr size_t kKeptTables = 64;  // of requests that come again every cycle
+constexpr int kQuickPolls = 200;
 constexpr auto kPollPause = std::chrono::microseconds(20);
-
-// What all objects of one transport share.
-struct Core {
-  std::unique_ptr<Transport> host;
-  std::unique_ptr<Devices> devices;
-  const Device* device = nullptr;  // reads go here
-  std::atomic<uint64_t> regions{0};
-  std::atomic<uint64_t> region_bytes{0};
-  std::atomic<uint64_t> remote_regions{0};
-  std::atomic<uint64_t> read_bytes{0};
-};
-
-class CudaLocalRegion final : public LocalRegion {
- public:
-  CudaLocalRegion(Core& core, std::unique_ptr<LocalRegion> offer, std::span<std::byte> memory)
-      : core_(core), offer_(std::move(offer)), memory_(memory) {
-    ++core_.regions;
-    core_.region_bytes += memory_.size();
-  }
-  ~CudaLocalRegion() override {
-    --core_.regions;
-    core_.region_bytes -= memory_.size();
-  }
-  std::span<std::byte> bytes() const override { return memory_; }
-  RegionDescriptor descriptor() const override {
-    return {RegionId{static_cast<uint64_t>(offer_->descriptor().id) | kDeviceBit}, memory_.size()};
-  }
-
- private:
-  Core& core_;
-  std::unique_ptr<LocalRegion> offer_;
-  std::span<std::byte> memory_;
-};
-
-// Copies that were made ready for one request, and what is under way of them.
-struct Prepared {
-  uint64_t reuse = 0;
-  PreparedCopies copies;
-  bool busy = false;
-};
-
-// Tickets of it end before it does.
-class CudaRemoteRegion final : public RemoteRegion {
- public:
-  CudaRemoteRegion(Core& core, OpenedMemory memory, uint64_t size_bytes)
-      : core_(core), memory_(std::move(memory)), size_bytes_(size_bytes) {
-    ++core_.remote_regions;
-  }
-  ~CudaRemoteRegion() override;
-  uint64_t size_bytes() const override { return size_bytes_; }
-  std::string_view route() const override {
-    return memory_.same_device() ? "cuda_ipc, one GPU" : "cuda_ipc, peer GPU";
-  }
-  const OpenedMemory& memory() const { return memory_; }
-
-  // Of the transport, under its mutex.
-  std::vector<std::unique_ptr<Prepared>> kept;
-  CudaTransport* transport = nullptr;
-
- private:
-  Core& core_;
-  OpenedMemory memory_;
-  uint64_t size_bytes_;
-};
-
-class CudaPeer final : public Peer {
- public:
-  CudaPeer(Core& core, CudaTransport& transport, std::unique_ptr<Peer> host)
-      : core_(core), transport_(transport), host_(std::move(host)) {}
-
-  Result<std::unique_ptr<RemoteRegion>> open_region(const RegionDescriptor& descriptor,
-                                                    Deadline deadline) override;
-  bool alive() const override { return host_->alive(); }
-
- private:
-  Core& core_;
-  CudaTransport& transport_;
-  std::unique_ptr<Peer> host_;
-};
-
-// Reads bytes of a region of the host at once.
-Result<void> read_now(Transport& host, const RemoteRegion& region, std::span<std::byte> out,
-                      Deadline deadline) {
-  const StridedCopy copy{.target = out.data(),
-                         .count = {1, 1, static_cast<uint32_t>(out.size())},
-                         .source_stride = {0, 0, 1},
-                         .target_stride = {0, 0, 1},
-                         .index_stride = {0, 0, 1}};
-  TRANSFUSE_ASSIGN_OR_RETURN(const TicketId ticket,
-                             host.submit({.region = &region, .copies = {&copy, 1}}));
-  if (!host.wait_any({&ticket, 1}, deadline)) host.cancel(ticket);
-  // A cancelled one ends with what a worker of the host transport has in hand.
-  while (host.poll(ticket) == TicketState::kPending ||
-         host.poll(ticket) == TicketState::kPoisoned) {
-    std::this_thread::sleep_for(kPollPause);
-  }
-  return host.finish(ticket);
-}
 
 }  // namespace
 
-// Safe to call from any thread. All reads go over one stream: one that comes after a cancelled read
-// writes after it, so that none has to be refused for poisoned memory.
-class CudaTransport final : public Transport {
+// Safe to call from any thread. All reads of devices go over one stream: one that comes after a
+// cancelled read writes after it, so that none has to be refused for poisoned memory.
+class CudaTransport final : public Transport, private CudaTickets {
  public:
-  explicit CudaTransport(std::unique_ptr<Core> core, Stream stream)
-      : core_(std::move(core)), stream_(std::move(stream)) {}
-  ~CudaTransport() override { TRANSFUSE_CHECK(core_->regions == 0 && core_->remote_regions == 0); }
+  explicit CudaTransport(std::unique_ptr<Core> core)
+      : core_(std::move(core)),
+        own_(std::make_unique<CudaRemoteRegion>(static_cast<CudaTickets&>(*this))),
+        staged_(*core_->host, *core_->device) {}
+  ~CudaTransport() override {
+    own_.reset();
+    TRANSFUSE_CHECK(core_->regions == 0 && core_->remote_regions == 0);
+  }
 
   std::string_view kind() const override { return "cuda"; }
+  bool reads(std::string_view other_kind) const override {
+    return other_kind == kind() || core_->host->reads(other_kind);
+  }
 
   Result<std::unique_ptr<LocalRegion>> allocate(uint64_t size_bytes) override {
     return core_->host->allocate(size_bytes);
   }
-
-  Result<std::unique_ptr<LocalRegion>> register_memory(std::span<std::byte> memory) override {
-    if (memory.empty()) return core_->host->register_memory(memory);
-    TRANSFUSE_ASSIGN_OR_RETURN(const Device* device, core_->devices->device_of(memory));
-    if (device == nullptr) return core_->host->register_memory(memory);
-    TRANSFUSE_ASSIGN_OR_RETURN(const MemoryOffer offer, core_->devices->offer(memory));
-    TRANSFUSE_ASSIGN_OR_RETURN(auto region, core_->host->allocate(kOfferBytes));
-    offer.encode(region->bytes().first<kOfferBytes>());
-    return std::unique_ptr<LocalRegion>(
-        std::make_unique<CudaLocalRegion>(*core_, std::move(region), memory));
+  Result<std::unique_ptr<LocalRegion>> allocate_on_device(uint64_t size_bytes) override;
+  Result<std::unique_ptr<LocalRegion>> register_memory(std::span<std::byte> memory) override;
+  std::span<std::byte> allocation_of(const std::byte* address) override {
+    return core_->devices->allocation_of(address);
   }
 
   Result<std::string> endpoint() override { return core_->host->endpoint(); }
@@ -182,8 +88,16 @@ class CudaTransport final : public Transport {
   Result<std::unique_ptr<Peer>> connect(std::string_view endpoint, std::string_view token,
                                         Deadline deadline) override {
     TRANSFUSE_ASSIGN_OR_RETURN(auto host, core_->host->connect(endpoint, token, deadline));
-    return std::unique_ptr<Peer>(std::make_unique<CudaPeer>(*core_, *this, std::move(host)));
+    return make_peer(*core_, *this, std::move(host));
   }
+  std::unique_ptr<Transport> reading_through(std::unique_ptr<Transport> host) override {
+    auto core = std::make_unique<Core>();
+    core->host = std::move(host);
+    core->devices = core_->devices;
+    core->device = core_->device;
+    return std::make_unique<CudaTransport>(std::move(core));
+  }
+  Result<const RemoteRegion*> own_memory() override { return own_.get(); }
 
   Result<TicketId> submit(const ReadRequest& request) override EXCLUDES(mutex_);
   TicketState poll(TicketId ticket) override EXCLUDES(mutex_);
@@ -192,153 +106,267 @@ class CudaTransport final : public Transport {
   void cancel(TicketId ticket) override EXCLUDES(mutex_);
   Result<void> finish(TicketId ticket) override EXCLUDES(mutex_);
 
-  TransportStats stats() const override EXCLUDES(mutex_) {
-    TransportStats stats = core_->host->stats();
-    const MutexLock lock(mutex_);
-    stats.regions += core_->regions;
-    stats.region_bytes += core_->region_bytes;
-    stats.remote_regions += core_->remote_regions;
-    stats.tickets += tickets_.size();
-    stats.read_bytes += core_->read_bytes;
-    for (const auto& [id, ticket] : tickets_) {
-      if (ticket.cancelled && !ticket.outcome)
-        stats.poisoned_bytes += ticket.prepared->copies.target_bytes();
-    }
-    return stats;
-  }
-
-  // Waits for what still reads `region` and forgets what was made ready for it.
-  void retire(const CudaRemoteRegion& region) EXCLUDES(mutex_);
+  TransportStats stats() const override EXCLUDES(mutex_);
 
  private:
+  void retire(const CudaRemoteRegion& region) override EXCLUDES(mutex_);
+  // Copies that were made ready for one request.
+  struct Prepared {
+    CopyKey key;
+    PreparedCopies copies;
+    bool busy = false;
+  };
   struct Ticket {
-    const CudaRemoteRegion* region = nullptr;
-    Prepared* prepared = nullptr;
-    std::unique_ptr<Prepared> own;  // where nothing is kept
+    uint64_t id = 0;  // 0: free
+    const RemoteRegion* region = nullptr;
+    std::span<const RemoteRegion* const> regions;
     std::span<const StridedCopy> copies;
     std::span<uint64_t> fingerprints;
-    Event done;
+    Prepared* prepared = nullptr;  // null: staged
+    Event done;                    // of what is prepared
+    std::unique_ptr<StagedRead> staged;
     bool cancelled = false;
     std::optional<Result<void>> outcome;  // once it has ended
+
+    bool reads(const CudaRemoteRegion& one) const {
+      return regions.empty() ? region == &one : std::ranges::find(regions, &one) != regions.end();
+    }
+    uint64_t target_bytes() const;
   };
 
   static bool is_ours(TicketId id) { return (static_cast<uint64_t>(id) & kDeviceBit) != 0; }
   Ticket& at(TicketId id) REQUIRES(mutex_) {
-    const auto found = tickets_.find(static_cast<uint64_t>(id));
+    const auto found = std::ranges::find(tickets_, static_cast<uint64_t>(id), &Ticket::id);
     TRANSFUSE_CHECK(found != tickets_.end());
-    return found->second;
+    return *found;
   }
-  Result<Prepared*> prepare(const CudaRemoteRegion& region, const ReadRequest& request,
-                            std::unique_ptr<Prepared>& own) REQUIRES(mutex_);
-  // Asks the device whether it has ended.
+  Ticket& new_ticket(const ReadRequest& request) REQUIRES(mutex_);
+  Result<void> number_sources(const ReadRequest& request) REQUIRES(mutex_);
+  Result<void> check_copies(const ReadRequest& request) const REQUIRES(mutex_);
+  Result<Prepared*> prepare(const ReadRequest& request) REQUIRES(mutex_);
+  Result<TicketId> submit_on_device(const ReadRequest& request) REQUIRES(mutex_);
+  Result<TicketId> submit_staged(const ReadRequest& request) REQUIRES(mutex_);
+  // Asks the device, or the staging thread, whether it has ended.
   void settle(Ticket& ticket) REQUIRES(mutex_);
 
   std::unique_ptr<Core> core_;
-  Stream stream_;
+  std::unique_ptr<CudaRemoteRegion> own_;
+  mutable StagedReads staged_;
   mutable Mutex mutex_;
-  std::map<uint64_t, Ticket> tickets_ GUARDED_BY(mutex_);
-  std::vector<Event> events_ GUARDED_BY(mutex_);  // of ended tickets
+  Stream stream_ GUARDED_BY(mutex_);  // made with the first read
+  std::vector<Ticket> tickets_ GUARDED_BY(mutex_);
+  std::vector<std::unique_ptr<Prepared>> kept_ GUARDED_BY(mutex_);  // last used last
   uint64_t last_ticket_ GUARDED_BY(mutex_) = 0;
+  uint64_t requests_ GUARDED_BY(mutex_) = 0;
+  // Of the request that is being submitted.
+  std::vector<const CudaRemoteRegion*> distinct_ GUARDED_BY(mutex_);
+  std::vector<uint32_t> sources_ GUARDED_BY(mutex_);  // per copy: index into distinct_
+  std::vector<CUdeviceptr> bases_ GUARDED_BY(mutex_);
 };
 
-namespace {
-
-CudaRemoteRegion::~CudaRemoteRegion() {
-  transport->retire(*this);
-  --core_.remote_regions;
+Result<std::unique_ptr<LocalRegion>> CudaTransport::register_memory(std::span<std::byte> memory) {
+  if (memory.empty()) return core_->host->register_memory(memory);
+  TRANSFUSE_ASSIGN_OR_RETURN(const Device* device, core_->devices->device_of(memory));
+  if (device == nullptr) return core_->host->register_memory(memory);
+  if (device->uuid() != core_->device->uuid()) {
+    return Error{
+        ErrorCode::kUnsupported,
+        fmt::format("memory at {} lies on device {}, this transport is for device {}: open "
+                    "one for each",
+                    fmt::ptr(memory.data()), device->ordinal(), core_->device->ordinal())};
+  }
+  return offer_region(*core_, memory, Memory());
 }
 
-Result<std::unique_ptr<RemoteRegion>> CudaPeer::open_region(const RegionDescriptor& descriptor,
-                                                            Deadline deadline) {
-  const auto id = static_cast<uint64_t>(descriptor.id);
-  if ((id & kDeviceBit) == 0) return host_->open_region(descriptor, deadline);
+Result<std::unique_ptr<LocalRegion>> CudaTransport::allocate_on_device(uint64_t size_bytes) {
   TRANSFUSE_ASSIGN_OR_RETURN(
-      const auto region,
-      host_->open_region({.id = RegionId{id & ~kDeviceBit}, .size_bytes = kOfferBytes}, deadline));
-  std::array<std::byte, kOfferBytes> bytes{};
-  TRANSFUSE_RETURN_IF_ERROR(read_now(*core_.host, *region, bytes, deadline));
-  TRANSFUSE_ASSIGN_OR_RETURN(const MemoryOffer offer, MemoryOffer::decode(bytes));
-  if (offer.size_bytes != descriptor.size_bytes) {
-    return Error{ErrorCode::kCorrupt,
-                 fmt::format("region {}: expected {} bytes by its descriptor, found {}", id,
-                             descriptor.size_bytes, offer.size_bytes)};
-  }
-  TRANSFUSE_ASSIGN_OR_RETURN(OpenedMemory memory, core_.devices->open(offer, *core_.device));
-  auto opened = std::make_unique<CudaRemoteRegion>(core_, std::move(memory), offer.size_bytes);
-  opened->transport = &transport_;
-  return std::unique_ptr<RemoteRegion>(std::move(opened));
+      Memory memory, Memory::allocate(*core_->device, cuda::MemoryKind::kDevice, size_bytes));
+  TRANSFUSE_RETURN_IF_ERROR(memory.clear());
+  const std::span<std::byte> bytes(memory.as<std::byte>(), size_bytes);
+  return offer_region(*core_, bytes, std::move(memory));
 }
 
-}  // namespace
+uint64_t CudaTransport::Ticket::target_bytes() const {
+  if (prepared != nullptr) return prepared->copies.target_bytes();
+  uint64_t sum = 0;
+  for (const StridedCopy& copy : copies) sum += copy.target_bytes();
+  return sum;
+}
 
-// What was kept for the request, or copies made ready now.
-Result<Prepared*> CudaTransport::prepare(const CudaRemoteRegion& region, const ReadRequest& request,
-                                         std::unique_ptr<Prepared>& own) {
-  auto& kept = const_cast<CudaRemoteRegion&>(region).kept;
-  if (request.reuse != 0) {
-    const auto found = std::ranges::find_if(kept, [&](const auto& prepared) {
-      return prepared->reuse == request.reuse && !prepared->busy;
-    });
-    if (found != kept.end()) return found->get();
+CudaTransport::Ticket& CudaTransport::new_ticket(const ReadRequest& request) {
+  auto free = std::ranges::find(tickets_, uint64_t{0}, &Ticket::id);
+  if (free == tickets_.end()) free = tickets_.emplace(tickets_.end());
+  free->id = ++last_ticket_ | kDeviceBit;
+  free->region = request.region;
+  free->regions = request.regions;
+  free->copies = request.copies;
+  free->fingerprints = request.fingerprints;
+  free->prepared = nullptr;
+  free->cancelled = false;
+  free->outcome.reset();
+  return *free;
+}
+
+// Says which regions are read, each once, and which of them each copy reads.
+Result<void> CudaTransport::number_sources(const ReadRequest& request) {
+  ++requests_;
+  distinct_.clear();
+  bases_.clear();
+  sources_.resize(request.copies.size());
+  for (size_t i = 0; i < request.copies.size(); ++i) {
+    const auto* region = static_cast<const CudaRemoteRegion*>(
+        request.regions.empty() ? request.region : request.regions[i]);
+    if (region->request != requests_) {
+      if (region->host() != nullptr) {
+        return Error{ErrorCode::kInvalidArgument,
+                     "a request that joins regions reads one that does not join"};
+      }
+      region->request = requests_;
+      region->number = static_cast<uint32_t>(distinct_.size());
+      distinct_.push_back(region);
+      bases_.push_back(region->address());
+    }
+    sources_[i] = region->number;
   }
-  for (const StridedCopy& copy : request.copies) {
-    TRANSFUSE_RETURN_IF_ERROR(check_copy(copy, region.size_bytes()));
+  return {};
+}
+
+// Bounds of the sources (I13), and that the targets can be written at all: a kernel that writes
+// elsewhere would take the whole context with it.
+Result<void> CudaTransport::check_copies(const ReadRequest& request) const {
+  std::span<std::byte> known;
+  for (size_t i = 0; i < request.copies.size(); ++i) {
+    const StridedCopy& copy = request.copies[i];
+    TRANSFUSE_RETURN_IF_ERROR(check_copy(copy, distinct_[sources_[i]]->size_bytes()));
+    const std::byte* const target = copy.target;
+    if (target == nullptr ||
+        (!known.empty() && target >= known.data() && target < known.data() + known.size())) {
+      continue;
+    }
+    TRANSFUSE_ASSIGN_OR_RETURN(const Device* device, core_->devices->device_of({target, 1}));
+    if (device == nullptr || device->uuid() != core_->device->uuid()) {
+      return Error{
+          ErrorCode::kUnsupported,
+          fmt::format(
+              "the target at {} lies {}, this transport writes device {}", fmt::ptr(target),
+              device == nullptr ? "in the host" : fmt::format("on device {}", device->ordinal()),
+              core_->device->ordinal())};
+    }
+    known = core_->devices->allocation_of(target);
   }
-  const bool fingerprints = !request.fingerprints.empty();
+  return {};
+}
+
+// What was kept for the same copies, or copies made ready now.
+Result<CudaTransport::Prepared*> CudaTransport::prepare(const ReadRequest& request) {
+  const bool sums = !request.fingerprints.empty();
+  const bool engines =
+      request.gigabytes_per_second == 0 &&
+      std::ranges::none_of(distinct_, [](const auto* region) { return region->same_device(); });
+  CopyKey key = cuda::key_of(request.copies, sources_, sums);
+  key.high ^= engines ? 1 : 0;
+  const auto found = std::ranges::find_if(
+      kept_, [&](const auto& prepared) { return prepared->key == key && !prepared->busy; });
+  if (found != kept_.end()) {
+    std::rotate(found, found + 1, kept_.end());
+    return kept_.back().get();
+  }
+  TRANSFUSE_RETURN_IF_ERROR(check_copies(request));
   CopyOptions options;
-  options.engines.copy_engines = !region.memory().same_device();
-  if (!fingerprints) options.table.item_bytes = uint64_t{64} << 10;
-  const std::vector<uint32_t> sources(request.copies.size(), 0);
+  options.engines.copy_engines = engines;
+  if (!sums) options.table.item_bytes = uint64_t{64} << 10;
   TRANSFUSE_ASSIGN_OR_RETURN(
       PreparedCopies copies,
-      PreparedCopies::make(*core_->device, request.copies, sources, 1, options));
-  auto prepared =
-      std::make_unique<Prepared>(Prepared{.reuse = request.reuse, .copies = std::move(copies)});
-  if (request.reuse == 0) {
-    own = std::move(prepared);
-    return own.get();
+      PreparedCopies::make(*core_->device, request.copies, sources_,
+                           static_cast<uint32_t>(distinct_.size()), options));
+  if (kept_.size() >= kKeptTables) {
+    const auto idle = std::ranges::find_if(kept_, [](const auto& old) { return !old->busy; });
+    if (idle != kept_.end()) kept_.erase(idle);
   }
-  if (kept.size() >= kKeptTables) {
-    const auto idle = std::ranges::find_if(kept, [](const auto& old) { return !old->busy; });
-    if (idle != kept.end()) kept.erase(idle);
-  }
-  kept.push_back(std::move(prepared));
-  return kept.back().get();
+  kept_.push_back(std::make_unique<Prepared>(Prepared{.key = key, .copies = std::move(copies)}));
+  return kept_.back().get();
 }
 
 Result<TicketId> CudaTransport::submit(const ReadRequest& request) {
-  const auto* region = dynamic_cast<const CudaRemoteRegion*>(request.region);
-  if (region == nullptr) return core_->host->submit(request);
   if (!request.fingerprints.empty() && request.fingerprints.size() != request.copies.size()) {
     return Error{ErrorCode::kInvalidArgument,
                  fmt::format("{} fingerprints for {} copies", request.fingerprints.size(),
                              request.copies.size())};
   }
-  const MutexLock lock(mutex_);
-  Ticket ticket;
-  ticket.region = region;
-  ticket.copies = request.copies;
-  ticket.fingerprints = request.fingerprints;
-  TRANSFUSE_ASSIGN_OR_RETURN(ticket.prepared, prepare(*region, request, ticket.own));
-  if (events_.empty()) {
-    TRANSFUSE_ASSIGN_OR_RETURN(ticket.done, Event::create(*core_->device, EventKind::kOrder));
-  } else {
-    ticket.done = std::move(events_.back());
-    events_.pop_back();
+  const auto* region = static_cast<const CudaRemoteRegion*>(request.region);
+  bool into_device = true;  // a sum of device memory has no target
+  if (!request.copies.empty() && request.copies[0].target != nullptr) {
+    TRANSFUSE_ASSIGN_OR_RETURN(const Device* device,
+                               core_->devices->device_of({request.copies[0].target, 1}));
+    into_device = device != nullptr;
   }
-  const CUdeviceptr base = region->memory().address();
-  TRANSFUSE_RETURN_IF_ERROR(ticket.prepared->copies.launch({&base, 1}, {.stream = stream_.get()}));
-  const Current current = core_->device->use();
-  TRANSFUSE_RETURN_IF_ERROR(
-      TRANSFUSE_CUDA(core_->device->driver(), cuEventRecord, ticket.done.get(), stream_.get()));
-  ticket.prepared->busy = true;
-  const uint64_t id = ++last_ticket_ | kDeviceBit;
-  tickets_.emplace(id, std::move(ticket));
-  return TicketId{id};
+  const bool from_host = region->host() != nullptr;
+  if (from_host && (!into_device || request.copies.empty())) {
+    ReadRequest inner = request;
+    inner.region = region->host();
+    return core_->host->submit(inner);
+  }
+  const MutexLock lock(mutex_);
+  return !from_host && into_device ? submit_on_device(request) : submit_staged(request);
+}
+
+Result<TicketId> CudaTransport::submit_on_device(const ReadRequest& request) {
+  TRANSFUSE_RETURN_IF_ERROR(number_sources(request));
+  if (stream_.get() == nullptr) {
+    TRANSFUSE_ASSIGN_OR_RETURN(stream_, Stream::create(*core_->device));
+  }
+  TRANSFUSE_ASSIGN_OR_RETURN(Prepared * prepared, prepare(request));
+  Ticket& ticket = new_ticket(request);
+  ticket.prepared = prepared;
+  const auto start = [&]() -> Result<void> {
+    if (ticket.done.get() == nullptr) {
+      TRANSFUSE_ASSIGN_OR_RETURN(ticket.done, Event::create(*core_->device, EventKind::kOrder));
+    }
+    TRANSFUSE_RETURN_IF_ERROR(prepared->copies.launch(bases_, {.stream = stream_.get()}));
+    const Current current = core_->device->use();
+    return TRANSFUSE_CUDA(core_->device->driver(), cuEventRecord, ticket.done.get(), stream_.get());
+  };
+  if (auto started = start(); !started) {
+    ticket.id = 0;
+    return Unexpected{std::move(started).error()};
+  }
+  prepared->busy = true;
+  return TicketId{ticket.id};
+}
+
+Result<TicketId> CudaTransport::submit_staged(const ReadRequest& request) {
+  auto read = std::make_unique<StagedRead>();
+  read->copies = request.copies;
+  read->fingerprints = request.fingerprints;
+  read->gigabytes_per_second = request.gigabytes_per_second;
+  const auto* region = static_cast<const CudaRemoteRegion*>(request.region);
+  if (region->host() != nullptr) {
+    read->host_region = region->host();
+    distinct_.assign(1, region);
+    sources_.assign(request.copies.size(), 0);
+    TRANSFUSE_RETURN_IF_ERROR(check_copies(request));
+  } else {
+    TRANSFUSE_RETURN_IF_ERROR(number_sources(request));
+    for (size_t i = 0; i < request.copies.size(); ++i) {
+      TRANSFUSE_RETURN_IF_ERROR(
+          check_copy(request.copies[i], distinct_[sources_[i]]->size_bytes()));
+      read->bases.push_back(bases_[sources_[i]]);
+    }
+  }
+  TRANSFUSE_RETURN_IF_ERROR(staged_.submit(*read));
+  Ticket& ticket = new_ticket(request);
+  ticket.staged = std::move(read);
+  return TicketId{ticket.id};
 }
 
 void CudaTransport::settle(Ticket& ticket) {
   if (ticket.outcome) return;
+  if (ticket.staged != nullptr) {
+    if (!staged_.ended(*ticket.staged)) return;
+    ticket.outcome = *ticket.staged->outcome;
+    if (*ticket.outcome) core_->read_bytes += ticket.target_bytes();
+    return;
+  }
   const cuda::Driver& driver = core_->device->driver();
   const Current current = core_->device->use();
   const CUresult state = driver.cuEventQuery(ticket.done.get());
@@ -359,18 +387,22 @@ TicketState CudaTransport::poll(TicketId id) {
   Ticket& ticket = at(id);
   settle(ticket);
   if (!ticket.outcome) return ticket.cancelled ? TicketState::kPoisoned : TicketState::kPending;
-  if (!*ticket.outcome) return TicketState::kFailed;
-  return ticket.cancelled ? TicketState::kCancelled : TicketState::kLanded;
+  if (ticket.cancelled) return TicketState::kCancelled;
+  return *ticket.outcome ? TicketState::kLanded : TicketState::kFailed;
 }
 
 bool CudaTransport::wait_any(std::span<const TicketId> tickets, Deadline deadline) {
   if (std::ranges::none_of(tickets, is_ours)) return core_->host->wait_any(tickets, deadline);
-  while (true) {
+  for (int polls = 0;; ++polls) {
     for (const TicketId id : tickets) {
       if (poll(id) != TicketState::kPending) return true;
     }
     if (deadline.passed()) return false;
-    std::this_thread::sleep_for(kPollPause);
+    if (polls < kQuickPolls) {
+      std::this_thread::yield();
+    } else {
+      std::this_thread::sleep_for(kPollPause);
+    }
   }
 }
 
@@ -379,13 +411,16 @@ uint64_t CudaTransport::progress_bytes(TicketId id) {
   const MutexLock lock(mutex_);
   Ticket& ticket = at(id);
   settle(ticket);
+  if (ticket.staged != nullptr) return ticket.staged->progress;
   return ticket.outcome && *ticket.outcome ? ticket.prepared->copies.target_bytes() : 0;
 }
 
 void CudaTransport::cancel(TicketId id) {
   if (!is_ours(id)) return core_->host->cancel(id);
   const MutexLock lock(mutex_);
-  at(id).cancelled = true;
+  Ticket& ticket = at(id);
+  ticket.cancelled = true;
+  if (ticket.staged != nullptr) ticket.staged->cancelled = true;
 }
 
 Result<void> CudaTransport::finish(TicketId id) {
@@ -397,20 +432,40 @@ Result<void> CudaTransport::finish(TicketId id) {
   Result<void> outcome = std::move(*ticket.outcome);
   if (outcome && ticket.cancelled)
     outcome = Error{ErrorCode::kCancelled, "cancelled by the caller"};
-  events_.push_back(std::move(ticket.done));
-  tickets_.erase(static_cast<uint64_t>(id));
+  ticket.staged.reset();
+  ticket.id = 0;
   return outcome;
+}
+
+TransportStats CudaTransport::stats() const {
+  TransportStats stats = core_->host->stats();
+  const MutexLock lock(mutex_);
+  stats.regions += core_->regions;
+  stats.region_bytes += core_->region_bytes;
+  stats.remote_regions += core_->remote_regions;
+  stats.read_bytes += core_->read_bytes;
+  for (const Ticket& ticket : tickets_) {
+    if (ticket.id == 0) continue;
+    ++stats.tickets;
+    if (ticket.cancelled && !ticket.outcome) stats.poisoned_bytes += ticket.target_bytes();
+  }
+  return stats;
 }
 
 void CudaTransport::retire(const CudaRemoteRegion& region) {
   const MutexLock lock(mutex_);
-  const Current current = core_->device->use();
-  for (auto& [id, ticket] : tickets_) {
-    if (ticket.region != &region || ticket.outcome) continue;
-    const auto& driver = core_->device->driver();
-    Result<void> ended =
-        driver.check(driver.cuEventSynchronize(ticket.done.get()), "copies on the device");
-    ticket.prepared->busy = false;
+  for (Ticket& ticket : tickets_) {
+    if (ticket.id == 0 || ticket.outcome || !ticket.reads(region)) continue;
+    Result<void> ended;
+    if (ticket.staged != nullptr) {
+      ticket.staged->cancelled = true;
+      staged_.wait(*ticket.staged);
+    } else {
+      const Current current = core_->device->use();
+      const auto& driver = core_->device->driver();
+      ended = driver.check(driver.cuEventSynchronize(ticket.done.get()), "copies on the device");
+      ticket.prepared->busy = false;
+    }
     ticket.outcome =
         ended ? Result<void>(Error{ErrorCode::kCancelled, "cuda region: closed while it was read"})
               : std::move(ended);
@@ -423,9 +478,7 @@ Result<std::unique_ptr<Transport>> open_cuda_transport(std::unique_ptr<Transport
   TRANSFUSE_ASSIGN_OR_RETURN(core->devices, Devices::open());
   TRANSFUSE_ASSIGN_OR_RETURN(core->device, core->devices->device(device));
   core->host = std::move(host);
-  TRANSFUSE_ASSIGN_OR_RETURN(Stream stream, Stream::create(*core->device));
-  return std::unique_ptr<Transport>(
-      std::make_unique<CudaTransport>(std::move(core), std::move(stream)));
+  return std::unique_ptr<Transport>(std::make_unique<CudaTransport>(std::move(core)));
 }
 
 }  // namespace transfuse

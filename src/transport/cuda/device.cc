@@ -81,11 +81,11 @@ Result<void> Device::enable_peer(const Device& other) const {
   return driver_.check(result, "cuCtxEnablePeerAccess");
 }
 
-Result<Memory> Memory::allocate(const Device& device, MemoryPlace place, uint64_t size_bytes) {
+Result<Memory> Memory::allocate(const Device& device, MemoryKind kind, uint64_t size_bytes) {
   Memory memory;
   if (size_bytes == 0) return memory;
   const Current current = device.use();
-  if (place == MemoryPlace::kDevice) {
+  if (kind == MemoryKind::kDevice) {
     TRANSFUSE_RETURN_IF_ERROR(
         TRANSFUSE_CUDA(device.driver(), cuMemAlloc, &memory.address_, size_bytes));
   } else {
@@ -95,15 +95,24 @@ Result<Memory> Memory::allocate(const Device& device, MemoryPlace place, uint64_
     memory.address_ = reinterpret_cast<CUdeviceptr>(pointer);
   }
   memory.device_ = &device;
-  memory.place_ = place;
+  memory.kind_ = kind;
   memory.size_bytes_ = size_bytes;
   return memory;
+}
+
+Result<void> Memory::clear() const {
+  if (size_bytes_ == 0) return {};
+  TRANSFUSE_ASSIGN_OR_RETURN(const Stream stream, Stream::create(*device_));
+  const Current current = device_->use();
+  TRANSFUSE_RETURN_IF_ERROR(
+      TRANSFUSE_CUDA(device_->driver(), cuMemsetD8Async, address_, 0, size_bytes_, stream.get()));
+  return TRANSFUSE_CUDA(device_->driver(), cuStreamSynchronize, stream.get());
 }
 
 Memory::~Memory() {
   if (device_ == nullptr) return;
   const Current current = device_->use();
-  if (place_ == MemoryPlace::kDevice) {
+  if (kind_ == MemoryKind::kDevice) {
     (void)device_->driver().cuMemFree(address_);
   } else {
     (void)device_->driver().cuMemFreeHost(reinterpret_cast<void*>(address_));

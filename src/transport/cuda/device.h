@@ -76,19 +76,19 @@ class Device {
 };
 
 // Memory of a device, or (kPinned) of the host that the device reaches. Outlived by its device.
-enum class MemoryPlace : uint8_t { kDevice, kPinned };
+enum class MemoryKind : uint8_t { kDevice, kPinned };
 class Memory {
  public:
-  static Result<Memory> allocate(const Device& device, MemoryPlace place, uint64_t size_bytes);
+  static Result<Memory> allocate(const Device& device, MemoryKind kind, uint64_t size_bytes);
   Memory() = default;
   Memory(Memory&& other) noexcept
       : device_(std::exchange(other.device_, nullptr)),
-        place_(other.place_),
+        kind_(other.kind_),
         address_(std::exchange(other.address_, 0)),
         size_bytes_(std::exchange(other.size_bytes_, 0)) {}
   Memory& operator=(Memory&& other) noexcept {
     std::swap(device_, other.device_);
-    std::swap(place_, other.place_);
+    std::swap(kind_, other.kind_);
     std::swap(address_, other.address_);
     std::swap(size_bytes_, other.size_bytes_);
     return *this;
@@ -101,10 +101,11 @@ class Memory {
     return reinterpret_cast<T*>(address_);
   }
   uint64_t size_bytes() const { return size_bytes_; }
+  Result<void> clear() const;  // to zeros; waits
 
  private:
   const Device* device_ = nullptr;
-  MemoryPlace place_ = MemoryPlace::kDevice;
+  MemoryKind kind_ = MemoryKind::kDevice;
   CUdeviceptr address_ = 0;
   uint64_t size_bytes_ = 0;
 };

@@ -13,8 +13,8 @@
 #include <vector>
 
 #include "base/random.h"
+#include "transfuse/gpu.h"
 #include "transfuse/result.h"
-#include "transfuse/transport.h"
 #include "transport/cuda/device.h"
 #include "transport/cuda/driver.h"
 #include "transport/cuda/memory_offer.h"
@@ -170,6 +170,18 @@ void Devices::close(const OpenedMemory::Key& key) {
 uint64_t Devices::opened() const {
   const MutexLock lock(mutex_);
   return mappings_.size();
+}
+
+std::span<std::byte> Devices::allocation_of(const std::byte* address) const {
+  const auto pointer = reinterpret_cast<CUdeviceptr>(address);
+  unsigned type = 0;
+  const CUresult known =
+      driver_.cuPointerGetAttribute(&type, CU_POINTER_ATTRIBUTE_MEMORY_TYPE, pointer);
+  if (known != CUDA_SUCCESS || type != CU_MEMORYTYPE_DEVICE) return {};
+  CUdeviceptr base = 0;
+  size_t size = 0;
+  if (driver_.cuMemGetAddressRange(&base, &size, pointer) != CUDA_SUCCESS) return {};
+  return {reinterpret_cast<std::byte*>(base), size};
 }
 
 }  // namespace transfuse::cuda

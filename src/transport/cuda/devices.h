@@ -2,6 +2,7 @@
 // processes that are mapped here.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -68,6 +69,8 @@ class Devices {
   // reader cannot reach it.
   Result<OpenedMemory> open(const MemoryOffer& offer, const Device& reader) EXCLUDES(mutex_);
   uint64_t opened() const EXCLUDES(mutex_);  // allocations
+  // The whole allocation of a device that `address` lies in; empty: it is of the host, or of none.
+  std::span<std::byte> allocation_of(const std::byte* address) const;
 
  private:
   friend class OpenedMemory;

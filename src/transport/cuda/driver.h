@@ -39,6 +39,7 @@ namespace transfuse::cuda {
   X(cuMemFreeHost)                  \
   X(cuMemGetInfo)                   \
   X(cuMemcpyAsync)                  \
+  X(cuMemcpy2DAsync)                \
   X(cuMemsetD8Async)                \
   X(cuPointerGetAttribute)          \
   X(cuMemGetAddressRange)           \

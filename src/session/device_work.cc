@@ -1,0 +1,52 @@
+// One request over the region that is this process' own memory.
+#include "session/device_work.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "transfuse/copy.h"
+#include "transfuse/deadline.h"
+#include "transfuse/result.h"
+#include "transfuse/transport.h"
+
+namespace transfuse {
+namespace {
+
+// Far beyond what any copy within a device takes: only a device that hangs reaches it.
+constexpr int64_t kLongestMs = 60000;
+constexpr uint64_t kPieceBytes = uint64_t{1} << 30;  // counts are of 32 bits
+
+}  // namespace
+
+Result<void> run_on_device(Transport& transport, std::span<const StridedCopy> copies,
+                           std::span<uint64_t> sums) {
+  if (copies.empty()) return {};
+  TRANSFUSE_ASSIGN_OR_RETURN(const RemoteRegion* own, transport.own_memory());
+  TRANSFUSE_ASSIGN_OR_RETURN(
+      const TicketId ticket,
+      transport.submit({.region = own, .copies = copies, .fingerprints = sums}));
+  if (!transport.wait_any({&ticket, 1}, Deadline::after_ms(kLongestMs))) {
+    transport.cancel(ticket);
+    return Error{ErrorCode::kDeadlineExceeded,
+                 "a copy within the device did not end in a minute: the device hangs"};
+  }
+  return transport.finish(ticket);
+}
+
+void add_plain(std::vector<StridedCopy>& copies, std::byte* target, const std::byte* source,
+               uint64_t size_bytes) {
+  for (uint64_t done = 0; done < size_bytes; done += kPieceBytes) {
+    StridedCopy copy;
+    copy.source_offset_bytes = reinterpret_cast<uintptr_t>(source) + done;
+    copy.target = target + done;
+    copy.op = ElementOp::kCopy1;
+    copy.count[2] = static_cast<uint32_t>(std::min(kPieceBytes, size_bytes - done));
+    copy.source_stride[2] = copy.target_stride[2] = 1;
+    copies.push_back(copy);
+  }
+}
+
+}  // namespace transfuse

@@ -1,0 +1,182 @@
+// For tests: a transport that takes ordinary memory for that of a device, so that what sessions do
+// with devices runs without one. It joins requests, and copies and sums within its own memory.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "base/mutex.h"
+#include "copy/copy.h"
+#include "transfuse/copy.h"
+#include "transfuse/deadline.h"
+#include "transfuse/result.h"
+#include "transfuse/transport.h"
+
+namespace transfuse::testing {
+
+// Reads are over when submit() returns. Safe to call from any thread.
+class PretendDevice final : public Transport {
+ public:
+  explicit PretendDevice(std::unique_ptr<Transport> inside) : inside_(std::move(inside)) {}
+
+  uint64_t joined_requests() const { return joined_; }  // over regions of peers
+  uint64_t own_requests() const { return own_requests_; }
+  // Allocations on the device that are still allowed.
+  void set_room(uint64_t allocations) { room_ = allocations; }
+  // The next request within the device fails.
+  void fail_next() { fail_next_ = true; }
+
+  std::string_view kind() const override { return "pretend"; }
+  bool reads(std::string_view other) const override {
+    return other == kind() || inside_->reads(other);
+  }
+  Result<std::unique_ptr<LocalRegion>> allocate(uint64_t size_bytes) override {
+    return inside_->allocate(size_bytes);
+  }
+  Result<std::unique_ptr<LocalRegion>> allocate_on_device(uint64_t size_bytes) override {
+    if (room_ == 0) {
+      return Error{ErrorCode::kResourceExhausted,
+                   "the device has no room for " + std::to_string(size_bytes) + " bytes"};
+    }
+    --room_;
+    TRANSFUSE_ASSIGN_OR_RETURN(auto region, inside_->allocate(size_bytes));
+    return wrap(std::move(region));
+  }
+  Result<std::unique_ptr<LocalRegion>> register_memory(std::span<std::byte> memory) override {
+    TRANSFUSE_ASSIGN_OR_RETURN(auto region, inside_->register_memory(memory));
+    return wrap(std::move(region));
+  }
+  Result<std::string> endpoint() override { return inside_->endpoint(); }
+  Result<std::unique_ptr<Peer>> connect(std::string_view endpoint, std::string_view token,
+                                        Deadline deadline) override {
+    TRANSFUSE_ASSIGN_OR_RETURN(auto peer, inside_->connect(endpoint, token, deadline));
+    return std::unique_ptr<Peer>(std::make_unique<JoiningPeer>(std::move(peer)));
+  }
+  Result<const RemoteRegion*> own_memory() override { return &own_; }
+
+  Result<TicketId> submit(const ReadRequest& request) override {
+    Result<void> outcome;
+    if (request.region == &own_) {
+      ++own_requests_;
+      outcome = copy_own(request);
+    } else if (!request.regions.empty()) {
+      ++joined_;
+      outcome = read_each(request);
+    } else {
+      ReadRequest inner = request;
+      inner.region = static_cast<const JoiningRegion*>(request.region)->inside();
+      TRANSFUSE_ASSIGN_OR_RETURN(const TicketId ticket, inside_->submit(inner));
+      inside_->wait_any({&ticket, 1}, Deadline::after_ms(10000));
+      outcome = inside_->finish(ticket);
+    }
+    const MutexLock lock(mutex_);
+    outcomes_.emplace(++last_, std::move(outcome));
+    return TicketId{last_};
+  }
+  TicketState poll(TicketId ticket) override {
+    const MutexLock lock(mutex_);
+    return outcomes_.at(static_cast<uint64_t>(ticket)) ? TicketState::kLanded
+                                                       : TicketState::kFailed;
+  }
+  bool wait_any(std::span<const TicketId> /*tickets*/, Deadline /*deadline*/) override {
+    return true;
+  }
+  uint64_t progress_bytes(TicketId /*ticket*/) override { return 0; }
+  void cancel(TicketId /*ticket*/) override {}
+  Result<void> finish(TicketId ticket) override {
+    const MutexLock lock(mutex_);
+    return std::move(outcomes_.extract(static_cast<uint64_t>(ticket)).mapped());
+  }
+  TransportStats stats() const override { return inside_->stats(); }
+
+ private:
+  class DeviceRegion final : public LocalRegion {
+   public:
+    explicit DeviceRegion(std::unique_ptr<LocalRegion> inside) : inside_(std::move(inside)) {}
+    std::span<std::byte> bytes() const override { return inside_->bytes(); }
+    RegionDescriptor descriptor() const override { return inside_->descriptor(); }
+    MemoryPlace place() const override { return MemoryPlace::kDevice; }
+
+   private:
+    std::unique_ptr<LocalRegion> inside_;
+  };
+  class JoiningRegion final : public RemoteRegion {
+   public:
+    explicit JoiningRegion(std::unique_ptr<RemoteRegion> inside) : inside_(std::move(inside)) {}
+    uint64_t size_bytes() const override { return inside_->size_bytes(); }
+    std::string_view route() const override { return "pretend"; }
+    bool joins_requests() const override { return true; }
+    const RemoteRegion* inside() const { return inside_.get(); }
+
+   private:
+    std::unique_ptr<RemoteRegion> inside_;
+  };
+  class JoiningPeer final : public Peer {
+   public:
+    explicit JoiningPeer(std::unique_ptr<Peer> inside) : inside_(std::move(inside)) {}
+    Result<std::unique_ptr<RemoteRegion>> open_region(const RegionDescriptor& descriptor,
+                                                      Deadline deadline) override {
+      TRANSFUSE_ASSIGN_OR_RETURN(auto region, inside_->open_region(descriptor, deadline));
+      return std::unique_ptr<RemoteRegion>(std::make_unique<JoiningRegion>(std::move(region)));
+    }
+    bool alive() const override { return inside_->alive(); }
+
+   private:
+    std::unique_ptr<Peer> inside_;
+  };
+  class OwnMemory final : public RemoteRegion {
+   public:
+    uint64_t size_bytes() const override { return UINT64_MAX; }
+    std::string_view route() const override { return "own"; }
+    bool joins_requests() const override { return true; }
+  };
+
+  static Result<std::unique_ptr<LocalRegion>> wrap(std::unique_ptr<LocalRegion> region) {
+    return std::unique_ptr<LocalRegion>(std::make_unique<DeviceRegion>(std::move(region)));
+  }
+  Result<void> copy_own(const ReadRequest& request) {
+    if (fail_next_.exchange(false)) return Error{ErrorCode::kUnavailable, "the device is lost"};
+    for (size_t i = 0; i < request.copies.size(); ++i) {
+      const StridedCopy& copy = request.copies[i];
+      const auto* source = reinterpret_cast<const std::byte*>(copy.source_offset_bytes);
+      const uint64_t sum = copy.target == nullptr ? sum_copy(copy, source) : run_copy(copy, source);
+      if (copy.fingerprint && !request.fingerprints.empty()) request.fingerprints[i] = sum;
+    }
+    copy_fence();
+    return {};
+  }
+  Result<void> read_each(const ReadRequest& request) {
+    for (size_t i = 0; i < request.copies.size(); ++i) {
+      const auto* region = static_cast<const JoiningRegion*>(request.regions[i])->inside();
+      const std::span<uint64_t> sums =
+          request.fingerprints.empty() ? request.fingerprints : request.fingerprints.subspan(i, 1);
+      TRANSFUSE_ASSIGN_OR_RETURN(
+          const TicketId ticket,
+          inside_->submit(
+              {.region = region, .copies = request.copies.subspan(i, 1), .fingerprints = sums}));
+      inside_->wait_any({&ticket, 1}, Deadline::after_ms(10000));
+      TRANSFUSE_RETURN_IF_ERROR(inside_->finish(ticket));
+    }
+    return {};
+  }
+
+  std::unique_ptr<Transport> inside_;
+  OwnMemory own_;
+  std::atomic<uint64_t> joined_{0};
+  std::atomic<uint64_t> own_requests_{0};
+  std::atomic<uint64_t> room_{UINT64_MAX};
+  std::atomic<bool> fail_next_{false};
+  Mutex mutex_;
+  std::map<uint64_t, Result<void>> outcomes_ GUARDED_BY(mutex_);
+  uint64_t last_ GUARDED_BY(mutex_) = 0;
+};
+
+}  // namespace transfuse::testing
