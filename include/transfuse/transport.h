@@ -127,6 +127,10 @@ class Transport {
   // Zeroed memory of the transport's best kind, page aligned. kResourceExhausted where there is no
   // room.
   virtual Result<std::unique_ptr<LocalRegion>> allocate(uint64_t size_bytes) = 0;
+  // The same on the device that it reads into. kUnsupported: it has none.
+  virtual Result<std::unique_ptr<LocalRegion>> allocate_on_device(uint64_t size_bytes) {
+    return no_device("allocate " + std::to_string(size_bytes) + " bytes on");
+  }
   // Memory that the caller owns and keeps alive while the handle lives.
   virtual Result<std::unique_ptr<LocalRegion>> register_memory(std::span<std::byte> memory) = 0;
   // What a peer passes to connect(): opaque, valid while this transport lives.
@@ -158,6 +162,10 @@ class Transport {
 
  protected:
   Transport() = default;
+  Error no_device(std::string_view what) const {
+    return {ErrorCode::kUnsupported, "transport '" + std::string(kind()) + "' has no device to " +
+                                         std::string(what) + ": open a session with a device"};
+  }
 };
 
 // Within one process; the memory of every `local` transport is reachable from every other.
