@@ -217,7 +217,7 @@ class Bench:
 
     def _ceiling(self, route: Route) -> float:
         size = ONE_PIECE_BYTES if self._model != "tiny" else 64 << 20
-        rates = self._targets[0].do(
+        rates: list[float] = self._targets[0].do(
             "copy_rate", route.source, route.target, size, self._options.repetitions
         )
         self._add(self._goal, route.name, "copy engine, one piece", "GB/s", rates, bytes=size)
@@ -297,7 +297,7 @@ class Bench:
 
         for phase in ("total", "transfer", "verify", "discover", "lease"):
             self._add(self._goal, workload, f"{what}, {phase}", "ms", slowest(phase))
-        rates = [size / ms / 1e6 for ms in slowest("transfer")]
+        rates: list[float] = [size / ms / 1e6 for ms in slowest("transfer")]
         self._add(self._goal, workload, f"{what}, transfer", "GB/s", rates, **detail)
         totals = [size / ms / 1e6 for ms in slowest("total")]
         self._add(self._goal, workload, f"{what}, total", "GB/s", totals)

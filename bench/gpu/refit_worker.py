@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
 import time
@@ -188,7 +187,7 @@ class Worker:
         """Seconds to open all handles and to copy tensor by tensor, then to copy alone."""
         seconds = []
         start = time.perf_counter()
-        self._borrowed = [pickle.loads(handle) for _, handle in handles]  # noqa: S301
+        self._borrowed = [pickle.loads(handle) for _, handle in handles]
         for _ in range(repetitions + 1):
             for (name, _), tensor in zip(handles, self._borrowed, strict=True):
                 self._parameters[name].copy_(tensor, non_blocking=True)
@@ -229,48 +228,41 @@ class Worker:
 
     def multiply(self, seconds: float) -> float:
         """TFLOP/s of a bf16 matrix product, alone on this GPU."""
-        with self._product() as product:
-            return product(time.perf_counter() + seconds, None)
+        return self._multiply_until(time.perf_counter() + seconds, None)
 
     def multiply_beside(self, version: int, gigabytes_per_second: float) -> dict[str, float]:
         """The same while a version arrives in the shadow, and how long that takes."""
         assert self._receiver is not None
-        with self._product() as product:
-            start = time.perf_counter()
-            stage = self._receiver.stage(
-                exactly=version, timeout_s=120, max_gigabytes_per_second=gigabytes_per_second
-            )
-            rate = product(start + 60, stage)
-            seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        stage = self._receiver.stage(
+            exactly=version, timeout_s=120, max_gigabytes_per_second=gigabytes_per_second
+        )
+        rate = self._multiply_until(start + 60, stage)
+        seconds = time.perf_counter() - start
         stage.wait(60)
         self._receiver.commit(timeout_s=60)
         return {"tflops": rate, "stage_s": seconds}
 
-    @contextlib.contextmanager
-    def _product(self) -> Iterator[Any]:
-        """A function that multiplies until a moment, or until a stage no longer moves."""
+    def _multiply_until(self, until: float, stage: transfuse.Stage | None) -> float:
+        """TFLOP/s until a moment, or until the stage no longer moves."""
         shape = (MATRIX, MATRIX)
         left, right, out = (
             torch.ones(shape, dtype=torch.bfloat16, device=self._place) for _ in range(3)
         )
-        torch.matmul(left, right, out=out)
+        torch.matmul(left, right, out=out)  # loads the kernel
         synchronize(self._place)
-
-        def run(until: float, stage: transfuse.Stage | None) -> float:
-            count, start = 0, time.perf_counter()
-            while time.perf_counter() < until:
-                torch.matmul(left, right, out=out)
-                synchronize(self._place)
-                count += 1
-                if stage is not None and stage.progress.state != transfuse.StageState.MOVING:
-                    break
-            return count * 2 * MATRIX**3 / (time.perf_counter() - start) / 1e12
-
-        yield run
+        count, start = 0, time.perf_counter()
+        while time.perf_counter() < until:
+            torch.matmul(left, right, out=out)
+            synchronize(self._place)
+            count += 1
+            if stage is not None and stage.progress.state != transfuse.StageState.MOVING:
+                break
+        return count * 2.0 * MATRIX**3 / (time.perf_counter() - start) / 1e12
 
     def _broadcast_each(self, tensors: list[torch.Tensor]) -> None:
         for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+            dist.broadcast(tensor, 0)
 
     def _broadcast_packed(self, tensors: list[torch.Tensor]) -> None:
         buffer = torch.empty(PACKED_BYTES, dtype=torch.uint8, device=self._place)
@@ -282,7 +274,7 @@ class Worker:
                 flat = [t.view(torch.uint8) for t in batch]
                 if dist.get_rank() == 0:
                     torch._foreach_copy_(parts, flat)
-                dist.broadcast(buffer[:used], src=0)
+                dist.broadcast(buffer[:used], 0)
                 if dist.get_rank() != 0:
                     torch._foreach_copy_(flat, parts)
                 batch, used = [], 0
