@@ -10,6 +10,7 @@ import pytest
 import torch
 import transfuse
 from transfuse import _device, hf
+from transfuse.demo import devices
 from transfuse.errors import InvalidArgumentError, UnsupportedError
 
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -205,6 +206,30 @@ def test_streams_are_waited_for_before_reads_and_writes_of_a_device(job, monkeyp
             engine.commit(timeout_s=30)
             engine.rollback()
             assert calls == [None, 0, 1, 0, 1, 1]
+
+
+@WITHOUT_GPU
+@pytest.mark.parametrize("kind", [(), ("--pretrain",)])
+def test_a_demo_on_gpus_says_in_one_line_that_there_is_none(tmp_path, kind):
+    command = [sys.executable, "-m", "transfuse.demo", "--device", "cuda", "--out", tmp_path, *kind]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    if "pip install" in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.returncode == 3
+    assert done.stderr.count("\n") == 1
+    assert "no CUDA device: torch" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_of_a_demo_are_dealt_to_the_gpus_in_turn(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    found = [devices.device_of("cuda", number) for number in range(4)]
+    assert [str(device) for device in found] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert chosen == found
+    assert devices.device_of("cpu", 3) == torch.device("cpu")
 
 
 def test_without_a_device_torch_is_neither_imported_nor_asked(job):

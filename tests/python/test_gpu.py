@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import transfuse
-from gpu_worker import layouts_of, queue_late_writes, values, zeros
+from gpu_worker import CONFIG, layouts_of, queue_late_writes, values, zeros
 from transfuse import _device
+from transfuse.engine import Architecture, Engine, Request, Weights
 from transfuse.guard import PointerGuard, PointerMovedError
 
 pytestmark = pytest.mark.skipif(
@@ -476,3 +477,41 @@ def test_the_guard_sees_memory_of_gpus(job):
 def test_devices_of_torch_are_those_of_the_transport():
     assert _device.ordinal_of("cuda") == torch.cuda.current_device()
     assert _device.gpu_of([torch.zeros(1, device=HERE)]) == 0
+
+
+def test_the_reference_engine_computes_on_a_gpu_what_it_does_on_a_cpu(job):
+    architecture = Architecture.parse(json.dumps(CONFIG | {"rms_norm_eps": 1e-6}))
+    generator = torch.Generator().manual_seed(1)
+    whole = {
+        spec.name: torch.randn(spec.shape, generator=generator) / 16
+        for spec in transfuse.make_catalog(architecture.model)
+    }
+    prompts = torch.arange(24).view(2, 12) * 37 % CONFIG["vocab_size"]
+    logits, versions = {}, {}
+    for device in ("cpu", HERE):
+        weights = Weights(architecture, dtype=torch.float32, device=device, job=job)
+        weights.load(whole)
+        engine = Engine(weights, slots=4, max_tokens=32, version=3)
+        logits[device] = engine.logits(prompts)
+        requests = [Request(row, 8, temperature=1.0, seed=n) for n, row in enumerate([[1, 2], [3]])]
+        versions[device] = engine.generate(requests).versions
+    assert not logits[HERE].is_cuda
+    torch.testing.assert_close(logits[HERE], logits["cpu"], rtol=1e-3, atol=1e-3)
+    assert torch.equal(versions[HERE], versions["cpu"])
+
+
+@pytest.mark.parametrize("kind", [(), ("--pretrain",)], ids=["rl", "pretrain"])
+def test_a_demo_runs_on_gpus(tmp_path, kind):
+    for package in ("transformers", "matplotlib"):
+        pytest.importorskip(package)
+    command = [sys.executable, "-m", "transfuse.demo", "--tiny", "--plain", "--device", "cuda"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path), *kind], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["settings"]["device"] == "cuda"
+    steps = report["steps"] if kind else report["live"]["steps"]
+    routes = {route for row in steps for route in (row.get("refit") or row).get("routes", [])}
+    assert routes
+    assert not routes & {"memfd", "process_vm_readv"}
