@@ -500,6 +500,13 @@ def test_the_reference_engine_computes_on_a_gpu_what_it_does_on_a_cpu(job):
     assert torch.equal(versions[HERE], versions["cpu"])
 
 
+def test_a_layout_is_captured_from_a_loader_into_memory_of_a_gpu(job):
+    architecture = Architecture.parse(json.dumps(CONFIG | {"rms_norm_eps": 1e-6}))
+    options = {"rank": 1, "size": 2, "device": HERE, "job": job}
+    captured, formula = (Weights(architecture, captured=c, **options) for c in (True, False))
+    assert captured.layout.digest == formula.layout.digest
+
+
 @pytest.mark.parametrize("kind", [(), ("--pretrain",)], ids=["rl", "pretrain"])
 def test_a_demo_runs_on_gpus(tmp_path, kind):
     for package in ("transformers", "matplotlib"):
