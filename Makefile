@@ -9,7 +9,7 @@ VENV := $(CURDIR)/.venv/bin
 # The package of the build tree; nothing is installed.
 ENV := PATH="$(VENV):$(CURDIR)/$(BUILD)/bin:$$PATH" PYTHONPATH="$(CURDIR)/$(BUILD)/python"
 
-.PHONY: help deps build demo test bench lint sanitize wheel clean
+.PHONY: help deps build demo test bench bench-gpu lint sanitize wheel clean
 
 help:
 	@echo "make deps      packages and .venv (asked for by the targets below)"
@@ -17,6 +17,7 @@ help:
 	@echo "make demo      reinforcement learning with refits, kills and a control run, on this machine"
 	@echo "make test      every C++ and Python test; ends with one summary line"
 	@echo "make bench     measure, into bench/results/"
+	@echo "make bench-gpu the same on the GPUs of this machine, into bench/results/"
 	@echo "make lint      formatting, clang-tidy, thread safety, ruff, mypy, rules of the house"
 	@echo "make sanitize  the tests under ASan + UBSan, and under TSan without gRPC"
 	@echo "make wheel     a wheel, into build/wheel"
@@ -39,6 +40,10 @@ test: build
 
 bench: build
 	@$(ENV) python bench/run.py --build $(BUILD) $(ARGS)
+
+bench-gpu: build
+	@$(ENV) TRANSFUSE_GPU_JSON=$(BUILD)/gpu_copies.json transfuse_gpu_bench
+	@$(ENV) python bench/gpu/refit.py --json bench/results/gpu_refit.json $(ARGS)
 
 lint: deps
 	@$(ENV) tools/lint.sh

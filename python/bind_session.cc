@@ -46,10 +46,12 @@ struct Ground {
   std::vector<std::shared_ptr<ArenaMemory>> arenas;
   ParameterOwners owners;
 
-  Ground(const SessionOptions& options, const Layout& layout, const Parameters& parameters,
+  Ground(SessionOptions options, const Layout& layout, const Parameters& parameters,
          bool writable) {
     for (const auto& [name, object] : parameters)
       owners.add(layout, nb::cast<std::string>(name), object, writable);
+    if (options.device) owners.expect_device(*options.device);
+    if (!options.device) options.device = owners.device();
     const nb::gil_scoped_release unlocked;
     session = take(Session::open(options));
     arenas = session->arenas();
@@ -79,6 +81,7 @@ class Member {
   Member(const SessionOptions& session_options, const Layout& layout, const Parameters& parameters,
          bool writable, Options options)
       : name_(options.name), ground_(Ground(session_options, layout, parameters, writable)) {
+    device_ = ground_->session->device();
     options.arenas = ground_->regions();
     native_ = take(thread_->run(
         [session = ground_->session, layout, options, memory = ground_->owners.memory()] {
@@ -93,6 +96,7 @@ class Member {
     if (native_ == nullptr) throw Failure({ErrorCode::kUnavailable, "'" + name_ + "' is closed"});
     return *native_;
   }
+  std::optional<int> device() const { return device_; }
   OperationThread& thread() { return *thread_; }
   void close() {
     if (native_ == nullptr) return;
@@ -120,6 +124,7 @@ class Member {
   }
 
   std::string name_;
+  std::optional<int> device_;
   std::optional<Ground> ground_;
   std::unique_ptr<Native> native_;
   std::unique_ptr<OperationThread> thread_ = std::make_unique<OperationThread>();
@@ -127,12 +132,13 @@ class Member {
 
 SessionOptions session_options(std::string job, std::optional<std::string> address,
                                std::optional<std::string> token, std::optional<uint32_t> threads,
-                               std::optional<bool> allow_any_tracer) {
+                               std::optional<bool> allow_any_tracer, std::optional<int> device) {
   return {.job = std::move(job),
           .address = std::move(address),
           .token = std::move(token),
           .threads = threads,
-          .allow_any_tracer = allow_any_tracer};
+          .allow_any_tracer = allow_any_tracer,
+          .device = device};
 }
 
 class PythonPublisher : public Member<Publisher> {
@@ -242,7 +248,8 @@ void bind_publisher(nb::module_& m) {
              Retention retention, uint32_t snapshot_slots, WhenLeased when_leased,
              uint32_t fingerprint_threads, Metadata metadata, bool compute_revision,
              std::string job, std::optional<std::string> address, std::optional<std::string> token,
-             std::optional<uint32_t> threads, std::optional<bool> allow_any_tracer) {
+             std::optional<uint32_t> threads, std::optional<bool> allow_any_tracer,
+             std::optional<int> device) {
             PublisherOptions options;
             options.metadata = std::move(metadata);
             options.compute_revision = compute_revision;
@@ -254,19 +261,21 @@ void bind_publisher(nb::module_& m) {
             options.snapshot_slots = snapshot_slots;
             options.when_leased = when_leased;
             options.fingerprint_threads = fingerprint_threads;
-            new (self) PythonPublisher(session_options(std::move(job), std::move(address),
-                                                       std::move(token), threads, allow_any_tracer),
-                                       layout, parameters, false, std::move(options));
+            new (self) PythonPublisher(
+                session_options(std::move(job), std::move(address), std::move(token), threads,
+                                allow_any_tracer, device),
+                layout, parameters, false, std::move(options));
           },
           "layout"_a, "parameters"_a, nb::kw_only(), "name"_a, "model"_a, "source_count"_a,
           "drain_ms"_a, "retention"_a, "snapshot_slots"_a, "when_leased"_a, "fingerprint_threads"_a,
           "metadata"_a, "compute_revision"_a, "job"_a, "address"_a.none(), "token"_a.none(),
-          "threads"_a.none(), "allow_any_tracer"_a.none())
+          "threads"_a.none(), "allow_any_tracer"_a.none(), "device"_a.none())
       .def("begin_write", &PythonPublisher::begin_write, "version"_a)
       .def("publish", &PythonPublisher::publish, "version"_a, "metadata"_a, "revision"_a.none())
       .def("abort_write", &PythonPublisher::abort_write, "reason"_a)
       .def("set_retention", &PythonPublisher::set_retention, "retention"_a)
       .def_prop_ro("version", [](PythonPublisher& p) { return p.native().version(); })
+      .def_prop_ro("device", &PythonPublisher::device)
       .def("close", &PythonPublisher::close);
 }
 
@@ -288,7 +297,8 @@ void bind_receiver(nb::module_& m) {
              bool keep_previous, std::string group, uint32_t group_size, int64_t round_ms,
              std::optional<Checkpoint> checkpoint, int64_t checkpoint_wait_ms, const Demand& demand,
              std::string job, std::optional<std::string> address, std::optional<std::string> token,
-             std::optional<uint32_t> threads, std::optional<bool> allow_any_tracer) {
+             std::optional<uint32_t> threads, std::optional<bool> allow_any_tracer,
+             std::optional<int> device) {
             ReceiverOptions options;
             options.model = std::move(model);
             options.name = std::move(name);
@@ -305,15 +315,16 @@ void bind_receiver(nb::module_& m) {
             options.demand = demand;
             options.checkpoint = std::move(checkpoint);
             options.checkpoint_wait_ms = checkpoint_wait_ms;
-            new (self) PythonReceiver(session_options(std::move(job), std::move(address),
-                                                      std::move(token), threads, allow_any_tracer),
-                                      layout, parameters, true, std::move(options));
+            new (self)
+                PythonReceiver(session_options(std::move(job), std::move(address), std::move(token),
+                                               threads, allow_any_tracer, device),
+                               layout, parameters, true, std::move(options));
           },
           "layout"_a, "parameters"_a, nb::kw_only(), "name"_a, "model"_a, "verify"_a,
           "chunk_bytes"_a, "spread"_a, "no_progress_ms"_a, "max_attempts"_a, "into"_a,
           "keep_previous"_a, "group"_a, "group_size"_a, "round_ms"_a, "checkpoint"_a.none(),
           "checkpoint_wait_ms"_a, "demand"_a, "job"_a, "address"_a.none(), "token"_a.none(),
-          "threads"_a.none(), "allow_any_tracer"_a.none())
+          "threads"_a.none(), "allow_any_tracer"_a.none(), "device"_a.none())
       .def("refit", &PythonReceiver::refit, nb::kw_only(), "exactly"_a.none(), "at_least"_a.none(),
            "demand"_a, "timeout_ms"_a)
       .def("stage", &PythonReceiver::stage, nb::kw_only(), "exactly"_a.none(), "at_least"_a.none(),
@@ -325,6 +336,7 @@ void bind_receiver(nb::module_& m) {
       .def("check_group", &PythonReceiver::check_group)
       .def_prop_ro("last_report", [](PythonReceiver& r) { return r.native().last_report(); })
       .def_prop_ro("version", [](PythonReceiver& r) { return r.native().version(); })
+      .def_prop_ro("device", &PythonReceiver::device)
       .def("cancel", [](PythonReceiver& r) { r.native().cancel(); })
       .def("close", &PythonReceiver::close);
 }
@@ -359,7 +371,7 @@ class PythonControl {
                 std::optional<std::string> token) {
     const nb::gil_scoped_release unlocked;
     session_ = take(Session::open(
-        session_options(std::move(job), std::move(address), std::move(token), {}, {})));
+        session_options(std::move(job), std::move(address), std::move(token), {}, {}, {})));
     control_ = take(session_->control());
   }
   std::vector<VersionInfo> versions(const std::string& model) {

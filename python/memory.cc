@@ -4,13 +4,18 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include <algorithm>
+#include <charconv>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <utility>
 
 #include "bind.h"
+#include "session.h"
 #include "transfuse/layout.h"
 #include "transfuse/result.h"
 
@@ -80,6 +85,54 @@ std::string dlpack_name(nb::dlpack::dtype dtype) {
 
 std::byte* address(uintptr_t value) { return reinterpret_cast<std::byte*>(value); }
 
+[[noreturn]] void refuse_device(const ParameterSpec& spec, const std::string& device) {
+  refuse(ErrorCode::kUnsupported, spec,
+         "lies on " + device + "; expected memory of the host or of an NVIDIA GPU");
+}
+
+// The ordinal in "cuda:1"; empty for "cpu". Refuses every other device.
+std::optional<int> gpu_of(const ParameterSpec& spec, std::string_view device) {
+  if (device == "cpu" || device.starts_with("cpu:")) return std::nullopt;
+  constexpr std::string_view kCuda = "cuda:";
+  int ordinal = 0;
+  const std::string_view number = device.substr(std::min(device.size(), kCuda.size()));
+  const auto read = std::from_chars(number.data(), number.data() + number.size(), ordinal);
+  if (!device.starts_with(kCuda) || read.ec != std::errc() ||
+      read.ptr != number.data() + number.size())
+    refuse_device(spec, std::string(device));
+  return ordinal;
+}
+
+// A tensor outlives its memory where a framework frees the storage under it.
+void check_storage(const ParameterSpec& spec, nb::handle tensor, uint64_t size_bytes) {
+  if (!nb::hasattr(tensor, "untyped_storage")) return;
+  const auto held = nb::cast<uint64_t>(tensor.attr("untyped_storage")().attr("nbytes")());
+  const auto offset = nb::cast<uint64_t>(tensor.attr("storage_offset")()) *
+                      nb::cast<uint64_t>(tensor.attr("element_size")());
+  if (offset + size_bytes <= held) return;
+  refuse(ErrorCode::kInvalidArgument, spec,
+         "its tensor has " + std::to_string(size_bytes) + " bytes from byte " +
+             std::to_string(offset) + " of a storage that has " + std::to_string(held) +
+             ": the storage was freed or resized under it (weights that FSDP has resharded, an "
+             "engine that sleeps); wake it or gather it first");
+}
+
+// DLPack's numbers of devices (DLDeviceType) where memory is not ours to move.
+std::string dlpack_device(int type, int id) {
+  switch (type) {
+    case nb::device::cuda_managed::value:
+      return "managed memory of CUDA (cudaMallocManaged)";
+    case nb::device::rocm::value:
+      return "rocm:" + std::to_string(id);
+    case nb::device::metal::value:
+      return "metal:" + std::to_string(id);
+    case nb::device::oneapi::value:
+      return "oneapi:" + std::to_string(id);
+    default:
+      return "DLPack device " + std::to_string(type) + ":" + std::to_string(id);
+  }
+}
+
 }  // namespace
 
 ParameterOwners::~ParameterOwners() {
@@ -88,6 +141,8 @@ ParameterOwners::~ParameterOwners() {
 
 ParameterOwners::ParameterOwners(ParameterOwners&& other) noexcept
     : memory_(std::move(other.memory_)),
+      device_(other.device_),
+      on_device_(std::move(other.on_device_)),
       objects_(std::move(other.objects_)),
       arrays_(std::move(other.arrays_)),
       buffers_(std::exchange(other.buffers_, {})) {}
@@ -106,13 +161,29 @@ void ParameterOwners::add(const Layout& layout, const std::string& name, nb::han
          "expected a tensor, an array or a buffer, found " + text_of(object.type()));
 }
 
+void ParameterOwners::note_device(const ParameterSpec& spec, int ordinal) {
+  if (!device_) {
+    device_ = ordinal;
+    on_device_ = spec.name;
+  }
+  if (*device_ == ordinal) return;
+  refuse(ErrorCode::kInvalidArgument, spec,
+         "lies on " + device_name(ordinal) + " and parameter '" + on_device_ + "' on " +
+             device_name(*device_) + ": expected all of one publisher or receiver on one GPU");
+}
+
+void ParameterOwners::expect_device(int ordinal) const {
+  if (!device_ || *device_ == ordinal) return;
+  throw Failure({ErrorCode::kInvalidArgument,
+                 "parameter '" + on_device_ + "' lies on " + device_name(*device_) +
+                     ", and the device given is " + device_name(ordinal)});
+}
+
 bool ParameterOwners::add_tensor(const ParameterSpec& spec, nb::handle object) {
   for (const char* name : {"data_ptr", "numel", "element_size", "is_contiguous", "device"}) {
     if (!nb::hasattr(object, name)) return false;
   }
-  const std::string device = text_of(object.attr("device"));
-  if (!device.starts_with("cpu"))
-    refuse(ErrorCode::kUnsupported, spec, "lies on " + device + "; this build moves CPU memory");
+  const std::optional<int> device = gpu_of(spec, text_of(object.attr("device")));
   if (!nb::cast<bool>(object.attr("is_contiguous")()))
     refuse(ErrorCode::kInvalidArgument, spec,
            "its tensor is not contiguous; give a flat view of its storage span, as "
@@ -120,6 +191,8 @@ bool ParameterOwners::add_tensor(const ParameterSpec& spec, nb::handle object) {
   check_dtype(spec, text_of(object.attr("dtype")));
   const auto size_bytes = nb::cast<uint64_t>(object.attr("numel")()) *
                           nb::cast<uint64_t>(object.attr("element_size")());
+  check_storage(spec, object, size_bytes);
+  if (device) note_device(spec, *device);
   memory_.push_back({.name = spec.name,
                      .data = address(nb::cast<uintptr_t>(object.attr("data_ptr")())),
                      .size_bytes = size_bytes});
@@ -145,10 +218,16 @@ bool ParameterOwners::add_buffer(const ParameterSpec& spec, nb::handle object, b
 
 template <typename Array>
 void ParameterOwners::add_array(const ParameterSpec& spec, const Array& array) {
-  if (array.device_type() != nb::device::cpu::value)
-    refuse(ErrorCode::kUnsupported, spec,
-           "lies on DLPack device " + std::to_string(array.device_type()) +
-               "; this build moves CPU memory");
+  switch (array.device_type()) {
+    case nb::device::cpu::value:
+    case nb::device::cuda_host::value:  // pinned memory of the host
+      break;
+    case nb::device::cuda::value:
+      note_device(spec, array.device_id());
+      break;
+    default:
+      refuse_device(spec, dlpack_device(array.device_type(), array.device_id()));
+  }
   check_dtype(spec, dlpack_name(array.dtype()));
   int64_t expected = 1;
   for (size_t i = array.ndim(); i-- > 0;) {

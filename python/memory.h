@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -24,19 +25,27 @@ class ParameterOwners {
   ParameterOwners(ParameterOwners&& other) noexcept;
   ParameterOwners& operator=(ParameterOwners&&) = delete;
 
-  // Contiguous CPU memory of `object`. Throws Failure naming the parameter where it has none, has
-  // another dtype than the layout says, or is read-only and `writable` is asked for.
+  // Contiguous memory of `object`, on a CPU or an NVIDIA GPU. Throws Failure naming the parameter
+  // where it has none, has another dtype than the layout says, lies on another GPU than one before
+  // it, or is read-only and `writable` is asked for.
   void add(const Layout& layout, const std::string& name, nanobind::handle object, bool writable);
   const std::vector<ParameterMemory>& memory() const { return memory_; }
+  // The GPU that parameters lie on, by its ordinal in this process; empty: none lies on one.
+  std::optional<int> device() const { return device_; }
+  // kInvalidArgument, naming the parameter, where they lie on a GPU other than this.
+  void expect_device(int ordinal) const;
 
  private:
   bool add_tensor(const ParameterSpec& spec, nanobind::handle object);
   bool add_buffer(const ParameterSpec& spec, nanobind::handle object, bool writable);
   bool add_dlpack(const ParameterSpec& spec, nanobind::handle object, bool writable);
+  void note_device(const ParameterSpec& spec, int ordinal);
   template <typename Array>
   void add_array(const ParameterSpec& spec, const Array& array);
 
   std::vector<ParameterMemory> memory_;
+  std::optional<int> device_;
+  std::string on_device_;  // the first parameter there
   std::vector<nanobind::object> objects_;
   std::vector<nanobind::ndarray<nanobind::ro>> arrays_;
   std::vector<Py_buffer> buffers_;

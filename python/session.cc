@@ -9,12 +9,14 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "rpc/rpc.h"
 #include "rpc/runtime_folder.h"
 #include "transfuse/control.h"
+#include "transfuse/gpu.h"
 #include "transfuse/result.h"
 #include "transfuse/transport.h"
 
@@ -28,10 +30,11 @@ Result<std::string> open_runtime_folder(const std::string& job) {
   return paths.folder;
 }
 
-// Sessions that are alive, by process and job: a forked child finds none of its parent's.
+// Sessions that are alive, by process, job and device: a forked child finds none of its parent's.
+using SessionKey = std::tuple<pid_t, std::string, std::optional<int>>;
 std::mutex open_mutex;
-std::map<std::pair<pid_t, std::string>, std::weak_ptr<Session>>& open_sessions() {
-  static std::map<std::pair<pid_t, std::string>, std::weak_ptr<Session>> sessions;
+std::map<SessionKey, std::weak_ptr<Session>>& open_sessions() {
+  static std::map<SessionKey, std::weak_ptr<Session>> sessions;
   return sessions;
 }
 
@@ -43,11 +46,29 @@ Result<void> check_same(const std::string& job, const char* option, const std::o
                "this process has job '" + job + "' open with another value of '" + option + "'"};
 }
 
+#ifdef TRANSFUSE_CUDA
+Result<std::unique_ptr<Transport>> on_device(std::unique_ptr<Transport> host, int device) {
+  auto transport = open_cuda_transport(std::move(host), device);
+  if (transport) return transport;
+  const Error& error = transport.error();
+  return Error{error.code, device_name(device) + ": " + error.message};
+}
+#else
+Result<std::unique_ptr<Transport>> on_device(const std::unique_ptr<Transport>&, int device) {
+  return Error{ErrorCode::kUnsupported,
+               device_name(device) +
+                   ": this build of Transfuse has no GPU support (it was made without nvcc of CUDA "
+                   "13 or later, or with TRANSFUSE_CUDA=OFF); weights in memory of the host work"};
+}
+#endif
+
 }  // namespace
+
+std::string device_name(int ordinal) { return "cuda:" + std::to_string(ordinal); }
 
 Result<std::shared_ptr<Session>> Session::open(const SessionOptions& options) {
   const std::lock_guard lock(open_mutex);
-  auto& known = open_sessions()[{getpid(), options.job}];
+  auto& known = open_sessions()[{getpid(), options.job, options.device}];
   if (auto session = known.lock()) {
     TRANSFUSE_RETURN_IF_ERROR(session->join(options));
     return session;
@@ -57,6 +78,9 @@ Result<std::shared_ptr<Session>> Session::open(const SessionOptions& options) {
   transport_options.threads = options.threads.value_or(0);
   transport_options.allow_any_tracer = options.allow_any_tracer.value_or(false);
   TRANSFUSE_ASSIGN_OR_RETURN(auto transport, open_shm_transport(folder, transport_options));
+  if (options.device) {
+    TRANSFUSE_ASSIGN_OR_RETURN(transport, on_device(std::move(transport), *options.device));
+  }
   std::shared_ptr<Session> session(new Session(options, std::move(transport)));
   known = session;
   return session;
@@ -66,6 +90,7 @@ Session::Session(const SessionOptions& options, std::unique_ptr<Transport> trans
     : job_(options.job),
       threads_(options.threads.value_or(0)),
       allow_any_tracer_(options.allow_any_tracer.value_or(false)),
+      device_(options.device),
       owner_pid_(getpid()),
       transport_(std::move(transport)),
       address_(options.address),
@@ -104,7 +129,8 @@ Result<Control*> Session::control() {
 }
 
 Result<std::shared_ptr<ArenaMemory>> Session::allocate(uint64_t size_bytes) {
-  TRANSFUSE_ASSIGN_OR_RETURN(auto region, transport_->allocate(size_bytes));
+  TRANSFUSE_ASSIGN_OR_RETURN(auto region, device_ ? transport_->allocate_on_device(size_bytes)
+                                                  : transport_->allocate(size_bytes));
   auto arena = std::make_shared<ArenaMemory>();
   arena->session = shared_from_this();
   arena->region = std::move(region);

@@ -833,10 +833,17 @@ def read_catalog(path: str, spec: str = 'hf') -> list[TensorSpec]:
 
 class NativeArena:
     """
-    Zeroed shared memory that other processes read by mapping it: the best route on one host. A writable buffer; it lives as long as a view of it.
+    Zeroed memory that other processes read by mapping it: the best route on one host. A writable buffer, or on a GPU what __cuda_array_interface__ says; it lives as long as a view of it.
     """
 
-    def __init__(self, size_bytes: int, *, job: str = '', threads: int | None = None, allow_any_tracer: bool | None = None) -> None: ...
+    def __init__(self, size_bytes: int, *, job: str = '', threads: int | None = None, allow_any_tracer: bool | None = None, device: int | None = None) -> None: ...
+
+    @property
+    def device(self) -> int | None:
+        """The GPU's ordinal; None: memory of the host."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, object]: ...
 
     @property
     def size_bytes(self) -> int: ...
@@ -1241,7 +1248,7 @@ def snapshot_bytes(layout: Layout, slots: int) -> int:
 class NativePublisher:
     """See transfuse.Publisher."""
 
-    def __init__(self, layout: Layout, parameters: dict[str, object], *, name: str, model: str, source_count: int, drain_ms: int, retention: Retention, snapshot_slots: int, when_leased: WhenLeased, fingerprint_threads: int, metadata: Mapping[str, str], compute_revision: bool, job: str, address: str | None, token: str | None, threads: int | None, allow_any_tracer: bool | None) -> None: ...
+    def __init__(self, layout: Layout, parameters: dict[str, object], *, name: str, model: str, source_count: int, drain_ms: int, retention: Retention, snapshot_slots: int, when_leased: WhenLeased, fingerprint_threads: int, metadata: Mapping[str, str], compute_revision: bool, job: str, address: str | None, token: str | None, threads: int | None, allow_any_tracer: bool | None, device: int | None) -> None: ...
 
     def begin_write(self, version: int) -> WriteTiming: ...
 
@@ -1253,6 +1260,9 @@ class NativePublisher:
 
     @property
     def version(self) -> int: ...
+
+    @property
+    def device(self) -> int | None: ...
 
     def close(self) -> None: ...
 
@@ -1276,7 +1286,7 @@ def shadow_bytes(layout: Layout) -> int:
 class NativeReceiver:
     """See transfuse.Receiver."""
 
-    def __init__(self, layout: Layout, parameters: dict[str, object], *, name: str, model: str, verify: Verify, chunk_bytes: int, spread: int, no_progress_ms: int, max_attempts: int, into: ReceiveInto, keep_previous: bool, group: str, group_size: int, round_ms: int, checkpoint: NativeCheckpoint | None, checkpoint_wait_ms: int, demand: Demand, job: str, address: str | None, token: str | None, threads: int | None, allow_any_tracer: bool | None) -> None: ...
+    def __init__(self, layout: Layout, parameters: dict[str, object], *, name: str, model: str, verify: Verify, chunk_bytes: int, spread: int, no_progress_ms: int, max_attempts: int, into: ReceiveInto, keep_previous: bool, group: str, group_size: int, round_ms: int, checkpoint: NativeCheckpoint | None, checkpoint_wait_ms: int, demand: Demand, job: str, address: str | None, token: str | None, threads: int | None, allow_any_tracer: bool | None, device: int | None) -> None: ...
 
     def refit(self, *, exactly: int | None, at_least: int | None, demand: Demand, timeout_ms: int) -> RefitReport: ...
 
@@ -1298,6 +1308,9 @@ class NativeReceiver:
 
     @property
     def version(self) -> int: ...
+
+    @property
+    def device(self) -> int | None: ...
 
     def cancel(self) -> None: ...
 

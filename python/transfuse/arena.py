@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from transfuse._device import ordinal_of
 from transfuse._transfuse import NativeArena
 from transfuse.errors import ResourceExhaustedError
 from transfuse.session import DEFAULT_JOB
@@ -21,6 +22,10 @@ class Arena(NativeArena):
 
     A writable buffer: memoryview(arena) and torch.frombuffer(arena, ...) work, and the memory lives
     as long as a view of it. tensor() hands out one tensor after the other.
+
+    With a `device` it is memory of that GPU, which no other allocator frees or moves: no buffer,
+    but __cuda_array_interface__ (torch.as_tensor(arena, device=...), CuPy). Let no kernel use it
+    when the last view goes.
     """
 
     def __init__(
@@ -30,8 +35,15 @@ class Arena(NativeArena):
         job: str = DEFAULT_JOB,
         threads: int | None = None,
         allow_any_tracer: bool | None = None,
+        device: int | str | torch.device | None = None,
     ) -> None:
-        super().__init__(size_bytes, job=job, threads=threads, allow_any_tracer=allow_any_tracer)
+        super().__init__(
+            size_bytes,
+            job=job,
+            threads=threads,
+            allow_any_tracer=allow_any_tracer,
+            device=ordinal_of(device),
+        )
         self._used_bytes = 0
 
     @property
@@ -44,15 +56,20 @@ class Arena(NativeArena):
         import torch
 
         count = math.prod(shape)
+        place = None if self.device is None else f"cuda:{self.device}"
         if count == 0:
-            return torch.empty(tuple(shape), dtype=dtype)
+            return torch.empty(tuple(shape), dtype=dtype, device=place)
         begin = aligned(self._used_bytes)
         end = begin + count * dtype.itemsize
         if end > self.size_bytes:
             message = f"arena: {end} bytes needed, it has {self.size_bytes}"
             raise ResourceExhaustedError(message)
         self._used_bytes = end
-        return torch.frombuffer(self, dtype=dtype, count=count, offset=begin).view(tuple(shape))
+        if place is None:
+            flat = torch.frombuffer(self, dtype=dtype, count=count, offset=begin)
+        else:
+            flat = torch.as_tensor(self, device=place)[begin:end].view(dtype)
+        return flat.view(tuple(shape))
 
 
 def aligned(size_bytes: int) -> int:

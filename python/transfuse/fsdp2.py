@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement as TorchPlacement
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from transfuse._device import gpu_of
 from transfuse._module_layout import (
     Holding,
     PublishedNames,
@@ -60,9 +61,9 @@ def move_to_arena(model: torch.nn.Module, *, job: str = DEFAULT_JOB) -> Arena:
     shorter than those of the other ranks and keeps them in memory of its own: they stay there, and
     are read as the caller's memory. The values do not change.
     """
-    dtensors = [p for p in model.parameters() if isinstance(p, DTensor)]
-    sizes = [aligned(p.to_local().nbytes) for p in dtensors]
-    arena = Arena(max(1, sum(sizes)), job=job)
+    shards = [p.to_local() for p in model.parameters() if isinstance(p, DTensor)]
+    size_bytes = sum(aligned(shard.nbytes) for shard in shards)
+    arena = Arena(max(1, size_bytes), job=job, device=gpu_of(shards))
     moved: dict[int, torch.Tensor] = {}  # by parameter: a tied one is met more than once
 
     def move(tensor: torch.Tensor) -> torch.Tensor:

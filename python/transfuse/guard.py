@@ -22,7 +22,11 @@ class PointerMovedError(TransfuseError):
 
     def __init__(self, parameter: str, expected: Place, found: Place | None, when: str) -> None:
         where = "none of that name" if found is None else str(found)
-        super().__init__(f"{parameter}: moved ({when}): expected {expected}, found {where}")
+        super().__init__(
+            f"{parameter}: moved ({when}): expected {expected}, found {where}; bring it back "
+            "(PointerGuard.restore()), or close what reads or writes the old place, also graphs "
+            "that were captured, and open it anew"
+        )
         self.parameter = parameter
         self.expected = expected
         self.found = found

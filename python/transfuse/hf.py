@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from transfuse._device import gpu_of
 from transfuse._module_layout import (
     Holding,
     PublishedNames,
@@ -47,13 +48,14 @@ def layout(
 
 
 def move_to_arena(model: torch.nn.Module, *, job: str = DEFAULT_JOB) -> Arena:
-    """Moves the parameters into memory that readers map: the best route on one host.
+    """Moves the parameters into memory that readers map: the best route on one host, on its GPU.
 
     Call it before the optimizer is made. Every parameter gets memory of its own, tied ones share
     theirs. The values do not change.
     """
     parameters = list(model.parameters())
-    arena = Arena(max(1, sum(aligned(p.nbytes) for p in parameters)), job=job)
+    size_bytes = sum(aligned(p.nbytes) for p in parameters)
+    arena = Arena(max(1, size_bytes), job=job, device=gpu_of(parameters))
     with torch.no_grad():
         for parameter in parameters:
             place = arena.tensor(parameter.shape, parameter.dtype)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+from transfuse._device import finish_queued_work, ordinal_of
 from transfuse._transfuse import (
     Digest,
     GroupInfo,
@@ -88,7 +89,10 @@ class Publisher:
     """Offers the weights of this process, version after version.
 
     `parameters` names every parameter of `layout` once: a tensor (data_ptr), an array (DLPack) or a
-    buffer; contiguous CPU memory that stays where it is while the publisher lives.
+    buffer; contiguous memory that stays where it is while the publisher lives, of the host or of
+    one GPU. `device` (None: the GPU of the parameters) is where the transport works; with it
+    parameters in memory of the host can be read into GPUs. publish() waits for what was queued on
+    torch's current stream of the device; work on other streams is the caller's to wait for.
 
     `retention` "in_place": readers read where the trainer keeps the weights. Between begin_write()
     and publish() nobody reads; outside of it the caller must not write. "snapshot": publish()
@@ -131,6 +135,7 @@ class Publisher:
         token: str | None = None,
         threads: int | None = None,
         allow_any_tracer: bool | None = None,
+        device: int | str | torch.device | None = None,
     ) -> None:
         kept = _choice("retention", retention, _RETENTIONS)
         if snapshot_slots is None:
@@ -153,8 +158,15 @@ class Publisher:
             token=token,
             threads=threads,
             allow_any_tracer=allow_any_tracer,
+            device=ordinal_of(device),
         )
+        self._device = self._native.device
         self._close = weakref.finalize(self, self._native.close)
+
+    @property
+    def device(self) -> int | None:
+        """The GPU that its transport works on; None: memory of the host."""
+        return self._device
 
     @property
     def version(self) -> int:
@@ -181,7 +193,9 @@ class Publisher:
         `compute_revision` a revision that the weights do not have is a FingerprintMismatchError.
         After DeadlineExceededError or UnavailableError it may be called again.
         """
-        return self._native.publish(version, metadata_of(metadata), revision_of(revision))
+        words = metadata_of(metadata)
+        finish_queued_work(self._device)
+        return self._native.publish(version, words, revision_of(revision))
 
     def set_retention(self, retention: Retention | str) -> None:
         """From the next begin_write() on; not while a version is being written."""
@@ -279,7 +293,10 @@ class Checkpoint:
 class Receiver:
     """Brings versions into the parameters of this process, proved.
 
-    `parameters` as for Publisher, writable. `spread` is this target's number among its peers.
+    `parameters` and `device` as for Publisher, writable; with a device parameters in memory of the
+    host can take what GPUs hold. refit(), commit() and rollback() wait for torch's current stream
+    before they write, and return when the bytes are there. Memory for the same layout at another
+    place takes a new receiver. `spread` is this target's number among its peers.
 
     `into="in_place"`: refit() overwrites the parameters; after one that failed in or after the
     transfer they hold no version until one succeeds. `into="shadow"`: versions arrive in a second
@@ -351,6 +368,7 @@ class Receiver:
         token: str | None = None,
         threads: int | None = None,
         allow_any_tracer: bool | None = None,
+        device: int | str | torch.device | None = None,
     ) -> None:
         self._name = name
         self._hooks = AfterCommit(parameters, after_commit, derived)
@@ -379,8 +397,15 @@ class Receiver:
             token=token,
             threads=threads,
             allow_any_tracer=allow_any_tracer,
+            device=ordinal_of(device),
         )
+        self._device = self._native.device
         self._close = weakref.finalize(self, self._native.close)
+
+    @property
+    def device(self) -> int | None:
+        """The GPU that its transport works on; None: memory of the host."""
+        return self._device
 
     @property
     def version(self) -> int:
@@ -414,7 +439,7 @@ class Receiver:
         demanded besides what the receiver demands.
         """
         timeout_ms = _milliseconds(timeout_s)
-        self._check_places("before the refit")
+        self._before_write("before the refit")
         report = self._native.refit(
             exactly=exactly,
             at_least=at_least,
@@ -458,7 +483,7 @@ class Receiver:
         In a group: CancelledError if it was decided to give the version up (the one before stays),
         GroupBrokenError if the decision or a rank was lost.
         """
-        self._check_places("before the commit")
+        self._before_write("before the commit")
         report = self._native.commit(_milliseconds(timeout_s))
         self.run_hooks()
         return report
@@ -468,7 +493,7 @@ class Receiver:
 
         NotFoundError if it was not kept, or a stage began since.
         """
-        self._check_places("before the rollback")
+        self._before_write("before the rollback")
         version = self._native.rollback(_milliseconds(timeout_s))
         self.run_hooks()
         return version
@@ -485,6 +510,10 @@ class Receiver:
             failed = self._hooks.failed or f"hooks have not run for version {version}"
             raise GroupBrokenError(f"{self._name}: {failed}; call run_hooks()")
         return group
+
+    def _before_write(self, when: str) -> None:
+        self._check_places(when)
+        finish_queued_work(self._device)
 
     def _check_places(self, when: str) -> None:
         if self._guard is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transfuse.demo.channel import ChildFailedError
 from transfuse.demo.results import ResultsError, check_room
-from transfuse.errors import TransfuseError
+from transfuse.errors import TransfuseError, UnsupportedError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_MISSING, EXIT_INTERRUPTED = 1, 2, 3, 130
 NEEDED = ("torch", "transformers", "matplotlib")
@@ -21,13 +21,14 @@ EPILOG = """examples:
   transfuse demo                       the whole run, results in ./demo-out
   transfuse demo --tiny --out /tmp/x   a run of seconds, too short to learn anything
   transfuse demo --trainer megatron:tp=2   Megatron-Core trains (pip install megatron-core)
+  transfuse demo --device cuda         models on the GPUs of this machine, dealt in turn
   transfuse demo --engine captured     the engine's layout learned from its own load_weights
   transfuse demo --pretrain            pre-training on real text instead
   transfuse demo --pretrain --text README.md --steps 200
 
 exit codes: 0 the reward is there, and the control run shows that it needs the refits (--pretrain:
 the engine's logits are those of the trainers, bit for bit); 1 that is not so, a process failed, or
-results could not be written; 2 wrong usage; 3 a package is missing; 130 interrupted"""
+results could not be written; 2 wrong usage; 3 a package or a GPU is missing; 130 interrupted"""
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -46,6 +47,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="of weights, data and samples")
     parser.add_argument(
         "--trainer", choices=TRAINERS, default="fsdp:dp=2", help="what trains (default: fsdp:dp=2)"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where models lie (default: cpu)"
     )
     parser.add_argument("--tiny", action="store_true", help="small model, few steps")
     parser.add_argument("--plain", action="store_true", help="no colours, no progress bar")
@@ -68,6 +72,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error("--trainer: only without --pretrain, which has FSDP2 trainers")
     if options.engine != "formula" and options.pretrain:
         parser.error("--engine: the engine of --pretrain is a module, whose layout is its own")
+    if options.device != "cpu" and options.trainer != "fsdp:dp=2":
+        parser.error("--device: the Megatron-Core trainers of the demo run on CPUs")
     if options.steps is not None and options.steps < 2:
         parser.error(f"--steps: expected at least 2, found {options.steps}")
     return options
@@ -109,6 +115,13 @@ def main() -> int:
             f"transfuse demo needs {packages}: pip install {packages.replace(',', '')}, or "
             "`make demo` in the repository\n"
         )
+        return EXIT_MISSING
+    try:
+        from transfuse.demo import devices
+
+        devices.check(options.device)
+    except UnsupportedError as error:
+        sys.stderr.write(f"transfuse demo --device {options.device}: {error}\n")
         return EXIT_MISSING
     try:
         return run(options)

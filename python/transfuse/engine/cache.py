@@ -12,9 +12,18 @@ class KvCache:
     """
 
     def __init__(
-        self, *, layers: int, rows: int, columns: int, heads: int, head_dim: int, dtype: torch.dtype
+        self,
+        *,
+        layers: int,
+        rows: int,
+        columns: int,
+        heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self._memory = torch.zeros(layers, 2, rows, columns, heads, head_dim, dtype=dtype)
+        shape = (layers, 2, rows, columns, heads, head_dim)
+        self._memory = torch.zeros(shape, dtype=dtype, device=device)
 
     @property
     def rows(self) -> int:
@@ -34,7 +43,7 @@ class KvCache:
         self, layer: int, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> None:
         """Puts keys and values [rows, count, heads, head_dim] at `positions` [rows, count]."""
-        rows = torch.arange(positions.shape[0])[:, None]
+        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
         self._memory[layer, 0][rows, positions] = keys
         self._memory[layer, 1][rows, positions] = values
 

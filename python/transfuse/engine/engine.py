@@ -80,6 +80,7 @@ class Engine:
             heads=self._model.kv_heads,
             head_dim=config.head_dim,
             dtype=weights.dtype,
+            device=weights.device,
         )
 
     @property

@@ -53,6 +53,7 @@ class Model:
         self.kv_heads = max(1, config.num_key_value_heads // parallel.size)
         self._vocab_size = config.vocab_size
         named = weights.parameters
+        self._device = weights.device
         self._embedding = named["model.embed_tokens.weight"]
         self._first_token = parallel.rank * self._embedding.shape[0]
         self._head = named.get("lm_head.weight", self._embedding)
@@ -66,7 +67,7 @@ class Model:
         Their keys and values go into the cache; those of all earlier positions must be there.
         """
         shared = self._shared(positions)
-        x = self._embed(tokens)
+        x = self._embed(tokens.to(self._device))
         for index, layer in enumerate(self._layers):
             heads = self._attention(index, layer, self._normed(x, layer.input_norm), shared, cache)
             x = x + self._parallel.sum(F.linear(heads, layer.attention_out))
@@ -75,9 +76,12 @@ class Model:
         return self._normed(x, self._norm)
 
     def logits(self, hidden: torch.Tensor, note: bool = False) -> tuple[torch.Tensor, bool]:
-        """[rows, vocabulary] in f32, without padding, on every rank; and the `note` of rank 0."""
+        """[rows, vocabulary] in f32, without padding, on every rank; and the `note` of rank 0.
+
+        In memory of the host, where tokens are drawn.
+        """
         columns, note = self._parallel.gather_columns(F.linear(hidden, self._head), note)
-        return columns[:, : self._vocab_size].float(), note
+        return columns[:, : self._vocab_size].float().cpu(), note
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         if self._parallel.size == 1:
@@ -90,8 +94,10 @@ class Model:
     def _shared(self, positions: torch.Tensor) -> _Positions:
         rows, count = positions.shape
         columns = int(positions.max()) + 1
-        later = torch.arange(columns) > positions[:, None, :, None]  # [rows, 1, count, columns]
-        mask = torch.zeros(later.shape, dtype=self._embedding.dtype)
+        positions = positions.to(self._device)
+        every = torch.arange(columns, device=self._device)
+        later = every > positions[:, None, :, None]  # [rows, 1, count, columns]
+        mask = torch.zeros(later.shape, dtype=self._embedding.dtype, device=self._device)
         mask.masked_fill_(later, float("-inf"))
         group = self._heads // self.kv_heads
         mask = mask.expand(-1, group, -1, -1).reshape(rows, 1, group * count, columns)
@@ -148,4 +154,4 @@ def _rotations(weights: Weights, max_tokens: int) -> tuple[torch.Tensor, torch.T
     angles = torch.arange(max_tokens, dtype=torch.float32)[:, None] * frequencies
     cos, sin = angles.cos(), angles.sin()
     cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-    return cos.to(weights.dtype), sin.to(weights.dtype)
+    return cos.to(weights.device, weights.dtype), sin.to(weights.device, weights.dtype)

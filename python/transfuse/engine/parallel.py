@@ -35,7 +35,7 @@ class TensorParallel:
         """[rows, columns] of every rank side by side in rank order, and the `note` of rank 0."""
         if self.size == 1:
             return local, note
-        message = torch.empty(1 + local.numel(), dtype=local.dtype)
+        message = local.new_empty(1 + local.numel())
         message[0] = float(note)
         message[1:].view(local.shape).copy_(local)
         parts = self._gather(message)

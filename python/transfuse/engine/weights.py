@@ -23,7 +23,7 @@ class Weights:
 
     `layout` and `parameters` are what transfuse.Receiver takes. Parameters are [rows, columns], or
     [elements] for norms; zeros until something is loaded. They stay where they are for life: in an
-    arena of the job, which peers map, or with `arena=False` in private memory.
+    arena of the job, which peers map, or with `arena=False` in private memory; on `device`.
 
     `captured`: the layout is what transfuse.capture() learns from load_weights(), the engine's own
     loader, instead of the formula of the vllm spec; `report` says how. They are equal.
@@ -37,6 +37,7 @@ class Weights:
         size: int = 1,
         dtype: torch.dtype = torch.bfloat16,
         arena: bool = True,
+        device: torch.device | str = "cpu",
         captured: bool = False,
         job: str = DEFAULT_JOB,
     ) -> None:
@@ -47,6 +48,7 @@ class Weights:
         self.rank = rank
         self.size = size
         self.dtype = dtype
+        self.device = torch.device(device)
         self.report: CaptureReport | None = None
         self.layout: Layout
         if captured:
@@ -57,10 +59,13 @@ class Weights:
         self.parameters: dict[str, torch.Tensor]
         if arena:
             size_bytes = sum(aligned(math.prod(s) * dtype.itemsize) for s in shapes.values())
-            memory = Arena(size_bytes, job=job)
+            on_gpu = None if self.device.type == "cpu" else self.device
+            memory = Arena(size_bytes, job=job, device=on_gpu)
             self.parameters = {n: memory.tensor(s, dtype) for n, s in shapes.items()}
         else:
-            self.parameters = {n: torch.zeros(s, dtype=dtype) for n, s in shapes.items()}
+            self.parameters = {
+                n: torch.zeros(s, dtype=dtype, device=self.device) for n, s in shapes.items()
+            }
         self._loader = Loader(architecture.model, self.parameters, rank, size)
         if captured:
             found = capture(self.load_weights, self.parameters, architecture.model)

@@ -15,7 +15,7 @@ from transfuse.demo.screen import Screen, open_screen
 def settings_of(options: argparse.Namespace, job: str, folder: str) -> Settings:
     """Settings of the run that was asked for."""
     text = str(options.text.resolve()) if options.text else ""
-    settings = Settings(job=job, folder=folder, text=text, seed=options.seed)
+    settings = Settings(job=job, folder=folder, text=text, device=options.device, seed=options.seed)
     if options.tiny:
         settings = tiny(settings)
     if options.steps is not None:

@@ -16,21 +16,31 @@ import transformers
 import transfuse
 from transfuse import hf
 from transfuse.demo.channel import answer, commands
+from transfuse.demo.devices import device_of
 from transfuse.demo.layouts import save_layout
 from transfuse.demo.memcpy import Memcpy
 from transfuse.demo.plots import PHASES
-from transfuse.demo.pretrain.settings import MODEL, Settings
+from transfuse.demo.pretrain.settings import MODEL, TRAINERS, Settings
 from transfuse.demo.pretrain.text import Tokenizer, read_corpus
 
 PROMPT = "This License"
 
 
 def logits_of(model: torch.nn.Module, settings: Settings) -> torch.Tensor:
-    """Of a fixed input."""
+    """Of a fixed input, in memory of the host."""
     tokens = torch.arange(settings.context)[None] * 7 % settings.vocabulary
+    tokens = tokens.to(next(model.parameters()).device)
     with torch.no_grad():
         result: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
-    return result
+    return result.cpu()
+
+
+def first_model(settings: Settings) -> transformers.Qwen3ForCausalLM:
+    """In bf16 where the engine has it, with other weights than the trainers begin with."""
+    torch.manual_seed(settings.seed + 1000)
+    model: transformers.Qwen3ForCausalLM = transformers.Qwen3ForCausalLM(settings.model_config())
+    torch.nn.Module.to(model.eval(), device_of(settings.device, TRAINERS), torch.bfloat16)
+    return model
 
 
 class Engine:
@@ -40,12 +50,11 @@ class Engine:
         self.settings = settings
         corpus = read_corpus(Path(settings.text) if settings.text else None)
         self._tokenizer = Tokenizer(corpus, settings.vocabulary)
-        torch.manual_seed(settings.seed + 1000)  # other weights than the trainers begin with
-        self.model = transformers.Qwen3ForCausalLM(settings.model_config()).eval()
-        torch.nn.Module.to(self.model, torch.bfloat16)
+        self.model = first_model(settings)
+        self._device = next(self.model.parameters()).device
         self.layout, self.parameters = hf.layout(self.model)
         save_layout(settings.path, "engine0", self.layout)
-        self._memcpy = Memcpy(self.layout.parameter_bytes)
+        self._memcpy = Memcpy(self.layout.parameter_bytes, self._device)
 
     def open_receiver(self) -> transfuse.Receiver:
         """The receiver; one that was killed may count as alive for a moment longer."""
@@ -76,7 +85,7 @@ class Engine:
 
     def sample(self) -> str:
         """Text from the weights that are here now."""
-        prompt = torch.tensor([self._tokenizer.encode(PROMPT)])
+        prompt = torch.tensor([self._tokenizer.encode(PROMPT)], device=self._device)
         torch.manual_seed(self.settings.seed)
         with torch.no_grad():
             tokens = self.model.generate(
@@ -103,7 +112,7 @@ def serve(engine: Engine, receiver: transfuse.Receiver) -> None:
         elif command["do"] == "state":
             state = {
                 "logits": logits_of(engine.model, engine.settings),
-                "parameters": {n: p.detach() for n, p in engine.model.named_parameters()},
+                "parameters": {n: p.detach().cpu() for n, p in engine.model.named_parameters()},
             }
             torch.save(state, command["path"])
             answer("state", version=receiver.version)

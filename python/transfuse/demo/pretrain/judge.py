@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from transfuse.demo.pretrain.engine import logits_of
+from transfuse.demo.pretrain.engine import first_model, logits_of
 from transfuse.demo.pretrain.settings import Settings
 
 
@@ -25,9 +24,7 @@ def compare(settings: Settings, reference: Path, state: Path) -> dict[str, Any]:
     torch.set_num_threads(1)  # as in the engine: another split of the work may round differently
     gathered: dict[str, torch.Tensor] = torch.load(reference)
     engine = torch.load(state)
-    torch.manual_seed(settings.seed + 1000)
-    model = transformers.Qwen3ForCausalLM(settings.model_config()).eval()
-    torch.nn.Module.to(model, torch.bfloat16)
+    model = first_model(settings)
     before = logits_of(model, settings)
     missing, unexpected = model.load_state_dict(gathered, strict=False)
     if unexpected or set(missing) - {"lm_head.weight"}:  # tied: the embedding under another name

@@ -21,6 +21,7 @@ class Settings:
     job: str
     folder: str  # of this run, removed at its end: rendezvous, logs, layouts, logits
     text: str = ""  # path of other text than the GPL
+    device: str = "cpu"  # where models lie; or "cuda"
     steps: int = 120
     sample_every: int = 15
     sample_tokens: int = 48

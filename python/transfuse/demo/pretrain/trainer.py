@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 import transfuse
 from transfuse import fsdp2, torch_optimizer
 from transfuse.demo.channel import answer, commands
+from transfuse.demo.devices import BACKENDS, device_of
 from transfuse.demo.layouts import save_layout
 from transfuse.demo.pretrain.settings import MODEL, TRAINERS, Settings
 from transfuse.demo.pretrain.text import Tokenizer, read_corpus
@@ -29,8 +30,9 @@ from transfuse.demo.pretrain.text import Tokenizer, read_corpus
 class Trainer:
     """The sharded model, its data and its optimizer."""
 
-    def __init__(self, rank: int, settings: Settings) -> None:
+    def __init__(self, rank: int, settings: Settings, device: torch.device) -> None:
         self.rank = rank
+        self._device = device
         self.settings = settings
         corpus = read_corpus(Path(settings.text) if settings.text else None)
         tokenizer = Tokenizer(corpus, settings.vocabulary)
@@ -38,7 +40,8 @@ class Trainer:
         self._windows = torch.Generator().manual_seed(settings.seed * TRAINERS + rank)
         torch.manual_seed(settings.seed)
         self.model = transformers.Qwen3ForCausalLM(settings.model_config()).float()
-        mesh = init_device_mesh("cpu", (TRAINERS,), mesh_dim_names=("dp",))
+        torch.nn.Module.to(self.model, device)
+        mesh = init_device_mesh(device.type, (TRAINERS,), mesh_dim_names=("dp",))
         for layer in self.model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(self.model, mesh=mesh)
@@ -57,6 +60,7 @@ class Trainer:
             len(self._tokens) - length, (self.settings.batch,), generator=self._windows
         )
         batch = torch.stack([self._tokens[start : start + length] for start in starts])
+        batch = batch.to(self._device)
         logits = self.model(input_ids=batch[:, :-1], use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         self.optimizer.zero_grad()
@@ -75,7 +79,7 @@ class Trainer:
                 module.reshard()
         for name, parameter in self.model.named_parameters():
             whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            gathered[name] = whole.detach().to(torch.bfloat16)
+            gathered[name] = whole.detach().to(torch.bfloat16).cpu()
         return gathered
 
     def _set_learning_rate(self) -> None:
@@ -108,14 +112,15 @@ def main() -> None:
     """Joins the group, publishes, trains until told to stop."""
     rank, settings = int(sys.argv[1]), Settings.from_json(sys.argv[2])
     torch.set_num_threads(1)
+    device = device_of(settings.device, rank)
     dist.init_process_group(
-        "gloo",
+        BACKENDS[settings.device],
         init_method=f"file://{settings.path}/rendezvous",
         rank=rank,
         world_size=TRAINERS,
         timeout=datetime.timedelta(seconds=settings.deadline_s),
     )
-    trainer = Trainer(rank, settings)
+    trainer = Trainer(rank, settings, device)
     layout, parameters = fsdp2.layout(trainer.model)
     save_layout(settings.path, f"trainer{rank}", layout)
     with transfuse.Publisher(

@@ -32,6 +32,7 @@ def settings_of(options: argparse.Namespace, job: str, folder: str) -> Settings:
         folder=f"{folder}/live",
         seed=options.seed,
         trainer=options.trainer,
+        device=options.device,
         engine=options.engine,
     )
     if options.tiny:

@@ -56,8 +56,8 @@ class CudaIsCpu(TorchFunctionMode):
 class MegatronTrainer(Trainer):
     """Megatron-Core under tensor parallelism. Its first weights come by a refit."""
 
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings)
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        super().__init__(settings, device)
         spec = transfuse.parse_parallel_spec(settings.trainer)
         torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
         with CudaIsCpu():

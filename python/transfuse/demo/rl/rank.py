@@ -17,10 +17,11 @@ import torch.distributed as dist
 
 import transfuse
 from transfuse.demo.channel import Message, answer, commands
+from transfuse.demo.devices import BACKENDS, device_of
 from transfuse.demo.layouts import save_layout
 from transfuse.demo.memcpy import Memcpy
 from transfuse.demo.plots import PHASES
-from transfuse.demo.rl.settings import GROUP, MODEL, RANK_NAMES, RANKS, Settings
+from transfuse.demo.rl.settings import GROUP, MODEL, RANK_NAMES, RANKS, TRAINERS, Settings
 from transfuse.engine import (
     Architecture,
     Completions,
@@ -90,13 +91,19 @@ class Rank:
         self._settings = settings
         architecture = Architecture.parse(json.dumps(settings.model_config()))
         captured = settings.engine == "captured"
+        device = device_of(settings.device, TRAINERS + rank)
         self._weights = Weights(
-            architecture, rank=rank, size=RANKS, captured=captured, job=settings.job
+            architecture,
+            rank=rank,
+            size=RANKS,
+            device=device,
+            captured=captured,
+            job=settings.job,
         )
         save_layout(settings.path, RANK_NAMES[rank], self._weights.layout)
         self._receiver = self._open_receiver()
         self._safe_point = SafePoint(self._receiver, settings.deadline_s)
-        self._memcpy = Memcpy(self._weights.layout.parameter_bytes)
+        self._memcpy = Memcpy(self._weights.layout.parameter_bytes, device)
         self._engine: Engine | None = None
 
     def captured(self) -> dict[str, Any] | None:
@@ -115,7 +122,7 @@ class Rank:
         if dist.is_initialized():
             dist.destroy_process_group()
         dist.init_process_group(
-            "gloo",
+            BACKENDS[self._settings.device],
             init_method=f"file://{self._settings.path}/rendezvous-engine-{attempt}",
             rank=self._rank,
             world_size=RANKS,

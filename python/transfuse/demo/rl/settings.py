@@ -23,6 +23,7 @@ class Settings:
     job: str
     folder: str  # of this run, removed at its end: rendezvous, logs, layouts
     trainer: str = FSDP
+    device: str = "cpu"  # where models lie; or "cuda"
     engine: str = "formula"  # where the layout of the engine comes from; or "captured"
     refits: bool = True  # False: the control run, whose engine keeps the version it began with
     steps: int = 200

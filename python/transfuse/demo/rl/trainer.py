@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 import transfuse
 from transfuse import fsdp2
 from transfuse.demo.channel import Message, answer, commands
+from transfuse.demo.devices import BACKENDS, device_of
 from transfuse.demo.layouts import save_layout
 from transfuse.demo.rl.settings import MODEL, TRAINERS, Settings
 
@@ -30,8 +31,9 @@ SNAPSHOT_SLOTS = 2  # one that engines read while the next is copied
 class Trainer(abc.ABC):
     """The sharded policy and its optimizer; what a framework is to do of a step."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, device: torch.device) -> None:
         self.settings = settings
+        self._device = device
         self._step = 0
 
     @abc.abstractmethod
@@ -55,9 +57,10 @@ class Trainer(abc.ABC):
 
     def step(self, rollout: Message) -> dict[str, float]:
         """One step of the clipped policy gradient; the numbers are means over all trainers."""
-        prompts, tokens = torch.tensor(rollout["prompts"]), torch.tensor(rollout["tokens"])
-        drawn_with = torch.tensor(rollout["log_probabilities"])
-        advantages = torch.tensor(rollout["advantages"])
+        prompts, tokens, drawn_with, advantages = (
+            torch.tensor(rollout[name], device=self._device)
+            for name in ("prompts", "tokens", "log_probabilities", "advantages")
+        )
         text = torch.cat((prompts, tokens), dim=1)
         logits = self.logits(text[:, :-1])
         log_p = logits[:, prompts.shape[1] - 1 :].log_softmax(dim=-1)
@@ -80,10 +83,11 @@ class Trainer(abc.ABC):
 class FsdpTrainer(Trainer):
     """FSDP2 over all trainers; each learns from its share of a rollout."""
 
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings)
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        super().__init__(settings, device)
         self._model = self.first_model()
-        mesh = init_device_mesh("cpu", (TRAINERS,), mesh_dim_names=("dp",))
+        torch.nn.Module.to(self._model, device)
+        mesh = init_device_mesh(device.type, (TRAINERS,), mesh_dim_names=("dp",))
         for layer in self._model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(self._model, mesh=mesh)
@@ -110,13 +114,13 @@ class FsdpTrainer(Trainer):
         self._optimizer.step()
 
 
-def make_trainer(settings: Settings) -> Trainer:
+def make_trainer(settings: Settings, device: torch.device) -> Trainer:
     """The trainer that the settings name."""
     if settings.trainer.startswith("megatron"):
         from transfuse.demo.rl.megatron_trainer import MegatronTrainer
 
-        return MegatronTrainer(settings)
-    return FsdpTrainer(settings)
+        return MegatronTrainer(settings, device)
+    return FsdpTrainer(settings, device)
 
 
 def publish(publisher: transfuse.Publisher, version: int) -> dict[str, float]:
@@ -147,14 +151,15 @@ def main() -> None:
     """Joins the group, publishes, learns until told to end."""
     rank, settings = int(sys.argv[1]), Settings.from_json(sys.argv[2])
     torch.set_num_threads(1)
+    device = device_of(settings.device, rank)
     dist.init_process_group(
-        "gloo",
+        BACKENDS[settings.device],
         init_method=f"file://{settings.path}/rendezvous-trainers",
         rank=rank,
         world_size=TRAINERS,
         timeout=datetime.timedelta(seconds=settings.deadline_s),
     )
-    trainer = make_trainer(settings)
+    trainer = make_trainer(settings, device)
     layout, parameters = trainer.layout()
     save_layout(settings.path, f"trainer{rank}", layout)
     with transfuse.Publisher(
