@@ -100,6 +100,9 @@ void bind_revision(nb::module_& m) {
           owners.add(layout, nb::cast<std::string>(name), object, false);
         }
         const nb::gil_scoped_release unlocked;
+        owners.expect_host(
+            "give copies of the tensors on the CPU, or let Publisher(compute_revision=True) say "
+            "it");
         return take(revision_of(layout, owners.memory(), threads));
       },
       "layout"_a, "parameters"_a, "threads"_a = 0,

@@ -11,6 +11,7 @@ tensor, NCCL broadcasts for each tensor and packed. Needs torch and the package,
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -73,7 +74,7 @@ PAIRS = (
 )
 CAST = ("fsdp:dp=2,dtype=f32", "vllm:tp=2")
 ONE_PIECE_BYTES = 4 << 30
-ANSWER_S = 300.0
+ANSWER_S = 120.0
 SMALL_CYCLES = 1000
 
 
@@ -99,7 +100,10 @@ class Process:
 
     def ask(self, method: str, *arguments: object, **options: object) -> None:
         """Begins a command."""
-        self._commands.send((method, arguments, options))
+        try:
+            self._commands.send((method, arguments, options))
+        except BrokenPipeError:
+            raise Failed("BrokenPipeError", f"{self.name} has ended", "") from None
 
     def answer(self) -> Any:  # noqa: ANN401  # whatever the command returns
         """Its end."""
@@ -386,7 +390,8 @@ class Bench:
     def _failed(self, workload: str, error: Failed) -> None:
         self.failures.append(f"{workload}: {error}")
         sys.stderr.write(f"FAILED {workload}: {error}\n{error.trace}\n")
-        together([*self._sources, *self._targets], "close")
+        with contextlib.suppress(Failed):  # who is gone is found by the next command
+            together([*self._sources, *self._targets], "close")
 
     def _add(
         self, target: str, workload: str, quantity: str, unit: str, values: Sequence[float],
@@ -433,16 +438,18 @@ def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str
     for number, model in enumerate(options.models):
         job = f"bench-gpu-{os.getpid()}-{number}"
         crew = [Process(f"{side}{rank}", job) for side in ("source", "target") for rank in range(2)]
+        bench = Bench(options, model, crew)
         try:
-            bench = Bench(options, model, crew)
             routes = routes_of(options)
             for route in routes:
                 bench.run(route)
             if number == 0:
                 bench.small(routes[0])
+        except Failed as error:  # a worker that is gone; what was found until then is kept
+            bench.failures.append(f"{model}: {error}")
+        finally:
             figures += bench.figures
             failures += bench.failures
-        finally:
             for process in crew:
                 process.end()
     return figures, failures
