@@ -134,12 +134,24 @@ class Process:
 def together(
     processes: Sequence[Process], method: str, *arguments: object, **options: object
 ) -> list[Any]:
-    """The same command to all at once; all have answered before a failure is raised."""
-    for process in processes:
-        process.ask(method, *arguments, **options)
+    """The same command to all at once."""
+    return each([(process, method, arguments) for process in processes], **options)
+
+
+def each(
+    commands: Sequence[tuple[Process, str, tuple[object, ...]]], **options: object
+) -> list[Any]:
+    """A command to each at once; all have answered before a failure is raised."""
+    asked: list[Process] = []
     said: list[Any] = []
     failed: Failed | None = None
-    for process in processes:
+    for process, method, arguments in commands:
+        try:
+            process.ask(method, *arguments, **options)
+            asked.append(process)
+        except Failed as error:
+            failed = failed or error
+    for process in asked:
         try:
             said.append(process.answer())
         except Failed as error:
@@ -233,15 +245,15 @@ class Bench:
             list(processes[: 2 if "=2" in spec else 1])
             for processes, spec in zip((self._sources, self._targets), pair, strict=True)
         )
-        flat = self._options.flat
-        for side, spec, place in (
-            (sources, pair[0], route.source),
-            (targets, pair[1], route.target),
-        ):
-            for rank, process in enumerate(side):
-                process.ask("allocate", self._config, spec, rank, place, flat=flat)
-        for process in [*sources, *targets]:
-            process.answer()
+        commands = [
+            (process, "allocate", (self._config, spec, rank, place))
+            for side, spec, place in (
+                (sources, pair[0], route.source),
+                (targets, pair[1], route.target),
+            )
+            for rank, process in enumerate(side)
+        ]
+        each(commands, flat=self._options.flat)
         together(sources, "fill", 1)
         return sources, targets
 
@@ -327,9 +339,8 @@ class Bench:
         if route.source == route.target:
             return  # NCCL has no group of two processes on one GPU
         with tempfile.TemporaryDirectory() as folder:
-            for rank, process in enumerate((source, target)):
-                process.ask("join_nccl", rank, f"{folder}/store")
-            source.answer(), target.answer()
+            store = f"{folder}/store"
+            each([(source, "join_nccl", (0, store)), (target, "join_nccl", (1, store))])
             for packed, what in ((False, "for each tensor"), (True, "packed through 1 GiB")):
                 _, seconds = together((source, target), "broadcast", count, packed=packed)
                 rates = [size / s / 1e9 for s in seconds]
