@@ -384,7 +384,7 @@ class Bench:
         """A bf16 matrix product on the target's GPU, alone and while a version arrives."""
         alone = target.do("multiply", 1.0)
         self._add("effect", workload, "bf16 product alone", "TFLOP/s", [alone])
-        for limit in (0.0, 50.0):
+        for limit in (0.0, 10.0):
             self._version += 1
             source.do("publish", self._version)
             found = target.do("multiply_beside", self._version, limit)
