@@ -6,6 +6,7 @@
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <utility>
@@ -100,6 +101,9 @@ void bind_revision(nb::module_& m) {
           owners.add(layout, nb::cast<std::string>(name), object, false);
         }
         const nb::gil_scoped_release unlocked;
+        owners.expect_host(
+            "give copies of the tensors on the CPU, or let Publisher(compute_revision=True) say "
+            "it");
         return take(revision_of(layout, owners.memory(), threads));
       },
       "layout"_a, "parameters"_a, "threads"_a = 0,

@@ -179,6 +179,13 @@ void ParameterOwners::expect_device(int ordinal) const {
                      ", and the device given is " + device_name(ordinal)});
 }
 
+void ParameterOwners::expect_host(const std::string& remedy) const {
+  if (!device_) return;
+  throw Failure({ErrorCode::kUnsupported, "parameter '" + on_device_ + "' lies on " +
+                                              device_name(*device_) +
+                                              "; expected memory of the host: " + remedy});
+}
+
 bool ParameterOwners::add_tensor(const ParameterSpec& spec, nb::handle object) {
   for (const char* name : {"data_ptr", "numel", "element_size", "is_contiguous", "device"}) {
     if (!nb::hasattr(object, name)) return false;

@@ -34,6 +34,8 @@ class ParameterOwners {
   std::optional<int> device() const { return device_; }
   // kInvalidArgument, naming the parameter, where they lie on a GPU other than this.
   void expect_device(int ordinal) const;
+  // kUnsupported, naming a parameter, where one lies on a GPU; `remedy` ends the message.
+  void expect_host(const std::string& remedy) const;
 
  private:
   bool add_tensor(const ParameterSpec& spec, nanobind::handle object);

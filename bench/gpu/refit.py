@@ -11,6 +11,7 @@ tensor, NCCL broadcasts for each tensor and packed. Needs torch and the package,
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -73,7 +74,7 @@ PAIRS = (
 )
 CAST = ("fsdp:dp=2,dtype=f32", "vllm:tp=2")
 ONE_PIECE_BYTES = 4 << 30
-ANSWER_S = 300.0
+ANSWER_S = 120.0
 SMALL_CYCLES = 1000
 
 
@@ -99,7 +100,10 @@ class Process:
 
     def ask(self, method: str, *arguments: object, **options: object) -> None:
         """Begins a command."""
-        self._commands.send((method, arguments, options))
+        try:
+            self._commands.send((method, arguments, options))
+        except BrokenPipeError:
+            raise Failed("BrokenPipeError", f"{self.name} has ended", "") from None
 
     def answer(self) -> Any:  # noqa: ANN401  # whatever the command returns
         """Its end."""
@@ -130,12 +134,24 @@ class Process:
 def together(
     processes: Sequence[Process], method: str, *arguments: object, **options: object
 ) -> list[Any]:
-    """The same command to all at once; all have answered before a failure is raised."""
-    for process in processes:
-        process.ask(method, *arguments, **options)
+    """The same command to all at once."""
+    return each([(process, method, arguments) for process in processes], **options)
+
+
+def each(
+    commands: Sequence[tuple[Process, str, tuple[object, ...]]], **options: object
+) -> list[Any]:
+    """A command to each at once; all have answered before a failure is raised."""
+    asked: list[Process] = []
     said: list[Any] = []
     failed: Failed | None = None
-    for process in processes:
+    for process, method, arguments in commands:
+        try:
+            process.ask(method, *arguments, **options)
+            asked.append(process)
+        except Failed as error:
+            failed = failed or error
+    for process in asked:
         try:
             said.append(process.answer())
         except Failed as error:
@@ -229,15 +245,15 @@ class Bench:
             list(processes[: 2 if "=2" in spec else 1])
             for processes, spec in zip((self._sources, self._targets), pair, strict=True)
         )
-        flat = self._options.flat
-        for side, spec, place in (
-            (sources, pair[0], route.source),
-            (targets, pair[1], route.target),
-        ):
-            for rank, process in enumerate(side):
-                process.ask("allocate", self._config, spec, rank, place, flat=flat)
-        for process in [*sources, *targets]:
-            process.answer()
+        commands = [
+            (process, "allocate", (self._config, spec, rank, place))
+            for side, spec, place in (
+                (sources, pair[0], route.source),
+                (targets, pair[1], route.target),
+            )
+            for rank, process in enumerate(side)
+        ]
+        each(commands, flat=self._options.flat)
         together(sources, "fill", 1)
         return sources, targets
 
@@ -323,9 +339,8 @@ class Bench:
         if route.source == route.target:
             return  # NCCL has no group of two processes on one GPU
         with tempfile.TemporaryDirectory() as folder:
-            for rank, process in enumerate((source, target)):
-                process.ask("join_nccl", rank, f"{folder}/store")
-            source.answer(), target.answer()
+            store = f"{folder}/store"
+            each([(source, "join_nccl", (0, store)), (target, "join_nccl", (1, store))])
             for packed, what in ((False, "for each tensor"), (True, "packed through 1 GiB")):
                 _, seconds = together((source, target), "broadcast", count, packed=packed)
                 rates = [size / s / 1e9 for s in seconds]
@@ -369,7 +384,7 @@ class Bench:
         """A bf16 matrix product on the target's GPU, alone and while a version arrives."""
         alone = target.do("multiply", 1.0)
         self._add("effect", workload, "bf16 product alone", "TFLOP/s", [alone])
-        for limit in (0.0, 50.0):
+        for limit in (0.0, 10.0):
             self._version += 1
             source.do("publish", self._version)
             found = target.do("multiply_beside", self._version, limit)
@@ -386,7 +401,8 @@ class Bench:
     def _failed(self, workload: str, error: Failed) -> None:
         self.failures.append(f"{workload}: {error}")
         sys.stderr.write(f"FAILED {workload}: {error}\n{error.trace}\n")
-        together([*self._sources, *self._targets], "close")
+        with contextlib.suppress(Failed):  # who is gone is found by the next command
+            together([*self._sources, *self._targets], "close")
 
     def _add(
         self, target: str, workload: str, quantity: str, unit: str, values: Sequence[float],
@@ -433,16 +449,18 @@ def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str
     for number, model in enumerate(options.models):
         job = f"bench-gpu-{os.getpid()}-{number}"
         crew = [Process(f"{side}{rank}", job) for side in ("source", "target") for rank in range(2)]
+        bench = Bench(options, model, crew)
         try:
-            bench = Bench(options, model, crew)
             routes = routes_of(options)
             for route in routes:
                 bench.run(route)
             if number == 0:
                 bench.small(routes[0])
+        except Failed as error:  # a worker that is gone; what was found until then is kept
+            bench.failures.append(f"{model}: {error}")
+        finally:
             figures += bench.figures
             failures += bench.failures
-        finally:
             for process in crew:
                 process.end()
     return figures, failures

@@ -100,6 +100,12 @@ def test_a_tensor_of_torch_whose_storage_was_freed_is_refused(job):
         receiver(job, w=asleep)
 
 
+def test_a_revision_of_memory_of_a_gpu_is_refused_with_the_remedy():
+    with pytest.raises(UnsupportedError, match="'w' lies on cuda:0.*compute_revision"):
+        transfuse.revision(layout("w"), {"w": FakeTensor("cuda:0")})
+    assert transfuse.revision(layout("w"), {"w": FakeTensor("cpu")})
+
+
 @WITHOUT_GPU
 @pytest.mark.parametrize(
     ("device", "parameter"),

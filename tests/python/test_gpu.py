@@ -311,9 +311,11 @@ def little_memory(left_bytes):
             size //= 2
             continue
         size = torch.cuda.mem_get_info(0)[0] - left_bytes
-    yield
-    held.clear()
-    torch.cuda.empty_cache()
+    try:
+        yield
+    finally:
+        held.clear()
+        torch.cuda.empty_cache()
 
 
 @pytest.mark.parametrize("side", ["snapshot", "shadow"])
