@@ -12,48 +12,12 @@
 
 #include "transfuse/copy.h"
 #include "transfuse/deadline.h"
+#include "transfuse/region.h"  // IWYU pragma: export
 #include "transfuse/result.h"
 
 namespace transfuse {
 
-enum class RegionId : uint64_t {};  // unique in one transport instance, never reused
 enum class TicketId : uint64_t {};  // never reused, does not wrap
-
-// What a peer must know to open a region; travels over the control plane.
-struct RegionDescriptor {
-  RegionId id{};
-  uint64_t size_bytes = 0;
-};
-
-// Memory of this process that peers may read. The destructor ends the registration: peers that open
-// it afterwards are refused; what a peer mapped before stays mapped there until it closes its
-// handle. Must not outlive its transport.
-class LocalRegion {
- public:
-  virtual ~LocalRegion() = default;
-  LocalRegion(const LocalRegion&) = delete;
-  LocalRegion& operator=(const LocalRegion&) = delete;
-  virtual std::span<std::byte> bytes() const = 0;
-  virtual RegionDescriptor descriptor() const = 0;
-
- protected:
-  LocalRegion() = default;
-};
-
-// A region of another process, opened for reading. The destructor ends every ticket that still
-// reads it: when it returns, no later write of theirs is possible. Must not outlive its peer.
-class RemoteRegion {
- public:
-  virtual ~RemoteRegion() = default;
-  RemoteRegion(const RemoteRegion&) = delete;
-  RemoteRegion& operator=(const RemoteRegion&) = delete;
-  virtual uint64_t size_bytes() const = 0;
-  // How its bytes travel, in words for reports: "memfd", "process_vm_readv", "local".
-  virtual std::string_view route() const = 0;
-
- protected:
-  RemoteRegion() = default;
-};
 
 // A process that can be read.
 class Peer {
@@ -65,6 +29,12 @@ class Peer {
   // match the descriptor.
   virtual Result<std::unique_ptr<RemoteRegion>> open_region(const RegionDescriptor& descriptor,
                                                             Deadline deadline) = 0;
+  // Handle `index` of a region that was made by offer_handles(). What its maker refused is refused
+  // here. kUnsupported where the transport carries none.
+  virtual Result<MemoryHandle> open_handle(RegionId /*region*/, uint64_t /*index*/,
+                                           Deadline /*deadline*/) {
+    return carries_no_handles();
+  }
   // False once the peer process is known to be gone; never blocks.
   virtual bool alive() const = 0;
 
@@ -129,6 +99,11 @@ class Transport {
   virtual Result<std::unique_ptr<LocalRegion>> allocate(uint64_t size_bytes) = 0;
   // Memory that the caller owns and keeps alive while the handle lives.
   virtual Result<std::unique_ptr<LocalRegion>> register_memory(std::span<std::byte> memory) = 0;
+  // A region without bytes, whose handles peers ask for one by one: each is made, sent and closed.
+  // kUnsupported where the transport carries none.
+  virtual Result<std::unique_ptr<LocalRegion>> offer_handles(HandleMaker /*make*/) {
+    return carries_no_handles();
+  }
   // What a peer passes to connect(): opaque, valid while this transport lives.
   virtual Result<std::string> endpoint() = 0;
 
