@@ -1,8 +1,8 @@
-// Device memory by CUDA IPC, read by one launch a request; everything else is the host transport's.
+// Device memory by CUDA IPC and exported handles, read by one launch a request; everything else is
+// the host transport's.
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstddef>
@@ -21,12 +21,16 @@
 #include "copy/copy.h"
 #include "transfuse/copy.h"
 #include "transfuse/deadline.h"
+#include "transfuse/region.h"
 #include "transfuse/result.h"
 #include "transfuse/transport.h"
 #include "transport/cuda/copy_engine.h"
 #include "transport/cuda/device.h"
 #include "transport/cuda/devices.h"
 #include "transport/cuda/memory_offer.h"
+#include "transport/cuda/offer_board.h"
+#include "transport/cuda/offered_memory.h"
+#include "transport/cuda/physical_memory.h"
 
 namespace transfuse {
 
@@ -40,14 +44,16 @@ using cuda::Device;
 using cuda::Devices;
 using cuda::Event;
 using cuda::EventKind;
+using cuda::kBoardBytes;
 using cuda::kOfferBytes;
 using cuda::MemoryOffer;
+using cuda::OfferBoards;
+using cuda::OfferedMemory;
 using cuda::OpenedMemory;
 using cuda::PreparedCopies;
 using cuda::Stream;
 
-// Regions of device memory, and tickets of reads of them, have this bit; the rest of the number is
-// the host transport's region of the offer, or the ticket's own.
+// Tickets of reads of device memory have this bit, those of the host's transport do not.
 constexpr uint64_t kDeviceBit = uint64_t{1} << 63;
 constexpr size_t kKeptTables = 4;  // prepared copies a region: one each for the slots of a source
 constexpr auto kPollPause = std::chrono::microseconds(20);
@@ -55,6 +61,7 @@ constexpr auto kPollPause = std::chrono::microseconds(20);
 // What all objects of one transport share.
 struct Core {
   std::unique_ptr<Transport> host;
+  std::unique_ptr<OfferBoards> boards;
   std::unique_ptr<Devices> devices;
   const Device* device = nullptr;  // reads go here
   std::atomic<uint64_t> regions{0};
@@ -65,24 +72,32 @@ struct Core {
 
 class CudaLocalRegion final : public LocalRegion {
  public:
-  CudaLocalRegion(Core& core, std::unique_ptr<LocalRegion> offer, std::span<std::byte> memory)
-      : core_(core), offer_(std::move(offer)), memory_(memory) {
+  CudaLocalRegion(Core& core, std::unique_ptr<OfferedMemory> memory)
+      : core_(core), memory_(std::move(memory)) {
     ++core_.regions;
-    core_.region_bytes += memory_.size();
+    core_.region_bytes += bytes().size();
   }
   ~CudaLocalRegion() override {
     --core_.regions;
-    core_.region_bytes -= memory_.size();
+    core_.region_bytes -= bytes().size();
   }
-  std::span<std::byte> bytes() const override { return memory_; }
-  RegionDescriptor descriptor() const override {
-    return {RegionId{static_cast<uint64_t>(offer_->descriptor().id) | kDeviceBit}, memory_.size()};
-  }
+  std::span<std::byte> bytes() const override { return memory_->bytes(); }
+  RegionDescriptor descriptor() const override { return memory_->descriptor(); }
+  Result<void> refresh() override { return memory_->refresh(); }
 
  private:
   Core& core_;
-  std::unique_ptr<LocalRegion> offer_;
-  std::span<std::byte> memory_;
+  std::unique_ptr<OfferedMemory> memory_;
+};
+
+class CudaPeer;
+
+// Its offer, as it was when it was opened, and where it is seen to change.
+struct OpenedOffer {
+  CudaPeer* peer = nullptr;
+  RegionId board{};
+  std::span<const std::byte, kOfferBytes> place;
+  MemoryOffer offer{};
 };
 
 // Copies that were made ready for one request, and what is under way of them.
@@ -95,14 +110,27 @@ struct Prepared {
 // Tickets of it end before it does.
 class CudaRemoteRegion final : public RemoteRegion {
  public:
-  CudaRemoteRegion(Core& core, OpenedMemory memory, uint64_t size_bytes)
-      : core_(core), memory_(std::move(memory)), size_bytes_(size_bytes) {
+  CudaRemoteRegion(Core& core, OpenedMemory memory, const OpenedOffer& opened)
+      : core_(core), memory_(std::move(memory)), opened_(opened) {
     ++core_.remote_regions;
   }
   ~CudaRemoteRegion() override;
-  uint64_t size_bytes() const override { return size_bytes_; }
+  uint64_t size_bytes() const override { return opened_.offer.size_bytes; }
   std::string_view route() const override {
+    if (memory_.by_handles())
+      return memory_.same_device() ? "cuda_vmm, one GPU" : "cuda_vmm, peer GPU";
     return memory_.same_device() ? "cuda_ipc, one GPU" : "cuda_ipc, peer GPU";
+  }
+  bool current() const override {
+    return cuda::offered_identity(opened_.place) == opened_.offer.identity;
+  }
+  // Before every read. What was read before other memory was mapped is the generation's to judge;
+  // until the region is closed the physical memory stays, so that no read meets a hole.
+  Result<void> check_current() const {
+    if (current()) return {};
+    return Error{ErrorCode::kTornRead,
+                 "device memory: its owner mapped other memory there since it was opened, or took "
+                 "it back: it is to be opened anew"};
   }
   const OpenedMemory& memory() const { return memory_; }
 
@@ -113,9 +141,10 @@ class CudaRemoteRegion final : public RemoteRegion {
  private:
   Core& core_;
   OpenedMemory memory_;
-  uint64_t size_bytes_;
+  const OpenedOffer opened_;
 };
 
+// Safe to call from any thread.
 class CudaPeer final : public Peer {
  public:
   CudaPeer(Core& core, CudaTransport& transport, std::unique_ptr<Peer> host)
@@ -123,32 +152,29 @@ class CudaPeer final : public Peer {
 
   Result<std::unique_ptr<RemoteRegion>> open_region(const RegionDescriptor& descriptor,
                                                     Deadline deadline) override;
+  Result<MemoryHandle> open_handle(RegionId region, uint64_t index, Deadline deadline) override {
+    return host_->open_handle(region, index, deadline);
+  }
   bool alive() const override { return host_->alive(); }
+  void close_board(RegionId id) EXCLUDES(mutex_);
 
  private:
+  struct Board {
+    std::unique_ptr<RemoteRegion> region;
+    uint32_t users = 0;  // regions whose offers lie on it
+  };
+  // Its bytes; to be closed again.
+  Result<std::span<const std::byte>> open_board(RegionId id, Deadline deadline) EXCLUDES(mutex_);
+  Result<std::unique_ptr<RemoteRegion>> open_offer(OpenedOffer& opened,
+                                                   const RegionDescriptor& descriptor,
+                                                   Deadline deadline);
+
   Core& core_;
   CudaTransport& transport_;
   std::unique_ptr<Peer> host_;
+  Mutex mutex_;
+  std::map<RegionId, Board> boards_ GUARDED_BY(mutex_);
 };
-
-// Reads bytes of a region of the host at once.
-Result<void> read_now(Transport& host, const RemoteRegion& region, std::span<std::byte> out,
-                      Deadline deadline) {
-  const StridedCopy copy{.target = out.data(),
-                         .count = {1, 1, static_cast<uint32_t>(out.size())},
-                         .source_stride = {0, 0, 1},
-                         .target_stride = {0, 0, 1},
-                         .index_stride = {0, 0, 1}};
-  TRANSFUSE_ASSIGN_OR_RETURN(const TicketId ticket,
-                             host.submit({.region = &region, .copies = {&copy, 1}}));
-  if (!host.wait_any({&ticket, 1}, deadline)) host.cancel(ticket);
-  // A cancelled one ends with what a worker of the host transport has in hand.
-  while (host.poll(ticket) == TicketState::kPending ||
-         host.poll(ticket) == TicketState::kPoisoned) {
-    std::this_thread::sleep_for(kPollPause);
-  }
-  return host.finish(ticket);
-}
 
 }  // namespace
 
@@ -170,11 +196,17 @@ class CudaTransport final : public Transport {
     if (memory.empty()) return core_->host->register_memory(memory);
     TRANSFUSE_ASSIGN_OR_RETURN(const Device* device, core_->devices->device_of(memory));
     if (device == nullptr) return core_->host->register_memory(memory);
-    TRANSFUSE_ASSIGN_OR_RETURN(const MemoryOffer offer, core_->devices->offer(memory));
-    TRANSFUSE_ASSIGN_OR_RETURN(auto region, core_->host->allocate(kOfferBytes));
-    offer.encode(region->bytes().first<kOfferBytes>());
+    const OfferedMemory::Owner owner{.device = device->uuid(),
+                                     .process = core_->devices->process()};
+    TRANSFUSE_ASSIGN_OR_RETURN(
+        auto offered,
+        OfferedMemory::open(*core_->host, *core_->boards,
+                            std::make_unique<cuda::DriverMemory>(*device), owner, memory));
     return std::unique_ptr<LocalRegion>(
-        std::make_unique<CudaLocalRegion>(*core_, std::move(region), memory));
+        std::make_unique<CudaLocalRegion>(*core_, std::move(offered)));
+  }
+  Result<std::unique_ptr<LocalRegion>> offer_handles(HandleMaker make) override {
+    return core_->host->offer_handles(std::move(make));
   }
 
   Result<std::string> endpoint() override { return core_->host->endpoint(); }
@@ -245,28 +277,84 @@ namespace {
 
 CudaRemoteRegion::~CudaRemoteRegion() {
   transport->retire(*this);
+  opened_.peer->close_board(opened_.board);
   --core_.remote_regions;
+}
+
+Result<std::span<const std::byte>> CudaPeer::open_board(RegionId id, Deadline deadline) {
+  {
+    const MutexLock lock(mutex_);
+    const auto known = boards_.find(id);
+    if (known != boards_.end()) {
+      ++known->second.users;
+      return known->second.region->mapped();
+    }
+  }
+  TRANSFUSE_ASSIGN_OR_RETURN(auto region,
+                             host_->open_region({.id = id, .size_bytes = kBoardBytes}, deadline));
+  if (region->mapped().size() != kBoardBytes) {
+    return Error{ErrorCode::kCorrupt,
+                 fmt::format("region {}: expected offers of device memory in shared memory, found "
+                             "memory that is read by '{}'",
+                             static_cast<uint64_t>(id), region->route())};
+  }
+  const MutexLock lock(mutex_);
+  Board& board = boards_[id];
+  if (board.region == nullptr) board.region = std::move(region);
+  ++board.users;
+  return board.region->mapped();
+}
+
+void CudaPeer::close_board(RegionId id) {
+  std::unique_ptr<RemoteRegion> last;  // closed without the lock
+  const MutexLock lock(mutex_);
+  const auto found = boards_.find(id);
+  TRANSFUSE_CHECK(found != boards_.end());
+  if (--found->second.users > 0) return;
+  last = std::move(found->second.region);
+  boards_.erase(found);
 }
 
 Result<std::unique_ptr<RemoteRegion>> CudaPeer::open_region(const RegionDescriptor& descriptor,
                                                             Deadline deadline) {
-  const auto id = static_cast<uint64_t>(descriptor.id);
-  if ((id & kDeviceBit) == 0) return host_->open_region(descriptor, deadline);
-  TRANSFUSE_ASSIGN_OR_RETURN(
-      const auto region,
-      host_->open_region({.id = RegionId{id & ~kDeviceBit}, .size_bytes = kOfferBytes}, deadline));
-  std::array<std::byte, kOfferBytes> bytes{};
-  TRANSFUSE_RETURN_IF_ERROR(read_now(*core_.host, *region, bytes, deadline));
-  TRANSFUSE_ASSIGN_OR_RETURN(const MemoryOffer offer, MemoryOffer::decode(bytes));
-  if (offer.size_bytes != descriptor.size_bytes) {
-    return Error{ErrorCode::kCorrupt,
-                 fmt::format("region {}: expected {} bytes by its descriptor, found {}", id,
-                             descriptor.size_bytes, offer.size_bytes)};
+  const auto place = cuda::offer_place(descriptor.id);
+  if (!place) return host_->open_region(descriptor, deadline);
+  if (place->slot >= cuda::kOffersPerBoard) {
+    return Error{ErrorCode::kCorrupt, fmt::format("region {}: no number of device memory",
+                                                  static_cast<uint64_t>(descriptor.id))};
   }
-  TRANSFUSE_ASSIGN_OR_RETURN(OpenedMemory memory, core_.devices->open(offer, *core_.device));
-  auto opened = std::make_unique<CudaRemoteRegion>(core_, std::move(memory), offer.size_bytes);
-  opened->transport = &transport_;
-  return std::unique_ptr<RemoteRegion>(std::move(opened));
+  TRANSFUSE_ASSIGN_OR_RETURN(const auto board, open_board(place->board, deadline));
+  OpenedOffer opened{.peer = this,
+                     .board = place->board,
+                     .place = board.subspan(place->slot * kOfferBytes).first<kOfferBytes>()};
+  auto region = open_offer(opened, descriptor, deadline);
+  if (!region) close_board(place->board);
+  return region;
+}
+
+Result<std::unique_ptr<RemoteRegion>> CudaPeer::open_offer(OpenedOffer& opened,
+                                                           const RegionDescriptor& descriptor,
+                                                           Deadline deadline) {
+  while (true) {
+    TRANSFUSE_ASSIGN_OR_RETURN(opened.offer, cuda::read_offer(opened.place, deadline));
+    if (opened.offer.size_bytes != descriptor.size_bytes) {
+      return Error{ErrorCode::kCorrupt,
+                   fmt::format("region {}: expected {} bytes by its descriptor, found {}",
+                               static_cast<uint64_t>(descriptor.id), descriptor.size_bytes,
+                               opened.offer.size_bytes)};
+    }
+    auto memory = core_.devices->open(
+        opened.offer, opened.place, *core_.device,
+        [&](uint64_t index) { return host_->open_handle(opened.offer.handles, index, deadline); });
+    if (!memory) {
+      const bool same = cuda::offered_identity(opened.place) == opened.offer.identity;
+      if (same || deadline.passed()) return Unexpected{std::move(memory).error()};
+      continue;  // other memory was mapped there meanwhile
+    }
+    auto region = std::make_unique<CudaRemoteRegion>(core_, std::move(*memory), opened);
+    region->transport = &transport_;
+    return std::unique_ptr<RemoteRegion>(std::move(region));
+  }
 }
 
 }  // namespace
@@ -314,6 +402,7 @@ Result<TicketId> CudaTransport::submit(const ReadRequest& request) {
                  fmt::format("{} fingerprints for {} copies", request.fingerprints.size(),
                              request.copies.size())};
   }
+  TRANSFUSE_RETURN_IF_ERROR(region->check_current());
   const MutexLock lock(mutex_);
   Ticket ticket;
   ticket.region = region;
@@ -423,6 +512,7 @@ Result<std::unique_ptr<Transport>> open_cuda_transport(std::unique_ptr<Transport
   TRANSFUSE_ASSIGN_OR_RETURN(core->devices, Devices::open());
   TRANSFUSE_ASSIGN_OR_RETURN(core->device, core->devices->device(device));
   core->host = std::move(host);
+  core->boards = std::make_unique<OfferBoards>(*core->host);
   TRANSFUSE_ASSIGN_OR_RETURN(Stream stream, Stream::create(*core->device));
   return std::unique_ptr<Transport>(
       std::make_unique<CudaTransport>(std::move(core), std::move(stream)));

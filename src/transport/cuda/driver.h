@@ -41,10 +41,22 @@ namespace transfuse::cuda {
   X(cuMemcpyAsync)                  \
   X(cuMemsetD8Async)                \
   X(cuPointerGetAttribute)          \
+  X(cuPointerGetAttributes)         \
   X(cuMemGetAddressRange)           \
   X(cuIpcGetMemHandle)              \
   X(cuIpcOpenMemHandle)             \
   X(cuIpcCloseMemHandle)            \
+  X(cuMemAddressReserve)            \
+  X(cuMemAddressFree)               \
+  X(cuMemCreate)                    \
+  X(cuMemRelease)                   \
+  X(cuMemMap)                       \
+  X(cuMemUnmap)                     \
+  X(cuMemSetAccess)                 \
+  X(cuMemGetAllocationGranularity)  \
+  X(cuMemRetainAllocationHandle)    \
+  X(cuMemExportToShareableHandle)   \
+  X(cuMemImportFromShareableHandle) \
   X(cuStreamCreate)                 \
   X(cuStreamDestroy)                \
   X(cuStreamSynchronize)            \
