@@ -11,7 +11,7 @@
 
 namespace transfuse::cuda {
 
-// Every function of the driver that is called here. The header's macros give the versioned names.
+// Every function of the driver that is called here or by tests. The header's macros give the versioned names.
 #define TRANSFUSE_CUDA_FUNCTIONS(X) \
   X(cuInit)                         \
   X(cuDriverGetVersion)             \
@@ -34,6 +34,8 @@ namespace transfuse::cuda {
   X(cuModuleGetFunction)            \
   X(cuLaunchKernel)                 \
   X(cuMemAlloc)                     \
+  X(cuMemAllocAsync)                \
+  X(cuMemAllocManaged)              \
   X(cuMemFree)                      \
   X(cuMemHostAlloc)                 \
   X(cuMemFreeHost)                  \
@@ -53,7 +55,6 @@ namespace transfuse::cuda {
   X(cuMemMap)                       \
   X(cuMemUnmap)                     \
   X(cuMemSetAccess)                 \
-  X(cuMemGetAllocationGranularity)  \
   X(cuMemRetainAllocationHandle)    \
   X(cuMemExportToShareableHandle)   \
   X(cuMemImportFromShareableHandle) \
