@@ -25,6 +25,8 @@ class BoundMemory {
   std::byte* data(uint32_t parameter) const { return data_[parameter]; }
   const Binding& binding() const { return binding_; }  // Place::region indexes regions()
   std::span<const RegionDescriptor> regions() const { return regions_; }
+  // Before the bytes are published, or written: LocalRegion::refresh() of all registrations.
+  Result<void> refresh() const;
 
  private:
   Binding binding_;

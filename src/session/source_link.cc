@@ -132,6 +132,11 @@ Result<Generation> MemberLink::read_generation(uint32_t slot, Deadline deadline)
   std::array<uint64_t, 2> words{};
   TRANSFUSE_RETURN_IF_ERROR(
       read_words(*generation_region_, slot * kGenerationStrideBytes, words, deadline));
+  // No read of weights is under way here, and a source says that its memory was mapped anew before
+  // it offers the next generation: such regions are opened again when they are used.
+  for (auto& region : regions_) {
+    if (region != nullptr && !region->current()) region.reset();
+  }
   return Generation{.incarnation = words[0], .counter = words[1]};
 }
 
