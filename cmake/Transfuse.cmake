@@ -118,7 +118,7 @@ function(transfuse_cuda)
             ${out}/transport/cuda/copy_kernel.fatbin > ${image}
     DEPENDS ${folder}/copy_kernel.cu ${headers} VERBATIM)
   add_custom_target(transfuse_kernel_image DEPENDS ${image})
-  transfuse_folder(transport/cuda USES copy LINK ${CMAKE_DL_LIBS})
+  transfuse_folder(transport/cuda USES copy LINK ${CMAKE_DL_LIBS} TEST_USES transport/shm)
   add_dependencies(tf_transport_cuda transfuse_kernel_image)
   target_include_directories(tf_transport_cuda SYSTEM PUBLIC ${CUDAToolkit_INCLUDE_DIRS})
   target_include_directories(tf_transport_cuda PRIVATE ${out})

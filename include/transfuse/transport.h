@@ -12,54 +12,12 @@
 
 #include "transfuse/copy.h"
 #include "transfuse/deadline.h"
+#include "transfuse/region.h"  // IWYU pragma: export
 #include "transfuse/result.h"
 
 namespace transfuse {
 
-enum class RegionId : uint64_t {};  // unique in one transport instance, never reused
 enum class TicketId : uint64_t {};  // never reused, does not wrap
-
-// Whose memory it is: addresses of kDevice are for the transport and the device, not for the CPU.
-enum class MemoryPlace : uint8_t { kHost, kDevice };
-
-// What a peer must know to open a region; travels over the control plane.
-struct RegionDescriptor {
-  RegionId id{};
-  uint64_t size_bytes = 0;
-};
-
-// Memory of this process that peers may read. The destructor ends the registration: peers that open
-// it afterwards are refused; what a peer mapped before stays mapped there until it closes its
-// handle. Must not outlive its transport.
-class LocalRegion {
- public:
-  virtual ~LocalRegion() = default;
-  LocalRegion(const LocalRegion&) = delete;
-  LocalRegion& operator=(const LocalRegion&) = delete;
-  virtual std::span<std::byte> bytes() const = 0;
-  virtual RegionDescriptor descriptor() const = 0;
-  virtual MemoryPlace place() const { return MemoryPlace::kHost; }
-
- protected:
-  LocalRegion() = default;
-};
-
-// A region of another process, opened for reading. The destructor ends every ticket that still
-// reads it: when it returns, no later write of theirs is possible. Must not outlive its peer.
-class RemoteRegion {
- public:
-  virtual ~RemoteRegion() = default;
-  RemoteRegion(const RemoteRegion&) = delete;
-  RemoteRegion& operator=(const RemoteRegion&) = delete;
-  virtual uint64_t size_bytes() const = 0;
-  // How its bytes travel, in words for reports: "memfd", "process_vm_readv", "local".
-  virtual std::string_view route() const = 0;
-  // True: reads of it and of other such regions of its peer are best made in one large request.
-  virtual bool joins_requests() const { return false; }
-
- protected:
-  RemoteRegion() = default;
-};
 
 // A process that can be read.
 class Peer {
@@ -71,6 +29,12 @@ class Peer {
   // match the descriptor.
   virtual Result<std::unique_ptr<RemoteRegion>> open_region(const RegionDescriptor& descriptor,
                                                             Deadline deadline) = 0;
+  // Handle `index` of a region that was made by offer_handles(). What its maker refused is refused
+  // here. kUnsupported where the transport carries none.
+  virtual Result<MemoryHandle> open_handle(RegionId /*region*/, uint64_t /*index*/,
+                                           Deadline /*deadline*/) {
+    return carries_no_handles();
+  }
   // False once the peer process is known to be gone; never blocks.
   virtual bool alive() const = 0;
 
@@ -140,6 +104,11 @@ class Transport {
   }
   // Memory that the caller owns and keeps alive while the handle lives.
   virtual Result<std::unique_ptr<LocalRegion>> register_memory(std::span<std::byte> memory) = 0;
+  // A region without bytes, whose handles peers ask for one by one: each is made, sent and closed.
+  // kUnsupported where the transport carries none.
+  virtual Result<std::unique_ptr<LocalRegion>> offer_handles(HandleMaker /*make*/) {
+    return carries_no_handles();
+  }
   // The memory around `address` that is shared as one: spans within it need one registration only.
   // Empty: as the caller likes (memory of the host, by pages).
   virtual std::span<std::byte> allocation_of(const std::byte* /*address*/) { return {}; }
@@ -150,8 +119,8 @@ class Transport {
   // kUnavailable: nobody there. kPermissionDenied: wrong user or token.
   virtual Result<std::unique_ptr<Peer>> connect(std::string_view endpoint, std::string_view token,
                                                 Deadline deadline) = 0;
-  // Whether what a transport of that kind serves can be read, at least what lies in the host.
-  virtual bool reads(std::string_view other_kind) const { return other_kind == kind(); }
+  // Whose endpoints connect() takes: its own kind's, or that of the transport it stands on.
+  virtual std::string_view endpoint_kind() const { return kind(); }
   // A transport like this one whose own reads go through `host`: files into memory of a device.
   virtual std::unique_ptr<Transport> reading_through(std::unique_ptr<Transport> host) {
     return host;

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -19,7 +20,7 @@
 namespace transfuse {
 namespace {
 
-constexpr uint32_t kMagic = 0x32444654;  // "TFD2"
+constexpr uint32_t kMagic = 0x33444654;  // "TFD3"
 constexpr uint64_t kMaxTextBytes = 4096;
 constexpr uint64_t kMaxBindingBytes = uint64_t{16} << 20;
 constexpr uint64_t kGenerationBytes = 2 * sizeof(uint64_t);
@@ -27,12 +28,17 @@ constexpr uint64_t kGenerationBytes = 2 * sizeof(uint64_t);
 void write(ByteWriter& out, const RegionDescriptor& region) {
   out.varint(static_cast<uint64_t>(region.id));
   out.varint(region.size_bytes);
+  out.varint(static_cast<uint64_t>(region.place));
 }
 
-RegionDescriptor read_region(ByteReader& in) {
+// nullopt: no place that memory can have.
+std::optional<RegionDescriptor> read_region(ByteReader& in) {
   RegionDescriptor region;
   region.id = RegionId{in.varint()};
   region.size_bytes = in.varint();
+  const uint64_t place = in.varint();
+  if (place > static_cast<uint64_t>(MemoryPlace::kDevice)) return std::nullopt;
+  region.place = static_cast<MemoryPlace>(place);
   return region;
 }
 
@@ -81,15 +87,23 @@ std::string encode(const MemberDescriptor& descriptor) {
 
 Result<MemberDescriptor> decode_member_descriptor(std::string_view bytes, const Layout& layout) {
   ByteReader in(bytes);
-  if (in.fixed<uint32_t>() != kMagic) return corrupt("not of version TFD2");
+  if (in.fixed<uint32_t>() != kMagic) return corrupt("not of version TFD3");
   MemberDescriptor descriptor;
   descriptor.transport = in.text(kMaxTextBytes);
   descriptor.endpoint = in.text(kMaxTextBytes);
   descriptor.token = in.text(kMaxTextBytes);
-  descriptor.control = read_region(in);
-  const uint64_t region_count = in.count(2);
+  const auto control = read_region(in);
+  if (!control || control->place != MemoryPlace::kHost) {
+    return corrupt("control words that are not in memory of the host");
+  }
+  descriptor.control = *control;
+  const uint64_t region_count = in.count(3);
   descriptor.regions.reserve(region_count);
-  for (uint64_t i = 0; i < region_count; ++i) descriptor.regions.push_back(read_region(in));
+  for (uint64_t i = 0; i < region_count; ++i) {
+    const auto region = read_region(in);
+    if (!region) return corrupt(fmt::format("region {} lies nowhere", i));
+    descriptor.regions.push_back(*region);
+  }
   const uint64_t slot_count = in.count(1);
   if (!in.ok() || slot_count == 0 || slot_count > kMaxSlots) {
     return corrupt(fmt::format("expected 1 to {} slots, found {}", kMaxSlots, slot_count));
@@ -119,9 +133,9 @@ std::string encode(const RegionDescriptor& descriptor) {
 
 Result<RegionDescriptor> decode_region_descriptor(std::string_view bytes) {
   ByteReader in(bytes);
-  const RegionDescriptor region = read_region(in);
-  if (!in.ok() || in.remaining() != 0) return corrupt("malformed region");
-  return region;
+  const auto region = read_region(in);
+  if (!region || !in.ok() || in.remaining() != 0) return corrupt("malformed region");
+  return *region;
 }
 
 }  // namespace transfuse

@@ -51,6 +51,7 @@ class InPlaceReceiver final : public Receiver, private FetchMemory {
     report_ = {};
     report_.attempts = 0;
     TRANSFUSE_RETURN_IF_ERROR(member_->check_usable());
+    TRANSFUSE_RETURN_IF_ERROR(member_->weights().memory().refresh());
     cancelled_ = false;
     const Stopwatch watch;
     auto outcome = refit_until(request, deadline);

@@ -143,4 +143,11 @@ Result<BoundMemory> BoundMemory::open(Transport& transport, const Layout& layout
   return bound;
 }
 
+Result<void> BoundMemory::refresh() const {
+  for (const auto& registration : registrations_) {
+    TRANSFUSE_RETURN_IF_ERROR(registration->refresh());
+  }
+  return {};
+}
+
 }  // namespace transfuse

@@ -34,6 +34,8 @@ class BoundMemory {
   const Binding& binding() const { return binding_; }  // Place::region indexes regions()
   std::span<const RegionDescriptor> regions() const { return regions_; }
   MemoryPlace place() const { return place_; }  // of all parameters
+  // Before the bytes are published, or written: LocalRegion::refresh() of all registrations.
+  Result<void> refresh() const;
 
  private:
   Binding binding_;

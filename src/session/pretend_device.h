@@ -35,9 +35,7 @@ class PretendDevice final : public Transport {
   void fail_next() { fail_next_ = true; }
 
   std::string_view kind() const override { return "pretend"; }
-  bool reads(std::string_view other) const override {
-    return other == kind() || inside_->reads(other);
-  }
+  std::string_view endpoint_kind() const override { return inside_->endpoint_kind(); }
   Result<std::unique_ptr<LocalRegion>> allocate(uint64_t size_bytes) override {
     return inside_->allocate(size_bytes);
   }
@@ -102,8 +100,11 @@ class PretendDevice final : public Transport {
    public:
     explicit DeviceRegion(std::unique_ptr<LocalRegion> inside) : inside_(std::move(inside)) {}
     std::span<std::byte> bytes() const override { return inside_->bytes(); }
-    RegionDescriptor descriptor() const override { return inside_->descriptor(); }
-    MemoryPlace place() const override { return MemoryPlace::kDevice; }
+    RegionDescriptor descriptor() const override {
+      RegionDescriptor descriptor = inside_->descriptor();
+      descriptor.place = MemoryPlace::kDevice;
+      return descriptor;
+    }
 
    private:
     std::unique_ptr<LocalRegion> inside_;

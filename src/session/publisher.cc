@@ -220,6 +220,8 @@ class SlotPublisher final : public Publisher {
   // Each step that succeeded is not repeated by a later call.
   Result<PublishTiming> offer(const VersionWords& words) {
     if (state_ == State::kWriting) {
+      // Before the version is offered: its readers find what is mapped now.
+      TRANSFUSE_RETURN_IF_ERROR(weights_->memory().refresh());
       uint32_t slot = kInPlaceSlot;
       if (retention_ == Retention::kSnapshot) {
         TRANSFUSE_ASSIGN_OR_RETURN(slot, make_room());

@@ -119,7 +119,7 @@ std::byte* ServedWeights::data(uint32_t slot, uint32_t parameter) const {
 
 Result<std::string> ServedWeights::descriptor(const std::string& token) {
   MemberDescriptor descriptor;
-  descriptor.transport = transport_.kind();
+  descriptor.transport = transport_.endpoint_kind();
   TRANSFUSE_ASSIGN_OR_RETURN(descriptor.endpoint, transport_.endpoint());
   descriptor.token = token;
   descriptor.control = control_region_->descriptor();

@@ -130,6 +130,7 @@ class ShadowReceiver final : public Receiver, private FetchMemory {
                                    ? "the shadow was used since, or there was none"
                                    : "keep_previous is not set")};
     }
+    TRANSFUSE_RETURN_IF_ERROR(member_->weights().memory().refresh());
     TRANSFUSE_RETURN_IF_ERROR(write_parameters(previous_));
     previous_ = 0;
     if (auto held = hold(deadline); !held) {
@@ -223,6 +224,8 @@ class ShadowReceiver final : public Receiver, private FetchMemory {
     bool* aborted = nullptr;  // set if the group has decided to give the version up
   };
   Result<void> commit_staged(Deadline deadline, const GroupCommit& group) {
+    // Before the group decides: an engine that sleeps could not apply what is decided.
+    TRANSFUSE_RETURN_IF_ERROR(member_->weights().memory().refresh());
     TRANSFUSE_ASSIGN_OR_RETURN(const Fetched ready, stage_->ready());
     report_ = stage_->report();
     if (ready.round != 0) {

@@ -55,13 +55,10 @@ Result<std::unique_ptr<MemberLink>> MemberLink::open(Transport& transport, Contr
   TRANSFUSE_ASSIGN_OR_RETURN(const std::string bytes,
                              control.describe(info.id, info.incarnation, deadline));
   TRANSFUSE_ASSIGN_OR_RETURN(MemberDescriptor descriptor, decode_member_descriptor(bytes, layout));
-  if (!transport.reads(descriptor.transport)) {
-    return Error{
-        ErrorCode::kUnsupported,
-        fmt::format(
-            "source '{}' is served over '{}', this receiver reads over '{}'{}", info.name,
-            descriptor.transport, transport.kind(),
-            descriptor.transport == "cuda" ? ": give the receiver a device to read through" : "")};
+  if (descriptor.transport != transport.endpoint_kind()) {
+    return Error{ErrorCode::kUnsupported,
+                 fmt::format("source '{}' is served over '{}', this receiver reads over '{}'",
+                             info.name, descriptor.transport, transport.endpoint_kind())};
   }
   std::unique_ptr<MemberLink> link(new MemberLink(transport, control, info, std::move(descriptor)));
   TRANSFUSE_ASSIGN_OR_RETURN(link->peer_, transport.connect(link->descriptor_.endpoint,
@@ -97,8 +94,15 @@ Result<SourceLink::Where> MemberLink::where(uint32_t parameter, uint32_t slot, D
   const Place& place = descriptor_.slots[slot].places[parameter];
   std::unique_ptr<RemoteRegion>& region = regions_[place.region];
   if (region == nullptr) {
-    TRANSFUSE_ASSIGN_OR_RETURN(region,
-                               peer_->open_region(descriptor_.regions[place.region], deadline));
+    const RegionDescriptor& descriptor = descriptor_.regions[place.region];
+    if (descriptor.place == MemoryPlace::kDevice && !transport_.own_memory()) {
+      return Error{
+          ErrorCode::kUnsupported,
+          fmt::format("the weights of source '{}' lie on a device: open the session of this "
+                      "process with a device to read them through",
+                      info_.name)};
+    }
+    TRANSFUSE_ASSIGN_OR_RETURN(region, peer_->open_region(descriptor, deadline));
   }
   return Where{.region = region.get(), .offset_bytes = place.offset_bytes};
 }
@@ -135,6 +139,11 @@ Result<Generation> MemberLink::read_generation(uint32_t slot, Deadline deadline)
   std::array<uint64_t, 2> words{};
   TRANSFUSE_RETURN_IF_ERROR(
       read_words(*generation_region_, slot * kGenerationStrideBytes, words, deadline));
+  // No read of weights is under way here, and a source says that its memory was mapped anew before
+  // it offers the next generation: such regions are opened again when they are used.
+  for (auto& region : regions_) {
+    if (region != nullptr && !region->current()) region.reset();
+  }
   return Generation{.incarnation = words[0], .counter = words[1]};
 }
 

@@ -26,7 +26,10 @@ struct CopyOptions {
   uint64_t spread = 0;  // see DeviceTableBuilder::build()
 };
 
-// The copies of one target, ready on its device. Used from one thread; outlived by the device.
+// The copies of one target, ready on its device. Targets are virtual addresses, translated when the
+// copies run: other pages that are mapped at the same address later are written as they should be.
+// That something is mapped there is the caller's to know. Used from one thread; outlived by the
+// device.
 class PreparedCopies {
  public:
   // Copy i reads the region of bases[sources[i]] and sums into sum i if its fingerprint is set.

@@ -20,12 +20,14 @@
 #include "transfuse/copy.h"
 #include "transfuse/deadline.h"
 #include "transfuse/gpu.h"
+#include "transfuse/region.h"
 #include "transfuse/result.h"
 #include "transfuse/transport.h"
 #include "transport/cuda/copy_engine.h"
 #include "transport/cuda/copy_key.h"
 #include "transport/cuda/device.h"
 #include "transport/cuda/devices.h"
+#include "transport/cuda/offer_board.h"
 #include "transport/cuda/regions.h"
 #include "transport/cuda/staged_reads.h"
 
@@ -43,13 +45,14 @@ using cuda::Device;
 using cuda::Devices;
 using cuda::Event;
 using cuda::EventKind;
-using cuda::kDeviceBit;
 using cuda::Memory;
 using cuda::PreparedCopies;
 using cuda::StagedRead;
 using cuda::StagedReads;
 using cuda::Stream;
 
+// Tickets that are not the host transport's have this bit.
+constexpr uint64_t kDeviceBit = uint64_t{1} << 63;
 constexpr size_t kKeptTables = 64;  // of requests that come again every cycle
 constexpr int kQuickPolls = 200;
 constexpr auto kPollPause = std::chrono::microseconds(20);
@@ -70,15 +73,16 @@ class CudaTransport final : public Transport, private CudaTickets {
   }
 
   std::string_view kind() const override { return "cuda"; }
-  bool reads(std::string_view other_kind) const override {
-    return other_kind == kind() || core_->host->reads(other_kind);
-  }
+  std::string_view endpoint_kind() const override { return core_->host->endpoint_kind(); }
 
   Result<std::unique_ptr<LocalRegion>> allocate(uint64_t size_bytes) override {
     return core_->host->allocate(size_bytes);
   }
   Result<std::unique_ptr<LocalRegion>> allocate_on_device(uint64_t size_bytes) override;
   Result<std::unique_ptr<LocalRegion>> register_memory(std::span<std::byte> memory) override;
+  Result<std::unique_ptr<LocalRegion>> offer_handles(HandleMaker make) override {
+    return core_->host->offer_handles(std::move(make));
+  }
   std::span<std::byte> allocation_of(const std::byte* address) override {
     return core_->devices->allocation_of(address);
   }
@@ -93,6 +97,7 @@ class CudaTransport final : public Transport, private CudaTickets {
   std::unique_ptr<Transport> reading_through(std::unique_ptr<Transport> host) override {
     auto core = std::make_unique<Core>();
     core->host = std::move(host);
+    core->boards = std::make_unique<cuda::OfferBoards>(*core->host);
     core->devices = core_->devices;
     core->device = core_->device;
     return std::make_unique<CudaTransport>(std::move(core));
@@ -220,6 +225,13 @@ Result<void> CudaTransport::number_sources(const ReadRequest& request) {
       if (region->host() != nullptr) {
         return Error{ErrorCode::kInvalidArgument,
                      "a request that joins regions reads one that does not join"};
+      }
+      // What was read before other memory was mapped is the generation's to judge; until the region
+      // is closed the physical memory stays, so that no read meets a hole.
+      if (!region->current()) {
+        return Error{ErrorCode::kTornRead,
+                     "device memory: its owner mapped other memory there since it was opened, or "
+                     "took it back: it is to be opened anew"};
       }
       region->request = requests_;
       region->number = static_cast<uint32_t>(distinct_.size());
@@ -478,6 +490,7 @@ Result<std::unique_ptr<Transport>> open_cuda_transport(std::unique_ptr<Transport
   TRANSFUSE_ASSIGN_OR_RETURN(core->devices, Devices::open());
   TRANSFUSE_ASSIGN_OR_RETURN(core->device, core->devices->device(device));
   core->host = std::move(host);
+  core->boards = std::make_unique<cuda::OfferBoards>(*core->host);
   return std::unique_ptr<Transport>(std::make_unique<CudaTransport>(std::move(core)));
 }
 

@@ -7,17 +7,22 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "base/mutex.h"
 #include "base/random.h"
 #include "transfuse/gpu.h"
+#include "transfuse/region.h"
 #include "transfuse/result.h"
 #include "transport/cuda/device.h"
 #include "transport/cuda/driver.h"
+#include "transport/cuda/imported_memory.h"
 #include "transport/cuda/memory_offer.h"
+#include "transport/cuda/physical_memory.h"
 
 namespace transfuse::cuda {
 
@@ -77,7 +82,19 @@ Result<const Device*> Devices::device_of(std::span<const std::byte> memory) {
   unsigned type = 0;
   const CUresult known =
       driver_.cuPointerGetAttribute(&type, CU_POINTER_ATTRIBUTE_MEMORY_TYPE, address);
-  if (known == CUDA_ERROR_INVALID_VALUE) return nullptr;  // ordinary memory of the host
+  if (known == CUDA_ERROR_INVALID_VALUE) {  // ordinary memory of the host, or nothing
+    uint64_t reserved = 0;
+    auto attribute = CU_POINTER_ATTRIBUTE_RANGE_SIZE;
+    void* value = &reserved;
+    TRANSFUSE_RETURN_IF_ERROR(
+        TRANSFUSE_CUDA(driver_, cuPointerGetAttributes, 1, &attribute, &value, address));
+    if (reserved == 0) return nullptr;
+    return Error{ErrorCode::kUnavailable,
+                 fmt::format("memory at {:#x} is reserved for a device, but nothing is mapped "
+                             "there now: an engine that sleeps must wake before its weights are "
+                             "registered",
+                             address)};
+  }
   TRANSFUSE_RETURN_IF_ERROR(driver_.check(known, "cuPointerGetAttribute"));
   unsigned managed = 0;
   TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(driver_, cuPointerGetAttribute, &managed,
@@ -97,74 +114,76 @@ Result<const Device*> Devices::device_of(std::span<const std::byte> memory) {
   return device_locked(ordinal);
 }
 
-Result<MemoryOffer> Devices::offer(std::span<const std::byte> memory) {
-  TRANSFUSE_ASSIGN_OR_RETURN(const Device* device, device_of(memory));
-  TRANSFUSE_CHECK(device != nullptr);
-  const auto address = reinterpret_cast<CUdeviceptr>(memory.data());
-  const Current current = device->use();
-  MemoryOffer offer{.device = device->uuid(),
-                    .process = process_,
-                    .size_bytes = memory.size(),
-                    .address = address};
-  CUdeviceptr base = 0;
-  size_t size = 0;
-  TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(driver_, cuMemGetAddressRange, &base, &size, address));
-  offer.allocation_bytes = size;
-  offer.offset_bytes = address - base;
-  if (offer.offset_bytes > size || memory.size() > size - offer.offset_bytes) {
-    return Error{ErrorCode::kInvalidArgument,
-                 fmt::format("{} bytes at {:#x} reach beyond their allocation of {} at {:#x}",
-                             memory.size(), address, size, base)};
+Result<std::optional<CUdeviceptr>> Devices::own_address(const MemoryOffer& offer,
+                                                        const Device& owner,
+                                                        OpenedMemory::Way way) {
+  // Peer access between contexts reaches what cudaMalloc gave; mapped memory has its own rights.
+  if (!way.same_device && way.by_handles) return std::optional<CUdeviceptr>();
+  // Anybody can write down the number of this process.
+  const std::span<const std::byte> memory(
+      reinterpret_cast<const std::byte*>(offer.address),  // NOLINT: an address of this process
+      offer.size_bytes);
+  TRANSFUSE_ASSIGN_OR_RETURN(const Backing backing, DriverMemory(owner).find(memory));
+  if (backing.identity() != offer.identity) {
+    return Error{ErrorCode::kNotFound,
+                 fmt::format("device memory of this process at {:#x}: other memory is mapped "
+                             "there by now",
+                             offer.address)};
   }
-  unsigned long long id = 0;
-  TRANSFUSE_RETURN_IF_ERROR(
-      TRANSFUSE_CUDA(driver_, cuPointerGetAttribute, &id, CU_POINTER_ATTRIBUTE_BUFFER_ID, base));
-  offer.allocation = id;
-  int legacy = 0;
-  TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(driver_, cuPointerGetAttribute, &legacy,
-                                           CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE, base));
-  if (legacy == 0) {
-    return Error{ErrorCode::kUnsupported,
-                 fmt::format("memory at {:#x} comes from virtual memory mapping or a pool, which "
-                             "CUDA IPC does not share: with PyTorch, leave expandable_segments off "
-                             "(PYTORCH_CUDA_ALLOC_CONF) in processes whose weights are read",
-                             address)};
-  }
-  TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(driver_, cuIpcGetMemHandle, &offer.handle, base));
-  return offer;
+  return std::optional<CUdeviceptr>(offer.address);
 }
 
-Result<OpenedMemory> Devices::open(const MemoryOffer& offer, const Device& reader) {
-  const MutexLock lock(mutex_);
-  TRANSFUSE_ASSIGN_OR_RETURN(const Device* owner, find_locked(offer.device));
-  TRANSFUSE_RETURN_IF_ERROR(reader.enable_peer(*owner));
-  const bool same_device = owner->ordinal() == reader.ordinal();
-  const OpenedMemory::Key key{
-      .process = offer.process, .allocation = offer.allocation, .reader = reader.ordinal()};
-  if (offer.process == process_) return OpenedMemory(nullptr, key, offer.address, same_device);
-  Mapping& mapping = mappings_[key];
-  if (mapping.users == 0) {
-    const Current current = reader.use();
-    const CUresult opened =
-        driver_.cuIpcOpenMemHandle(&mapping.base, offer.handle, CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS);
-    if (opened != CUDA_SUCCESS) {
-      mappings_.erase(key);
-      TRANSFUSE_RETURN_IF_ERROR(driver_.check(opened, "cuIpcOpenMemHandle"));
-    }
-    mapping.reader = &reader;
+Result<OpenedMemory> Devices::use_mapping(Mapping& mapping, const MemoryOffer& offer,
+                                          const OpenedMemory::Key& key, OpenedMemory::Way way) {
+  // Whoever names the memory of another process again must know it (I13).
+  if (mapping.memory.size_bytes() != offer.allocation_bytes) {
+    return Error{ErrorCode::kCorrupt,
+                 fmt::format("device memory: allocations of {} bytes were opened, {} are offered",
+                             mapping.memory.size_bytes(), offer.allocation_bytes)};
   }
   ++mapping.users;
-  return OpenedMemory(this, key, mapping.base + offer.offset_bytes, same_device);
+  return OpenedMemory(this, key, mapping.memory.address() + offer.offset_bytes, way);
+}
+
+Result<OpenedMemory> Devices::open(const MemoryOffer& offer,
+                                   std::span<const std::byte, kOfferBytes> place,
+                                   const Device& reader, const HandleMaker& give) {
+  const OpenedMemory::Key key{
+      .process = offer.process, .identity = offer.identity, .reader = reader.ordinal()};
+  const Device* owner = nullptr;
+  OpenedMemory::Way way{.by_handles = offer.handle_count > 0};
+  {
+    const MutexLock lock(mutex_);
+    TRANSFUSE_ASSIGN_OR_RETURN(owner, find_locked(offer.device));
+    way.same_device = owner->ordinal() == reader.ordinal();
+    const auto known = mappings_.find(key);
+    if (known != mappings_.end()) return use_mapping(known->second, offer, key, way);
+  }
+  TRANSFUSE_RETURN_IF_ERROR(reader.enable_peer(*owner));
+  if (offer.process == process_) {
+    TRANSFUSE_ASSIGN_OR_RETURN(std::optional<CUdeviceptr> address, own_address(offer, *owner, way));
+    if (address) return OpenedMemory(nullptr, key, *address, way);
+  }
+  // The peer is asked without the lock: this process may have to answer others meanwhile.
+  TRANSFUSE_ASSIGN_OR_RETURN(ImportedMemory imported, ImportedMemory::open(reader, offer, give));
+  // Handles are those of what is offered when they are asked for.
+  if (offered_identity(place) != offer.identity) {
+    return Error{ErrorCode::kNotFound,
+                 "device memory: its owner mapped other memory there while it was opened"};
+  }
+  const MutexLock lock(mutex_);
+  // Where another thread was first, what was opened here closes again.
+  const auto at = mappings_.try_emplace(key, Mapping{.memory = std::move(imported)}).first;
+  auto opened = use_mapping(at->second, offer, key, way);
+  if (at->second.users == 0) mappings_.erase(at);
+  return opened;
 }
 
 void Devices::close(const OpenedMemory::Key& key) {
   const MutexLock lock(mutex_);
   const auto found = mappings_.find(key);
   TRANSFUSE_CHECK(found != mappings_.end());
-  if (--found->second.users > 0) return;
-  const Current current = found->second.reader->use();
-  (void)driver_.cuIpcCloseMemHandle(found->second.base);
-  mappings_.erase(found);
+  if (--found->second.users == 0) mappings_.erase(found);
 }
 
 uint64_t Devices::opened() const {

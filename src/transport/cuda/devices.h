@@ -6,13 +6,16 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <span>
 #include <utility>
 #include <vector>
 
 #include "base/mutex.h"
+#include "transfuse/region.h"
 #include "transfuse/result.h"
 #include "transport/cuda/device.h"
+#include "transport/cuda/imported_memory.h"
 #include "transport/cuda/memory_offer.h"
 
 namespace transfuse::cuda {
@@ -22,32 +25,37 @@ class Devices;
 // Memory of another process (or of this one) as kernels of `reader` reach it. Outlived by Devices.
 class OpenedMemory {
  public:
+  struct Way {
+    bool same_device = false;
+    bool by_handles = false;  // of virtual memory mapping, not CUDA IPC
+  };
   OpenedMemory(OpenedMemory&& other) noexcept
       : devices_(std::exchange(other.devices_, nullptr)),
         key_(other.key_),
         address_(other.address_),
-        same_device_(other.same_device_) {}
+        way_(other.way_) {}
   OpenedMemory& operator=(OpenedMemory&&) = delete;
   ~OpenedMemory();
 
   CUdeviceptr address() const { return address_; }  // of the region
-  bool same_device() const { return same_device_; }
+  bool same_device() const { return way_.same_device; }
+  bool by_handles() const { return way_.by_handles; }
 
  private:
   friend class Devices;
   struct Key {
     uint64_t process = 0;
-    uint64_t allocation = 0;
+    uint64_t identity = 0;
     int reader = 0;
     auto operator<=>(const Key&) const = default;
   };
-  OpenedMemory(Devices* devices, Key key, CUdeviceptr address, bool same_device)
-      : devices_(devices), key_(key), address_(address), same_device_(same_device) {}
+  OpenedMemory(Devices* devices, Key key, CUdeviceptr address, Way way)
+      : devices_(devices), key_(key), address_(address), way_(way) {}
 
   Devices* devices_;  // null: nothing to release
   Key key_;
   CUdeviceptr address_;
-  bool same_device_;
+  Way way_;
 };
 
 // Safe to call from any thread.
@@ -60,29 +68,34 @@ class Devices {
   uint64_t process() const { return process_; }
   Result<const Device*> device(int ordinal) EXCLUDES(mutex_);
   // nullptr: `memory` is of the host. kUnsupported names what it is that cannot be read by others
-  // (managed memory, memory of no device) and the remedy.
+  // (managed memory) and the remedy. kUnavailable: reserved for a device, but not mapped now.
   Result<const Device*> device_of(std::span<const std::byte> memory) EXCLUDES(mutex_);
-  // What `memory`, which lies on a device, is to other processes. kUnsupported: its allocator does
-  // not share.
-  Result<MemoryOffer> offer(std::span<const std::byte> memory) EXCLUDES(mutex_);
-  // Opened once for each allocation and reader. kUnsupported: the GPU is not visible here, or the
-  // reader cannot reach it.
-  Result<OpenedMemory> open(const MemoryOffer& offer, const Device& reader) EXCLUDES(mutex_);
-  uint64_t opened() const EXCLUDES(mutex_);  // allocations
-  // The whole allocation of a device that `address` lies in; empty: it is of the host, or of none.
+  // The same memory is opened once for each reader; `give` is asked for its handles, if it has any.
+  // kNotFound: `place`, where the offer was read, says another one by now. kUnsupported: the GPU is
+  // not visible here, or the reader cannot reach it.
+  Result<OpenedMemory> open(const MemoryOffer& offer, std::span<const std::byte, kOfferBytes> place,
+                            const Device& reader, const HandleMaker& give) EXCLUDES(mutex_);
+  uint64_t opened() const EXCLUDES(mutex_);  // mappings of memory of others
+  // The allocation of a device (of virtual memory: one mapping) that `address` lies in; empty: it
+  // is of the host, or of none.
   std::span<std::byte> allocation_of(const std::byte* address) const;
 
  private:
   friend class OpenedMemory;
   struct Mapping {
-    CUdeviceptr base = 0;
+    ImportedMemory memory;
     uint32_t users = 0;
-    const Device* reader = nullptr;
   };
 
   explicit Devices(const Driver& driver);
   Result<const Device*> device_locked(int ordinal) REQUIRES(mutex_);
   Result<const Device*> find_locked(const DeviceUuid& uuid) REQUIRES(mutex_);
+  // Of memory of this very process; nullopt where the reader cannot use it as it is mapped.
+  static Result<std::optional<CUdeviceptr>> own_address(const MemoryOffer& offer,
+                                                        const Device& owner, OpenedMemory::Way way);
+  Result<OpenedMemory> use_mapping(Mapping& mapping, const MemoryOffer& offer,
+                                   const OpenedMemory::Key& key, OpenedMemory::Way way)
+      REQUIRES(mutex_);
   void close(const OpenedMemory::Key& key) EXCLUDES(mutex_);
 
   const Driver& driver_;

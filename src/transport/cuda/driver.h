@@ -11,7 +11,8 @@
 
 namespace transfuse::cuda {
 
-// Every function of the driver that is called here. The header's macros give the versioned names.
+// Every function of the driver that is called here or by tests. The header's macros give the
+// versioned names.
 #define TRANSFUSE_CUDA_FUNCTIONS(X) \
   X(cuInit)                         \
   X(cuDriverGetVersion)             \
@@ -34,6 +35,8 @@ namespace transfuse::cuda {
   X(cuModuleGetFunction)            \
   X(cuLaunchKernel)                 \
   X(cuMemAlloc)                     \
+  X(cuMemAllocAsync)                \
+  X(cuMemAllocManaged)              \
   X(cuMemFree)                      \
   X(cuMemHostAlloc)                 \
   X(cuMemFreeHost)                  \
@@ -42,10 +45,21 @@ namespace transfuse::cuda {
   X(cuMemcpy2DAsync)                \
   X(cuMemsetD8Async)                \
   X(cuPointerGetAttribute)          \
+  X(cuPointerGetAttributes)         \
   X(cuMemGetAddressRange)           \
   X(cuIpcGetMemHandle)              \
   X(cuIpcOpenMemHandle)             \
   X(cuIpcCloseMemHandle)            \
+  X(cuMemAddressReserve)            \
+  X(cuMemAddressFree)               \
+  X(cuMemCreate)                    \
+  X(cuMemRelease)                   \
+  X(cuMemMap)                       \
+  X(cuMemUnmap)                     \
+  X(cuMemSetAccess)                 \
+  X(cuMemRetainAllocationHandle)    \
+  X(cuMemExportToShareableHandle)   \
+  X(cuMemImportFromShareableHandle) \
   X(cuStreamCreate)                 \
   X(cuStreamDestroy)                \
   X(cuStreamSynchronize)            \

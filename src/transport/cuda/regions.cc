@@ -3,54 +3,54 @@
 
 #include <fmt/format.h>
 
-#include <array>
-#include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <span>
-#include <thread>
+#include <string_view>
 #include <utility>
 
-#include "transfuse/copy.h"
+#include "base/mutex.h"
 #include "transfuse/deadline.h"
+#include "transfuse/region.h"
 #include "transfuse/result.h"
 #include "transfuse/transport.h"
 #include "transport/cuda/device.h"
 #include "transport/cuda/devices.h"
 #include "transport/cuda/memory_offer.h"
+#include "transport/cuda/offer_board.h"
+#include "transport/cuda/offered_memory.h"
+#include "transport/cuda/physical_memory.h"
 
 namespace transfuse::cuda {
 namespace {
 
-constexpr auto kPollPause = std::chrono::microseconds(20);
-
 class CudaLocalRegion final : public LocalRegion {
  public:
   // `own` is what the region allocated, if it did.
-  CudaLocalRegion(Core& core, std::unique_ptr<LocalRegion> offer, std::span<std::byte> memory,
-                  Memory own)
-      : core_(core), own_(std::move(own)), offer_(std::move(offer)), memory_(memory) {
+  CudaLocalRegion(Core& core, std::unique_ptr<OfferedMemory> memory, Memory own)
+      : core_(core), own_(std::move(own)), memory_(std::move(memory)) {
     ++core_.regions;
-    core_.region_bytes += memory_.size();
+    core_.region_bytes += bytes().size();
   }
   ~CudaLocalRegion() override {
     --core_.regions;
-    core_.region_bytes -= memory_.size();
+    core_.region_bytes -= bytes().size();
   }
-  std::span<std::byte> bytes() const override { return memory_; }
-  RegionDescriptor descriptor() const override {
-    return {RegionId{static_cast<uint64_t>(offer_->descriptor().id) | kDeviceBit}, memory_.size()};
-  }
-  MemoryPlace place() const override { return MemoryPlace::kDevice; }
+  std::span<std::byte> bytes() const override { return memory_->bytes(); }
+  RegionDescriptor descriptor() const override { return memory_->descriptor(); }
+  Result<void> refresh() override { return memory_->refresh(); }
 
  private:
   Core& core_;
   Memory own_;
-  std::unique_ptr<LocalRegion> offer_;  // goes first: nobody opens memory that is being freed
-  std::span<std::byte> memory_;
+  std::unique_ptr<OfferedMemory> memory_;  // goes first: nobody opens memory that is being freed
 };
 
+}  // namespace
+
+// Safe to call from any thread.
 class CudaPeer final : public Peer {
  public:
   CudaPeer(Core& core, CudaTickets& tickets, std::unique_ptr<Peer> host)
@@ -58,75 +58,152 @@ class CudaPeer final : public Peer {
 
   Result<std::unique_ptr<RemoteRegion>> open_region(const RegionDescriptor& descriptor,
                                                     Deadline deadline) override;
+  Result<MemoryHandle> open_handle(RegionId region, uint64_t index, Deadline deadline) override {
+    return host_->open_handle(region, index, deadline);
+  }
   bool alive() const override { return host_->alive(); }
+  void close_board(RegionId id) EXCLUDES(mutex_);
 
  private:
+  struct Board {
+    std::unique_ptr<RemoteRegion> region;
+    uint32_t users = 0;  // regions whose offers lie on it
+  };
+  // Its bytes; to be closed again.
+  Result<std::span<const std::byte>> open_board(RegionId id, Deadline deadline) EXCLUDES(mutex_);
+  Result<std::unique_ptr<RemoteRegion>> open_offer(OpenedOffer& opened,
+                                                   const RegionDescriptor& descriptor,
+                                                   Deadline deadline);
+
   Core& core_;
   CudaTickets& tickets_;
   std::unique_ptr<Peer> host_;
+  Mutex mutex_;
+  std::map<RegionId, Board> boards_ GUARDED_BY(mutex_);
 };
-
-// Reads bytes of a region of the host at once.
-Result<void> read_now(Transport& host, const RemoteRegion& region, std::span<std::byte> out,
-                      Deadline deadline) {
-  const StridedCopy copy{.target = out.data(),
-                         .count = {1, 1, static_cast<uint32_t>(out.size())},
-                         .source_stride = {0, 0, 1},
-                         .target_stride = {0, 0, 1},
-                         .index_stride = {0, 0, 1}};
-  TRANSFUSE_ASSIGN_OR_RETURN(const TicketId ticket,
-                             host.submit({.region = &region, .copies = {&copy, 1}}));
-  if (!host.wait_any({&ticket, 1}, deadline)) host.cancel(ticket);
-  // A cancelled one ends with what a worker of the host transport has in hand.
-  while (host.poll(ticket) == TicketState::kPending ||
-         host.poll(ticket) == TicketState::kPoisoned) {
-    std::this_thread::sleep_for(kPollPause);
-  }
-  return host.finish(ticket);
-}
-
-}  // namespace
 
 Result<std::unique_ptr<LocalRegion>> offer_region(Core& core, std::span<std::byte> memory,
                                                   Memory own) {
-  TRANSFUSE_ASSIGN_OR_RETURN(const MemoryOffer offer, core.devices->offer(memory));
-  TRANSFUSE_ASSIGN_OR_RETURN(auto region, core.host->allocate(kOfferBytes));
-  offer.encode(region->bytes().first<kOfferBytes>());
+  const OfferedMemory::Owner owner{.device = core.device->uuid(),
+                                   .process = core.devices->process()};
+  TRANSFUSE_ASSIGN_OR_RETURN(
+      auto offered,
+      OfferedMemory::open(*core.host, *core.boards, std::make_unique<DriverMemory>(*core.device),
+                          owner, memory));
   return std::unique_ptr<LocalRegion>(
-      std::make_unique<CudaLocalRegion>(core, std::move(region), memory, std::move(own)));
+      std::make_unique<CudaLocalRegion>(core, std::move(offered), std::move(own)));
 }
 
 std::unique_ptr<Peer> make_peer(Core& core, CudaTickets& tickets, std::unique_ptr<Peer> host) {
   return std::make_unique<CudaPeer>(core, tickets, std::move(host));
 }
 
+CudaRemoteRegion::CudaRemoteRegion(CudaTickets& tickets, Core& core, OpenedMemory memory,
+                                   const OpenedOffer& opened)
+    : tickets_(tickets),
+      core_(&core),
+      memory_(std::move(memory)),
+      opened_(opened),
+      size_bytes_(opened.offer.size_bytes) {
+  ++core_->remote_regions;
+}
+
 CudaRemoteRegion::~CudaRemoteRegion() {
   tickets_.retire(*this);
+  if (opened_) opened_->peer->close_board(opened_->board);
   if (core_ != nullptr) --core_->remote_regions;
+}
+
+std::string_view CudaRemoteRegion::route() const {
+  if (host_ != nullptr) return host_->route();
+  if (memory_ && memory_->by_handles()) {
+    return same_device() ? "cuda_vmm, one GPU" : "cuda_vmm, peer GPU";
+  }
+  return same_device() ? "cuda_ipc, one GPU" : "cuda_ipc, peer GPU";
+}
+
+bool CudaRemoteRegion::current() const {
+  if (host_ != nullptr) return host_->current();
+  return !opened_ || offered_identity(opened_->place) == opened_->offer.identity;
+}
+
+Result<std::span<const std::byte>> CudaPeer::open_board(RegionId id, Deadline deadline) {
+  {
+    const MutexLock lock(mutex_);
+    const auto known = boards_.find(id);
+    if (known != boards_.end()) {
+      ++known->second.users;
+      return known->second.region->mapped();
+    }
+  }
+  TRANSFUSE_ASSIGN_OR_RETURN(auto region,
+                             host_->open_region({.id = id, .size_bytes = kBoardBytes}, deadline));
+  if (region->mapped().size() != kBoardBytes) {
+    return Error{ErrorCode::kCorrupt,
+                 fmt::format("region {}: expected offers of device memory in shared memory, found "
+                             "memory that is read by '{}'",
+                             static_cast<uint64_t>(id), region->route())};
+  }
+  const MutexLock lock(mutex_);
+  Board& board = boards_[id];
+  if (board.region == nullptr) board.region = std::move(region);
+  ++board.users;
+  return board.region->mapped();
+}
+
+void CudaPeer::close_board(RegionId id) {
+  std::unique_ptr<RemoteRegion> last;  // closed without the lock
+  const MutexLock lock(mutex_);
+  const auto found = boards_.find(id);
+  TRANSFUSE_CHECK(found != boards_.end());
+  if (--found->second.users > 0) return;
+  last = std::move(found->second.region);
+  boards_.erase(found);
 }
 
 Result<std::unique_ptr<RemoteRegion>> CudaPeer::open_region(const RegionDescriptor& descriptor,
                                                             Deadline deadline) {
-  const auto id = static_cast<uint64_t>(descriptor.id);
-  if ((id & kDeviceBit) == 0) {
+  const auto place = offer_place(descriptor.id);
+  if (!place) {
     TRANSFUSE_ASSIGN_OR_RETURN(auto host, host_->open_region(descriptor, deadline));
     return std::unique_ptr<RemoteRegion>(
         std::make_unique<CudaRemoteRegion>(tickets_, std::move(host)));
   }
-  TRANSFUSE_ASSIGN_OR_RETURN(
-      const auto region,
-      host_->open_region({.id = RegionId{id & ~kDeviceBit}, .size_bytes = kOfferBytes}, deadline));
-  std::array<std::byte, kOfferBytes> bytes{};
-  TRANSFUSE_RETURN_IF_ERROR(read_now(*core_.host, *region, bytes, deadline));
-  TRANSFUSE_ASSIGN_OR_RETURN(const MemoryOffer offer, MemoryOffer::decode(bytes));
-  if (offer.size_bytes != descriptor.size_bytes) {
-    return Error{ErrorCode::kCorrupt,
-                 fmt::format("region {}: expected {} bytes by its descriptor, found {}", id,
-                             descriptor.size_bytes, offer.size_bytes)};
+  if (place->slot >= kOffersPerBoard) {
+    return Error{ErrorCode::kCorrupt, fmt::format("region {}: no number of device memory",
+                                                  static_cast<uint64_t>(descriptor.id))};
   }
-  TRANSFUSE_ASSIGN_OR_RETURN(OpenedMemory memory, core_.devices->open(offer, *core_.device));
-  return std::unique_ptr<RemoteRegion>(
-      std::make_unique<CudaRemoteRegion>(tickets_, core_, std::move(memory), offer.size_bytes));
+  TRANSFUSE_ASSIGN_OR_RETURN(const auto board, open_board(place->board, deadline));
+  OpenedOffer opened{.peer = this,
+                     .board = place->board,
+                     .place = board.subspan(place->slot * kOfferBytes).first<kOfferBytes>()};
+  auto region = open_offer(opened, descriptor, deadline);
+  if (!region) close_board(place->board);
+  return region;
+}
+
+Result<std::unique_ptr<RemoteRegion>> CudaPeer::open_offer(OpenedOffer& opened,
+                                                           const RegionDescriptor& descriptor,
+                                                           Deadline deadline) {
+  while (true) {
+    TRANSFUSE_ASSIGN_OR_RETURN(opened.offer, read_offer(opened.place, deadline));
+    if (opened.offer.size_bytes != descriptor.size_bytes) {
+      return Error{ErrorCode::kCorrupt,
+                   fmt::format("region {}: expected {} bytes by its descriptor, found {}",
+                               static_cast<uint64_t>(descriptor.id), descriptor.size_bytes,
+                               opened.offer.size_bytes)};
+    }
+    auto memory = core_.devices->open(
+        opened.offer, opened.place, *core_.device,
+        [&](uint64_t index) { return host_->open_handle(opened.offer.handles, index, deadline); });
+    if (!memory) {
+      const bool same = offered_identity(opened.place) == opened.offer.identity;
+      if (same || deadline.passed()) return Unexpected{std::move(memory).error()};
+      continue;  // other memory was mapped there meanwhile
+    }
+    return std::unique_ptr<RemoteRegion>(
+        std::make_unique<CudaRemoteRegion>(tickets_, core_, std::move(*memory), opened));
+  }
 }
 
 }  // namespace transfuse::cuda

@@ -10,21 +10,21 @@
 #include <string_view>
 #include <utility>
 
+#include "transfuse/region.h"
 #include "transfuse/result.h"
 #include "transfuse/transport.h"
 #include "transport/cuda/device.h"
 #include "transport/cuda/devices.h"
+#include "transport/cuda/memory_offer.h"
+#include "transport/cuda/offer_board.h"
 
 namespace transfuse::cuda {
-
-// Regions of device memory, and tickets that are not the host transport's, have this bit; the rest
-// of the number is the host transport's region of the offer, or the ticket's own.
-constexpr uint64_t kDeviceBit = uint64_t{1} << 63;
 
 // What all objects of one transport share. Its memory may be shared with another transport that
 // reads through another host.
 struct Core {
   std::unique_ptr<Transport> host;
+  std::unique_ptr<OfferBoards> boards;
   std::shared_ptr<Devices> devices;
   const Device* device = nullptr;  // reads go here
   std::atomic<uint64_t> regions{0};
@@ -33,8 +33,8 @@ struct Core {
   std::atomic<uint64_t> read_bytes{0};
 };
 
-// Registers device memory: what it is to other processes lies in memory of the host. `own` is the
-// memory itself where the region keeps it.
+// Registers memory of core.device: what it is to other processes lies in memory of the host. `own`
+// is the memory itself where the region keeps it.
 Result<std::unique_ptr<LocalRegion>> offer_region(Core& core, std::span<std::byte> memory,
                                                   Memory own);
 
@@ -49,32 +49,36 @@ class CudaTickets {
   virtual void retire(const CudaRemoteRegion& region) = 0;  // waits for what still reads it
 };
 
+class CudaPeer;
+// The offer of a region, as it was when it was opened, and where it is seen to change.
+struct OpenedOffer {
+  CudaPeer* peer = nullptr;
+  RegionId board{};
+  std::span<const std::byte, kOfferBytes> place;
+  MemoryOffer offer{};
+};
+
 // Memory of the host that another process serves, of a device, or all of this process' own on the
 // device. Tickets of it end before it does.
 class CudaRemoteRegion final : public RemoteRegion {
  public:
   CudaRemoteRegion(CudaTickets& tickets, std::unique_ptr<RemoteRegion> host)
       : tickets_(tickets), host_(std::move(host)), size_bytes_(host_->size_bytes()) {}
-  CudaRemoteRegion(CudaTickets& tickets, Core& core, OpenedMemory memory, uint64_t size_bytes)
-      : tickets_(tickets),
-        core_(&core),
-        memory_(std::move(memory)),
-        size_bytes_(size_bytes),
-        address_(memory_->address()) {
-    ++core_->remote_regions;
-  }
+  CudaRemoteRegion(CudaTickets& tickets, Core& core, OpenedMemory memory,
+                   const OpenedOffer& opened);
   explicit CudaRemoteRegion(CudaTickets& tickets) : tickets_(tickets), size_bytes_(UINT64_MAX) {}
   ~CudaRemoteRegion() override;
 
   uint64_t size_bytes() const override { return size_bytes_; }
-  std::string_view route() const override {
-    if (host_ != nullptr) return host_->route();
-    return same_device() ? "cuda_ipc, one GPU" : "cuda_ipc, peer GPU";
-  }
+  std::string_view route() const override;
   bool joins_requests() const override { return host_ == nullptr; }
+  std::span<const std::byte> mapped() const override {
+    return host_ == nullptr ? std::span<const std::byte>() : host_->mapped();
+  }
+  bool current() const override;
 
   const RemoteRegion* host() const { return host_.get(); }  // null: of a device
-  CUdeviceptr address() const { return address_; }
+  CUdeviceptr address() const { return memory_ ? memory_->address() : 0; }
   bool same_device() const { return !memory_ || memory_->same_device(); }
 
   // Of the transport, under its mutex: its number in the request that is being submitted.
@@ -86,8 +90,8 @@ class CudaRemoteRegion final : public RemoteRegion {
   Core* core_ = nullptr;
   std::unique_ptr<RemoteRegion> host_;
   std::optional<OpenedMemory> memory_;
+  std::optional<OpenedOffer> opened_;
   uint64_t size_bytes_;
-  CUdeviceptr address_ = 0;
 };
 
 // Opens regions of `host`'s process: of devices by their offers, of the host as `host` does.

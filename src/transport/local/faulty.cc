@@ -82,6 +82,8 @@ class FaultyRegion final : public RemoteRegion {
   ~FaultyRegion() override;
   uint64_t size_bytes() const override { return inside_->size_bytes(); }
   std::string_view route() const override { return inside_->route(); }
+  std::span<const std::byte> mapped() const override { return inside_->mapped(); }
+  bool current() const override { return inside_->current(); }
 
  private:
   friend class FaultyWrapper;
@@ -102,6 +104,10 @@ class FaultyPeer final : public Peer {
     TRANSFUSE_ASSIGN_OR_RETURN(auto inside, inside_->open_region(descriptor, deadline));
     return std::unique_ptr<RemoteRegion>(
         std::make_unique<FaultyRegion>(owner_, state_, std::move(inside)));
+  }
+  Result<MemoryHandle> open_handle(RegionId region, uint64_t index, Deadline deadline) override {
+    if (state_->dead) return died();
+    return inside_->open_handle(region, index, deadline);
   }
   bool alive() const override { return !state_->dead && inside_->alive(); }
 
@@ -158,6 +164,9 @@ class FaultyWrapper final : public FaultyTransport {
   }
   Result<std::unique_ptr<LocalRegion>> register_memory(std::span<std::byte> memory) override {
     return inside_->register_memory(memory);
+  }
+  Result<std::unique_ptr<LocalRegion>> offer_handles(HandleMaker make) override {
+    return inside_->offer_handles(std::move(make));
   }
   Result<std::string> endpoint() override { return inside_->endpoint(); }
   Result<std::unique_ptr<Peer>> connect(std::string_view endpoint, std::string_view token,

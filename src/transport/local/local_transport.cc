@@ -36,6 +36,7 @@ class SharedMemory {
   SharedMemory& operator=(const SharedMemory&) = delete;
 
   std::span<std::byte> bytes() const { return bytes_; }
+  bool owned() const { return owned_; }
 
   bool begin_read() EXCLUDES(mutex_) {
     MutexLock lock(mutex_);
@@ -173,6 +174,9 @@ class LocalSource final : public ReadSource {
  public:
   explicit LocalSource(std::shared_ptr<SharedMemory> memory) : memory_(std::move(memory)) {}
   uint64_t size_bytes() const override { return memory_->bytes().size(); }
+  std::span<const std::byte> mapped() const {
+    return memory_->owned() ? memory_->bytes() : std::span<const std::byte>();
+  }
   Result<void> read(std::span<const StridedCopy> copies, std::span<uint64_t> fingerprints,
                     std::span<std::byte> scratch) const override {
     if (!memory_->begin_read()) {
@@ -201,6 +205,7 @@ class LocalRemoteRegion final : public RemoteRegion {
   }
   uint64_t size_bytes() const override { return source_.size_bytes(); }
   std::string_view route() const override { return "local"; }
+  std::span<const std::byte> mapped() const override { return source_.mapped(); }
   const ReadSource& source() const { return source_; }
   bool belongs_to(const ReadQueue& queue) const { return &queue_ == &queue; }
 

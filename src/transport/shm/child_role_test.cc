@@ -7,6 +7,7 @@
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -123,6 +124,90 @@ int read(const std::vector<std::string>& arguments) {
     for (uint64_t i = 0; i < size; ++i) {
       if (bytes[i] != pattern(std::stoull(arguments.at(5)), i)) {
         return Error{ErrorCode::kCorrupt, fmt::format("byte {} differs", i)};
+      }
+    }
+    return {};
+  }();
+  std::cout << (outcome ? "ok" : outcome.error().to_string()) << std::endl;
+  return 0;
+}
+
+// From now on only `more` descriptors beyond those that are open. The limit is on their numbers:
+// free ones between those that are open are taken for good.
+void limit_descriptors(uint64_t more) {
+  rlimit limit{};
+  TRANSFUSE_CHECK(getrlimit(RLIMIT_NOFILE, &limit) == 0);
+  limit.rlim_cur = limit.rlim_max;
+  TRANSFUSE_CHECK(setrlimit(RLIMIT_NOFILE, &limit) == 0);
+  UniqueFd lowest_free(dup(STDIN_FILENO));
+  while (static_cast<uint64_t>(lowest_free.get()) + 1 < open_descriptors(getpid()) - 1) {
+    (void)lowest_free.release();
+    lowest_free.reset(dup(STDIN_FILENO));
+  }
+  limit.rlim_cur = static_cast<rlim_t>(lowest_free.get()) + more;
+  TRANSFUSE_CHECK(setrlimit(RLIMIT_NOFILE, &limit) == 0);
+}
+
+Result<MemoryHandle> make_handle(uint64_t index, uint64_t count, uint64_t size) {
+  if (index >= count) {
+    return Error{ErrorCode::kNotFound, fmt::format("handle {} of {}", index, count)};
+  }
+  UniqueFd fd(memfd_create("handle", MFD_CLOEXEC));
+  if (!fd) return Error{ErrorCode::kResourceExhausted, "no descriptor is left: raise ulimit -n"};
+  std::vector<std::byte> bytes(size);
+  fill(bytes, index);
+  TRANSFUSE_CHECK(write(fd.get(), bytes.data(), size) == static_cast<ssize_t>(size));
+  return MemoryHandle{.fd = fd.release(), .size_bytes = size};
+}
+
+// handles <folder> <count> <size>: memfds that stand for handles, made when a reader asks.
+int handles(const std::vector<std::string>& arguments) {
+  const uint64_t count = std::stoull(arguments.at(1));
+  const uint64_t size = std::stoull(arguments.at(2));
+  auto transport = open_shm_transport(arguments.at(0)).value();
+  auto region =
+      transport->offer_handles([=](uint64_t index) { return make_handle(index, count, size); })
+          .value();
+  std::cout << transport->endpoint().value() << std::endl;
+  std::cout << static_cast<uint64_t>(region->descriptor().id) << std::endl;
+  std::string line;
+  while (std::getline(std::cin, line)) {
+    std::istringstream words(line);
+    std::string verb;
+    uint64_t more = 0;
+    words >> verb >> more;
+    if (verb == "limit") limit_descriptors(more);
+    if (verb == "release") region.reset();
+    std::cout << "ok" << std::endl;
+  }
+  region.reset();
+  return 0;
+}
+
+// fetch <folder> <endpoint> <id> <count> <size>: all handles, mapped one by one, with room for one
+// descriptor more than the connection has: "ok" or the error.
+int fetch(const std::vector<std::string>& arguments) {
+  const RegionId id{std::stoull(arguments.at(2))};
+  const uint64_t count = std::stoull(arguments.at(3));
+  const uint64_t size = std::stoull(arguments.at(4));
+  auto outcome = [&]() -> Result<void> {
+    TRANSFUSE_ASSIGN_OR_RETURN(auto transport, open_shm_transport(arguments.at(0)));
+    TRANSFUSE_ASSIGN_OR_RETURN(auto peer,
+                               transport->connect(arguments.at(1), "", Deadline::after_ms(10000)));
+    limit_descriptors(1);
+    for (uint64_t i = 0; i < count; ++i) {
+      TRANSFUSE_ASSIGN_OR_RETURN(const MemoryHandle handle,
+                                 peer->open_handle(id, i, Deadline::after_ms(10000)));
+      const UniqueFd fd(handle.fd);
+      std::vector<std::byte> bytes(size);
+      if (handle.size_bytes != size ||
+          pread(fd.get(), bytes.data(), size, 0) != static_cast<ssize_t>(size)) {
+        return Error{ErrorCode::kCorrupt, fmt::format("handle {} is not {} bytes", i, size)};
+      }
+      for (uint64_t at = 0; at < size; ++at) {
+        if (bytes[at] != pattern(i, at)) {
+          return Error{ErrorCode::kCorrupt, fmt::format("byte {} of handle {} differs", at, i)};
+        }
       }
     }
     return {};
@@ -253,6 +338,8 @@ int main(int argc, char** argv) {
     const std::vector<std::string> arguments(all.begin() + 3, all.end());
     if (all[2] == "serve") return transfuse::shm::serve(arguments);
     if (all[2] == "read") return transfuse::shm::read(arguments);
+    if (all[2] == "handles") return transfuse::shm::handles(arguments);
+    if (all[2] == "fetch") return transfuse::shm::fetch(arguments);
     return 126;
   }
   testing::InitGoogleTest(&argc, argv);

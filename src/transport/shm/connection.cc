@@ -82,13 +82,28 @@ Result<std::unique_ptr<Connection>> Connection::open(std::string_view endpoint,
 Result<OfferedRegion> Connection::open_region(RegionId id, Deadline deadline) {
   TRANSFUSE_ASSIGN_OR_RETURN(Answer answer, ask(OpenRegion{static_cast<uint64_t>(id)}, deadline));
   const auto* opened = std::get_if<RegionOpened>(&answer.body);
-  if (opened == nullptr || (opened->kind == RegionKind::kMemfd) != static_cast<bool>(answer.fd)) {
+  if (opened == nullptr || opened->kind == RegionKind::kHandle ||
+      (opened->kind == RegionKind::kMemfd) != static_cast<bool>(answer.fd)) {
     return Error{ErrorCode::kCorrupt,
                  fmt::format("shm peer {}: expected region {} and its descriptor, found another "
                              "answer",
                              name_, static_cast<uint64_t>(id))};
   }
   return OfferedRegion{opened->kind, opened->size_bytes, opened->address, std::move(answer.fd)};
+}
+
+Result<OfferedRegion> Connection::open_handle(RegionId id, uint64_t index, Deadline deadline) {
+  TRANSFUSE_ASSIGN_OR_RETURN(Answer answer,
+                             ask(OpenHandle{static_cast<uint64_t>(id), index}, deadline));
+  const auto* opened = std::get_if<RegionOpened>(&answer.body);
+  if (opened == nullptr || opened->kind != RegionKind::kHandle || opened->size_bytes == 0 ||
+      !answer.fd) {
+    return Error{ErrorCode::kCorrupt,
+                 fmt::format("shm peer {}: expected handle {} of region {} and its descriptor, "
+                             "found another answer",
+                             name_, index, static_cast<uint64_t>(id))};
+  }
+  return OfferedRegion{opened->kind, opened->size_bytes, 0, std::move(answer.fd)};
 }
 
 bool Connection::alive() const {
@@ -143,7 +158,7 @@ Result<Connection::Answer> Connection::exchange(uint64_t request, const std::str
     if (received.transfer == Transfer::kNoDescriptors) {
       return Error{
           ErrorCode::kResourceExhausted,
-          fmt::format("shm peer {}: no descriptor is left for its region: raise ulimit -n", name_)};
+          fmt::format("shm peer {}: no descriptor is left for its memory: raise ulimit -n", name_)};
     }
     TRANSFUSE_ASSIGN_OR_RETURN(const Message message, decode(received.bytes));
     const auto* refused = std::get_if<Refused>(&message.body);

@@ -32,6 +32,9 @@ class Connection {
                                                   Deadline deadline);
 
   Result<OfferedRegion> open_region(RegionId id, Deadline deadline) EXCLUDES(mutex_);
+  // Its descriptor and size; kHandle.
+  Result<OfferedRegion> open_handle(RegionId id, uint64_t index, Deadline deadline)
+      EXCLUDES(mutex_);
   // The pid as this process sees it (0: it does not), held by a pidfd, so that true from alive()
   // means that it was this process, not another one with its number, all the time before.
   bool alive() const;

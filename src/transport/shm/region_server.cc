@@ -66,8 +66,26 @@ bool RegionTable::answer(int socket, uint64_t request, RegionId id) {
                   fmt::format("region {}: not registered (any more)", static_cast<uint64_t>(id)));
   }
   const Entry& entry = found->second;
+  if (entry.kind == RegionKind::kHandle) {
+    return refuse(socket, request, ErrorCode::kInvalidArgument,
+                  fmt::format("region {}: it has handles and no bytes", static_cast<uint64_t>(id)));
+  }
   const RegionOpened opened{entry.kind, entry.size_bytes, entry.address};
   return send_message(socket, encode({request, opened}), entry.fd) == Transfer::kDone;
+}
+
+bool RegionTable::answer_handle(int socket, uint64_t request, const OpenHandle& open) {
+  const MutexLock lock(mutex_);
+  const auto found = entries_.find(open.region);
+  if (found == entries_.end() || found->second.kind != RegionKind::kHandle) {
+    return refuse(socket, request, ErrorCode::kNotFound,
+                  fmt::format("region {}: no handles are offered there (any more)", open.region));
+  }
+  const auto handle = (*found->second.make)(open.index);
+  if (!handle) return refuse(socket, request, handle.error().code, handle.error().message);
+  const UniqueFd fd(handle->fd);
+  const RegionOpened opened{RegionKind::kHandle, handle->size_bytes, 0};
+  return send_message(socket, encode({request, opened}), fd.get()) == Transfer::kDone;
 }
 
 void RegionTable::add_stats(TransportStats& stats) const {
@@ -215,6 +233,10 @@ bool RegionServer::handle(Connection& connection, std::string_view bytes) {
     }
     connection.admitted = true;
     return send_message(socket, encode({message->request, Welcome{}}), -1) == Transfer::kDone;
+  }
+  const auto* handle = std::get_if<OpenHandle>(&message->body);
+  if (handle != nullptr && connection.admitted) {
+    return table_.answer_handle(socket, message->request, *handle);
   }
   const auto* open = std::get_if<OpenRegion>(&message->body);
   if (open == nullptr || !connection.admitted) {

@@ -27,12 +27,15 @@ class RegionTable {
     uint64_t address = 0;
     uint64_t size_bytes = 0;
     RegionKind kind = RegionKind::kMemfd;
+    const HandleMaker* make = nullptr;  // kHandle; valid until remove()
   };
   RegionId add(const Entry& entry) EXCLUDES(mutex_);
   void remove(RegionId id) EXCLUDES(mutex_);
   // Sends the answer to an OpenRegion; the entry cannot go while it is sent. False if the peer does
   // not take it at once.
   bool answer(int socket, uint64_t request, RegionId id) EXCLUDES(mutex_);
+  // The same for an OpenHandle: the handle is made now and closed here, so that none stays open.
+  bool answer_handle(int socket, uint64_t request, const OpenHandle& open) EXCLUDES(mutex_);
   void add_stats(TransportStats& stats) const EXCLUDES(mutex_);
 
  private:

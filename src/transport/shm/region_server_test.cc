@@ -189,7 +189,9 @@ TEST_F(RegionServerTest, EndsAtOnceWithPeersConnected) {
 // The other side: a serving process that answers an OpenRegion with whatever `answer` sends.
 using Answer = std::function<void(int socket, uint64_t request)>;
 
-Result<std::unique_ptr<Mapping>> open_from(const Answer& answer) {
+// What `ask` makes of the connection to it.
+template <class Ask>
+auto ask_a_liar(const Answer& answer, const Ask& ask) {
   const TestFolder folder;
   auto runtime = RuntimeFolder::open(folder.path()).value();
   const auto listener = runtime.listen().value();
@@ -211,17 +213,57 @@ Result<std::unique_ptr<Mapping>> open_from(const Answer& answer) {
       }
     }
   });
-  auto outcome = [&]() -> Result<std::unique_ptr<Mapping>> {
+  auto outcome = [&]() -> decltype(ask(std::declval<Connection&>())) {
     TRANSFUSE_ASSIGN_OR_RETURN(
         const auto connection,
         Connection::open(runtime.endpoint(), "", Deadline::after_ms(kLongMs)));
-    TRANSFUSE_ASSIGN_OR_RETURN(const auto offered,
-                               connection->open_region(RegionId{1}, Deadline::after_ms(kLongMs)));
-    TRANSFUSE_ASSIGN_OR_RETURN(auto mapping, map_peer_memory(offered.fd, 4096));
-    return std::make_unique<Mapping>(std::move(mapping));
+    return ask(*connection);
   }();
   liar.join();
   return outcome;
+}
+
+Result<std::unique_ptr<Mapping>> open_from(const Answer& answer) {
+  return ask_a_liar(answer, [](Connection& connection) -> Result<std::unique_ptr<Mapping>> {
+    TRANSFUSE_ASSIGN_OR_RETURN(const auto offered,
+                               connection.open_region(RegionId{1}, Deadline::after_ms(kLongMs)));
+    TRANSFUSE_ASSIGN_OR_RETURN(auto mapping, map_peer_memory(offered.fd, 4096));
+    return std::make_unique<Mapping>(std::move(mapping));
+  });
+}
+
+Result<OfferedRegion> handle_from(const Answer& answer) {
+  return ask_a_liar(answer, [](Connection& connection) {
+    return connection.open_handle(RegionId{1}, 0, Deadline::after_ms(kLongMs));
+  });
+}
+
+TEST(ReaderOfALiar, I13_TakesAHandleOnlyWithItsDescriptorAndSize) {
+  const auto memory = create_shared_memory(4096).value();
+  const uint64_t before = open_descriptors(getpid());
+  const auto opened = [](uint64_t request, RegionKind kind, uint64_t size_bytes) {
+    return encode({request, RegionOpened{kind, size_bytes, 0}});
+  };
+  const int fd = memory.fd.get();
+  EXPECT_TRUE(handle_from(
+      [&](int s, uint64_t r) { send_message(s, opened(r, RegionKind::kHandle, 4096), fd); }));
+  const std::vector<std::pair<const char*, Answer>> answers = {
+      {"no descriptor",
+       [&](int s, uint64_t r) { send_message(s, opened(r, RegionKind::kHandle, 4096), -1); }},
+      {"no bytes",
+       [&](int s, uint64_t r) { send_message(s, opened(r, RegionKind::kHandle, 0), fd); }},
+      {"memory", [&](int s, uint64_t r) { send_message(s, opened(r, RegionKind::kMemfd, 9), fd); }},
+      {"a welcome", [&](int s, uint64_t r) { send_message(s, encode({r, Welcome{}}), fd); }},
+  };
+  for (const auto& [name, answer] : answers) {
+    const auto handle = handle_from(answer);
+    ASSERT_FALSE(handle) << name;
+    EXPECT_EQ(handle.error().code, ErrorCode::kCorrupt) << name;
+  }
+  EXPECT_FALSE(open_from([&](int s, uint64_t r) {
+    send_message(s, opened(r, RegionKind::kHandle, 4096), fd);
+  })) << "a handle is no region";
+  EXPECT_EQ(open_descriptors(getpid()), before);
 }
 
 TEST(ReaderOfALiar, TakesAnHonestAnswer) {

@@ -88,6 +88,25 @@ class ShmLocalRegion final : public LocalRegion {
   RegionId id_;
 };
 
+// Handles in the table of its transport. Used from one thread.
+class ShmHandles final : public LocalRegion {
+ public:
+  ShmHandles(Core& core, HandleMaker make)
+      : core_(core),
+        make_(std::move(make)),
+        id_(core.table.add({.kind = RegionKind::kHandle, .make = &make_})) {}
+  ~ShmHandles() override {
+    if (!core_.in_child()) core_.table.remove(id_);
+  }
+  std::span<std::byte> bytes() const override { return {}; }
+  RegionDescriptor descriptor() const override { return {id_, 0}; }
+
+ private:
+  Core& core_;
+  const HandleMaker make_;
+  RegionId id_;
+};
+
 // Safe to call from any thread.
 class ShmRemoteRegion final : public RemoteRegion {
  public:
@@ -112,6 +131,9 @@ class ShmRemoteRegion final : public RemoteRegion {
 
   uint64_t size_bytes() const override { return source_->size_bytes(); }
   std::string_view route() const override { return route_; }
+  std::span<const std::byte> mapped() const override {
+    return {mapping_.data(), mapping_.size_bytes()};
+  }
   const ReadSource& source() const { return *source_; }
   bool belongs_to(const Core& core) const { return &core == &core_; }
 
@@ -166,6 +188,12 @@ class ShmPeer final : public Peer {
     return std::unique_ptr<RemoteRegion>(
         std::make_unique<ShmRemoteRegion>(core_, regions_, std::move(source), "process_vm_readv"));
   }
+  Result<MemoryHandle> open_handle(RegionId region, uint64_t index, Deadline deadline) override {
+    if (core_.in_child()) return core_.inherited();
+    TRANSFUSE_ASSIGN_OR_RETURN(OfferedRegion offered,
+                               connection_->open_handle(region, index, deadline));
+    return MemoryHandle{.fd = offered.fd.release(), .size_bytes = offered.size_bytes};
+  }
   bool alive() const override { return !core_.in_child() && connection_->alive(); }
 
  private:
@@ -212,6 +240,11 @@ class ShmTransport final : public Transport {
                       errno_text(errno))};
     }
     return std::unique_ptr<LocalRegion>(std::make_unique<ShmLocalRegion>(*core_, memory));
+  }
+
+  Result<std::unique_ptr<LocalRegion>> offer_handles(HandleMaker make) override {
+    if (core_->in_child()) return core_->inherited();
+    return std::unique_ptr<LocalRegion>(std::make_unique<ShmHandles>(*core_, std::move(make)));
   }
 
   Result<std::string> endpoint() override {

@@ -35,6 +35,10 @@ struct BodyWriter {
     out.fixed(static_cast<uint8_t>(refused.code));
     out.text(refused.reason.substr(0, kMaxReasonBytes));
   }
+  void operator()(const OpenHandle& open) {
+    out.fixed(open.region);
+    out.fixed(open.index);
+  }
 };
 
 // nullopt-like: false where the type or an enum is out of range.
@@ -60,12 +64,19 @@ bool read_body(uint8_t type, ByteReader& in, Body& body) {
       opened.size_bytes = in.fixed<uint64_t>();
       opened.address = in.fixed<uint64_t>();
       body = opened;
-      return kind <= static_cast<uint8_t>(RegionKind::kCallerOwned);
+      return kind <= static_cast<uint8_t>(RegionKind::kHandle);
     }
     case 4: {
       const auto code = in.fixed<uint8_t>();
       body = Refused{static_cast<ErrorCode>(code), in.text(kMaxReasonBytes)};
       return code < kErrorCodeCount;
+    }
+    case 5: {
+      OpenHandle open;
+      open.region = in.fixed<uint64_t>();
+      open.index = in.fixed<uint64_t>();
+      body = open;
+      return true;
     }
     default:
       return false;

@@ -13,12 +13,12 @@
 
 namespace transfuse::shm {
 
-inline constexpr uint16_t kWireVersion = 1;
+inline constexpr uint16_t kWireVersion = 2;
 inline constexpr uint64_t kMaxTokenBytes = 4096;
 inline constexpr uint64_t kMaxReasonBytes = 1024;
 inline constexpr uint64_t kMaxMessageBytes = 8192;
 
-enum class RegionKind : uint8_t { kMemfd, kCallerOwned };
+enum class RegionKind : uint8_t { kMemfd, kCallerOwned, kHandle };
 
 struct Hello {  // the first message of a reader
   uint16_t version = kWireVersion;
@@ -28,7 +28,7 @@ struct Welcome {};
 struct OpenRegion {
   uint64_t region = 0;
 };
-struct RegionOpened {  // kMemfd: the descriptor travels beside it
+struct RegionOpened {  // kMemfd, kHandle: the descriptor travels beside it
   RegionKind kind = RegionKind::kMemfd;
   uint64_t size_bytes = 0;
   uint64_t address = 0;  // kCallerOwned: in the serving process
@@ -37,7 +37,11 @@ struct Refused {
   ErrorCode code = ErrorCode::kUnavailable;
   std::string_view reason;
 };
-using Body = std::variant<Hello, Welcome, OpenRegion, RegionOpened, Refused>;
+struct OpenHandle {  // answered by RegionOpened of kHandle
+  uint64_t region = 0;
+  uint64_t index = 0;
+};
+using Body = std::variant<Hello, Welcome, OpenRegion, RegionOpened, Refused, OpenHandle>;
 
 // Text points into the bytes that it was parsed from.
 struct Message {

@@ -18,7 +18,9 @@ std::vector<Message> examples() {
           {2, Welcome{}},
           {UINT64_MAX, OpenRegion{77}},
           {4, RegionOpened{RegionKind::kCallerOwned, uint64_t{1} << 40, 0x7F0012345000}},
-          {5, Refused{ErrorCode::kNotFound, "region 77: not registered (any more)"}}};
+          {5, Refused{ErrorCode::kNotFound, "region 77: not registered (any more)"}},
+          {6, OpenHandle{77, 1500}},
+          {7, RegionOpened{RegionKind::kHandle, uint64_t{20} << 20, 0}}};
 }
 
 TEST(Wire, EveryMessageComesBackAsItWasSent) {
