@@ -56,7 +56,8 @@ Examples:
 
 Exit codes: 0 the reward is there, and a control run shows that it needs the refits (--pretrain: the
 engine's logits are those of the trainers, bit for bit); 1 that is not so, a process failed, or
-results could not be written; 2 wrong usage; 3 a Python package or a GPU is missing; 130 interrupted.)");
+results could not be written; 2 wrong usage; 3 a Python package or a GPU is missing;
+130 interrupted.)");
   command->callback(
       [command, &context] { context.run = [command] { return run(command->remaining()); }; });
 }
