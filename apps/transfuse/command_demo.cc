@@ -42,6 +42,7 @@ void add_demo_command(CLI::App& app, CommandContext& context) {
   --steps N      optimizer steps
   --seed N       of weights, data and samples
   --trainer SPEC what trains: fsdp:dp=2 (default) or megatron:tp=2 (needs megatron-core)
+  --device KIND  where models lie: cpu (default) or cuda, dealt to the GPUs that there are
   --tiny         small model, few steps
   --plain        no colours, no progress bar
   --engine HOW   its layout: formula (default) or captured, from its own load_weights
@@ -55,7 +56,8 @@ Examples:
 
 Exit codes: 0 the reward is there, and a control run shows that it needs the refits (--pretrain: the
 engine's logits are those of the trainers, bit for bit); 1 that is not so, a process failed, or
-results could not be written; 2 wrong usage; 3 a Python package is missing; 130 interrupted.)");
+results could not be written; 2 wrong usage; 3 a Python package or a GPU is missing;
+130 interrupted.)");
   command->callback(
       [command, &context] { context.run = [command] { return run(command->remaining()); }; });
 }
