@@ -416,8 +416,8 @@ TRANSFUSE_HOST_DEVICE uint64_t copy_cast(const ItemView& view, uint32_t lane) {
              : copy_unit<ElementUnit<Cast>, kElementsInFlight, kSums>(view, lane);
 }
 
-// Everything but what copy_item() does itself. A function of its own on the device: inlined into
-// one switch with it, all would share too few registers.
+// Everything else. Functions of their own on the device: inlined into one switch, all would share
+// too few registers.
 template <bool kSums>
 TRANSFUSE_NOINLINE TRANSFUSE_HOST_DEVICE uint64_t copy_rarely(const ItemView& view, uint32_t lane) {
   switch (view.op) {
@@ -441,17 +441,27 @@ TRANSFUSE_NOINLINE TRANSFUSE_HOST_DEVICE uint64_t copy_rarely(const ItemView& vi
   return 0;
 }
 
+// What almost all bytes of real plans are; functions of their own like copy_rarely().
+TRANSFUSE_NOINLINE TRANSFUSE_HOST_DEVICE inline uint64_t copy_vectors(const ItemView& view,
+                                                                      uint32_t lane) {
+  return copy_units<VectorUnit<CopyCast<8>>, NoSum, kVectorsInFlight>(view, lane);
+}
+TRANSFUSE_NOINLINE TRANSFUSE_HOST_DEVICE inline uint64_t copy_and_sum_vectors_2(
+    const ItemView& view, uint32_t lane) {
+  return copy_units<VectorUnit<CopyCast<2>>, Summer<2>, kVectorsInFlight>(view, lane);
+}
+
 // One lane's share of one item. kSums: whether any run of the table has a fingerprint.
 template <bool kSums>
 TRANSFUSE_HOST_DEVICE uint64_t copy_item(const ItemView& view, uint32_t lane) {
   if (view.walk == RunWalk::kVectors) {
     // Without a fingerprint every plain copy is one of 8-byte elements (DeviceTableBuilder).
     if (!view.fingerprint && view.op == ElementOp::kCopy8) {
-      return copy_units<VectorUnit<CopyCast<8>>, NoSum, kVectorsInFlight>(view, lane);
+      return copy_vectors(view, lane);
     }
     if constexpr (kSums) {
       if (view.fingerprint && view.op == ElementOp::kCopy2 && view.target != nullptr) {
-        return copy_units<VectorUnit<CopyCast<2>>, Summer<2>, kVectorsInFlight>(view, lane);
+        return copy_and_sum_vectors_2(view, lane);
       }
     }
   }

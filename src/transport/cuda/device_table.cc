@@ -95,7 +95,30 @@ uint32_t widen(DeviceRun& run, uint32_t elements) {
   return elements;
 }
 
+constexpr uint64_t kMaxCount = std::numeric_limits<uint32_t>::max();
+
+Error too_many() {
+  return {ErrorCode::kResourceExhausted, "more than 2^32 - 1 runs or pieces in one table"};
+}
+
 }  // namespace
+
+Result<void> DeviceTable::append(const DeviceTable& later) {
+  if (runs.size() + later.runs.size() > kMaxCount ||
+      items.size() + later.items.size() > kMaxCount) {
+    return too_many();
+  }
+  const auto first = static_cast<uint32_t>(runs.size());
+  runs.insert(runs.end(), later.runs.begin(), later.runs.end());
+  items.reserve(items.size() + later.items.size());
+  for (DeviceItem item : later.items) {
+    item.run += first;
+    items.push_back(item);
+  }
+  target_bytes += later.target_bytes;
+  source_bytes += later.source_bytes;
+  return {};
+}
 
 Result<void> DeviceTableBuilder::add(const StridedCopy& copy, uint32_t source, uint32_t sum) {
   if (copy.element_count() == 0 || (copy.target == nullptr && !copy.fingerprint)) return {};
@@ -154,9 +177,8 @@ Result<void> DeviceTableBuilder::cut(const DeviceRun& run, uint32_t rows, uint32
   const auto pieces = [](uint64_t whole, uint64_t piece) { return (whole + piece - 1) / piece; };
   const uint64_t count =
       rows / run.inner_rows * pieces(run.inner_rows, rows_at_once) * pieces(units, units_at_once);
-  if (table_.runs.size() >= std::numeric_limits<uint32_t>::max() ||
-      table_.items.size() + count > std::numeric_limits<uint32_t>::max()) {
-    return Error{ErrorCode::kResourceExhausted, "more than 2^32 - 1 runs or pieces in one table"};
+  if (table_.runs.size() >= kMaxCount || table_.items.size() + count > kMaxCount) {
+    return too_many();
   }
   const auto number = static_cast<uint32_t>(table_.runs.size());
   table_.runs.push_back(run);

@@ -61,12 +61,22 @@ TRANSFUSE_HOST_DEVICE constexpr uint32_t unit_elements(RunWalk walk, ElementOp o
   return kVectorBytes / (source < target ? source : target);
 }
 
+// Of the wider side: what a pace counts.
+TRANSFUSE_HOST_DEVICE constexpr uint64_t item_bytes(const DeviceRun& run, const DeviceItem& item) {
+  const uint32_t source = source_bytes_of(run.op);
+  const uint32_t target = target_bytes_of(run.op);
+  return uint64_t{item.rows} * item.units * unit_elements(run.walk, run.op) *
+         (source > target ? source : target);
+}
+
 struct DeviceTable {
   std::vector<DeviceRun> runs;
   std::vector<DeviceItem> items;
   uint64_t target_bytes = 0;
   uint64_t source_bytes = 0;
 
+  // `later` comes after what is here. kResourceExhausted beyond 2^32 - 1 runs or items.
+  Result<void> append(const DeviceTable& later);
   uint64_t size_bytes() const {
     return runs.size() * sizeof(DeviceRun) + items.size() * sizeof(DeviceItem);
   }
