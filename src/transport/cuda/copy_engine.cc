@@ -105,6 +105,8 @@ Result<void> PreparedCopies::upload(const DeviceTable& table) {
     return Memory::allocate(*device_, place, size);
   };
   item_count_ = static_cast<uint32_t>(table.items.size());
+  const bool staged = std::ranges::any_of(table.runs, uses_stage, &DeviceRun::walk);
+  stage_bytes_ = staged ? kStageBytes : 0;
   const uint64_t bases_bytes = known_bases_.size() * sizeof(CUdeviceptr);
   const uint64_t sums_bytes = sum_count_ * sizeof(uint64_t);
   TRANSFUSE_ASSIGN_OR_RETURN(runs_,
@@ -205,8 +207,8 @@ Result<void> PreparedCopies::launch_kernel(const Launch& launch, uint32_t item_c
   const CUfunction kernel =
       sum_count_ > 0 ? device_->kernels().copy_and_sum : device_->kernels().copy;
   TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(driver, cuLaunchKernel, kernel, blocks, 1, 1,
-                                           kCopyThreads, 1, 1, 0, launch.stream, pointers.data(),
-                                           nullptr));
+                                           kCopyThreads, 1, 1, stage_bytes_, launch.stream,
+                                           pointers.data(), nullptr));
   if (sum_count_ == 0) return {};
   return TRANSFUSE_CUDA(driver, cuMemcpyAsync, host_sums_.address(), work_.address(),
                         host_sums_.size_bytes(), launch.stream);

@@ -86,6 +86,7 @@ class PreparedCopies {
   uint64_t engine_bytes_ = 0;
   uint32_t item_count_ = 0;         // of all copies
   uint32_t kernel_item_count_ = 0;  // the first ones: of what the copy engines never move
+  uint32_t stage_bytes_ = 0;        // of a block; none where no item uses it
   uint64_t sum_count_ = 0;
   Memory runs_;
   Memory items_;

@@ -113,11 +113,21 @@ World random_world(Random& random) {
     for (auto& c : copy.count) c = 1 + static_cast<uint32_t>(random.below(30));
     if (round) copy.count[2] = 16 * (1 + static_cast<uint32_t>(random.below(60)));
     const int64_t pad = round ? 16 : 0;
-    const bool permute = random.chance(0.3);
+    // Of several tiles, or with rows that are long enough to be shifted.
+    const bool large = random.chance(0.3);
+    if (large) {
+      copy.count[0] = 1;
+      for (size_t k = 1; k < 3; ++k) copy.count[k] = 1 + static_cast<uint32_t>(random.below(300));
+    }
+    const bool permute = random.chance(large ? 0.6 : 0.3);
     const auto source = static_cast<uint32_t>(random.below(3));
     uint64_t& source_size = world.source_size[source];
     if (round) source_size = (source_size + 255) / 256 * 256;
     if (round) world.target_size = (world.target_size + 255) / 256 * 256;
+    if (random.chance(0.7)) {  // whole elements; else anywhere
+      source_size = (source_size + 7) / 8 * 8 + 2 * source_element_bytes(copy.op);
+      world.target_size = (world.target_size + 7) / 8 * 8 + 3 * target_element_bytes(copy.op);
+    }
     copy.source_offset_bytes = source_size;
     copy.target = reinterpret_cast<std::byte*>(world.target_size);  // an offset until it is known
     source_size +=
@@ -126,6 +136,7 @@ World random_world(Random& random) {
     world.target_size += static_cast<uint64_t>(dense(random, copy.count, copy.target_stride, pad,
                                                      random.chance(0.3))) *
                          target_element_bytes(copy.op);
+    if (random.chance(0.1)) std::fill_n(copy.source_stride, 3, 0);
     dense(random, copy.count, copy.index_stride, 0, false);
     copy.fingerprint = random.chance(0.5);
     copy.fingerprint_key = random.next();

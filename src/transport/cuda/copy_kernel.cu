@@ -3,6 +3,7 @@
 
 #include "transport/cuda/copy_kernel.h"
 #include "transport/cuda/device_copy.h"
+#include "transport/cuda/device_stage.h"
 #include "transport/cuda/pace.h"
 
 namespace transfuse {
@@ -49,6 +50,7 @@ __device__ __noinline__ void take_item(const CopyLaunch& launch, Taken& taken) {
 // Persistent blocks: a thread takes the next item while the others move the one before.
 template <bool kSums>
 __device__ void walk_table(const CopyLaunch& launch) {
+  extern __shared__ __align__(kVectorBytes) std::byte stage[];
   __shared__ Taken taken[2];
   if (threadIdx.x == 0) take_item(launch, taken[0]);
   for (uint32_t place = 0;; place ^= 1) {
@@ -58,9 +60,18 @@ __device__ void walk_table(const CopyLaunch& launch) {
       if (threadIdx.x == 0) wait_until(taken[place].due_ns);
       __syncthreads();
     }
-    if (threadIdx.x == blockDim.x - 1) take_item(launch, taken[place ^ 1]);
     const ItemView& view = taken[place].view;
-    uint64_t sum = copy_item<kSums>(view, threadIdx.x);
+    const bool staged = uses_stage(view.walk);
+    if (staged) stage_item(view, threadIdx.x, stage);
+    if (threadIdx.x == blockDim.x - 1) take_item(launch, taken[place ^ 1]);
+    uint64_t sum;
+    if (staged) {
+      finish_staging();
+      __syncthreads();
+      sum = write_staged_item<kSums>(view, threadIdx.x, stage);
+    } else {
+      sum = copy_item<kSums>(view, threadIdx.x);
+    }
     if (kSums && view.fingerprint) {
       for (int distance = 16; distance > 0; distance /= 2) {
         sum += __shfl_down_sync(kFullWarp, sum, distance);
@@ -76,7 +87,8 @@ __device__ void walk_table(const CopyLaunch& launch) {
 }  // namespace
 
 // Launched with kCopyThreads threads a block and as many blocks as the caller allows;
-// launch.progress is all zero. The first of a table without fingerprints.
+// launch.progress is all zero; with kStageBytes of dynamic shared memory where an item of the table
+// uses the stage. The first of a table without fingerprints.
 extern "C" __global__ void __launch_bounds__(kCopyThreads, kCopyBlocksPerMultiprocessor)
     transfuse_copy(const __grid_constant__ CopyLaunch launch) {
   walk_table<false>(launch);
