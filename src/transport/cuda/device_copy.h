@@ -441,11 +441,13 @@ TRANSFUSE_HOST_DEVICE uint64_t copy_unit(const ItemView& view, uint32_t lane) {
   return copy_units<Unit, NoSum, kInFlight>(view, lane);
 }
 
+template <class Cast>
+inline constexpr uint32_t kUnitsInFlight = kVectorsInFlight / VectorUnit<Cast>::kSourceVectors;
+
 template <class Cast, bool kSums>
 TRANSFUSE_HOST_DEVICE uint64_t copy_cast(const ItemView& view, uint32_t lane) {
-  using Vectors = VectorUnit<Cast>;
   return view.walk == RunWalk::kVectors
-             ? copy_unit<Vectors, kVectorsInFlight / Vectors::kSourceVectors, kSums>(view, lane)
+             ? copy_unit<VectorUnit<Cast>, kUnitsInFlight<Cast>, kSums>(view, lane)
              : copy_unit<ElementUnit<Cast>, kElementsInFlight, kSums>(view, lane);
 }
 
@@ -474,27 +476,29 @@ TRANSFUSE_NOINLINE TRANSFUSE_HOST_DEVICE uint64_t copy_rarely(const ItemView& vi
   return 0;
 }
 
-// What almost all bytes of real plans are; functions of their own like copy_rarely().
-TRANSFUSE_NOINLINE TRANSFUSE_HOST_DEVICE inline uint64_t copy_vectors(const ItemView& view,
-                                                                      uint32_t lane) {
-  return copy_units<VectorUnit<CopyCast<8>>, NoSum, kVectorsInFlight>(view, lane);
-}
-TRANSFUSE_NOINLINE TRANSFUSE_HOST_DEVICE inline uint64_t copy_and_sum_vectors_2(
-    const ItemView& view, uint32_t lane) {
-  return copy_units<VectorUnit<CopyCast<2>>, Summer<2>, kVectorsInFlight>(view, lane);
+// What almost all bytes of real plans are: functions of their own like copy_rarely().
+template <class Cast, class Sum>
+TRANSFUSE_NOINLINE TRANSFUSE_HOST_DEVICE uint64_t copy_vectors(const ItemView& view,
+                                                               uint32_t lane) {
+  return copy_units<VectorUnit<Cast>, Sum, kUnitsInFlight<Cast>>(view, lane);
 }
 
-// One lane's share of one item. kSums: whether any run of the table has a fingerprint.
+// One lane's share of one item that does not use the stage. kSums: whether any run of the table has
+// a fingerprint.
 template <bool kSums>
 TRANSFUSE_HOST_DEVICE uint64_t copy_item(const ItemView& view, uint32_t lane) {
   if (view.walk == RunWalk::kVectors) {
     // Without a fingerprint every plain copy is one of 8-byte elements (DeviceTableBuilder).
     if (!view.fingerprint && view.op == ElementOp::kCopy8) {
-      return copy_vectors(view, lane);
+      return copy_vectors<CopyCast<8>, NoSum>(view, lane);
     }
     if constexpr (kSums) {
-      if (view.fingerprint && view.op == ElementOp::kCopy2 && view.target != nullptr) {
-        return copy_and_sum_vectors_2(view, lane);
+      if (view.fingerprint && view.target != nullptr) {
+        if (view.op == ElementOp::kCopy2) return copy_vectors<CopyCast<2>, Summer<2>>(view, lane);
+        if (view.op == ElementOp::kCopy1) return copy_vectors<CopyCast<1>, Summer<1>>(view, lane);
+        if (view.op == ElementOp::kF32ToBF16) {
+          return copy_vectors<F32ToBF16Cast, Summer<2>>(view, lane);
+        }
       }
     }
   }
