@@ -69,6 +69,7 @@ StridedCopy fill(uint64_t bytes) {
 
 std::vector<Shape> shapes_of(uint64_t bytes) {
   std::vector<Shape> shapes = {
+      {"aligned, 2-byte elements", matrix(ElementOp::kCopy2, bytes)},
       {"misaligned by 1 byte, 2-byte elements", shifted(ElementOp::kCopy2, bytes, 1)},
       {"misaligned by 2 bytes, 2-byte elements", shifted(ElementOp::kCopy2, bytes, 2)},
       {"misaligned by 1 byte, 1-byte elements", shifted(ElementOp::kCopy1, bytes, 1)},

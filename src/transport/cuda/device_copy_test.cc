@@ -334,6 +334,25 @@ TEST(DeviceTable, SourcesTakeTurnsInProportionToTheirBytes) {
   }
 }
 
+TEST(DeviceTable, AnAppendedTableKeepsItsRuns) {
+  Memory target(1);
+  DeviceTableBuilder first;
+  DeviceTableBuilder second;
+  for (uint64_t i = 0; i < 3; ++i) {
+    ASSERT_TRUE(first.add(contiguous(512 * i, target.data(), 256), 0, 0).has_value());
+    ASSERT_TRUE(second.add(contiguous(512 * (3 + i), target.data(), 256), 0, 0).has_value());
+  }
+  DeviceTable table = first.build(0);
+  ASSERT_TRUE(table.append(second.build(0)).has_value());
+  ASSERT_EQ(table.items.size(), 6U);
+  EXPECT_EQ(table.target_bytes, 6 * 512U);
+  EXPECT_EQ(table.source_bytes, 6 * 512U);
+  for (size_t i = 0; i < 6; ++i) {
+    EXPECT_EQ(table.runs[table.items[i].run].source_offset, 512 * i);
+    EXPECT_EQ(item_bytes(table.runs[table.items[i].run], table.items[i]), 512U);
+  }
+}
+
 TEST(DeviceTable, TargetsBeginAtDifferentPlacesOfOneSource) {
   Memory target(1);
   std::set<uint32_t> first;
