@@ -9,8 +9,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <span>
-#include <utility>
 #include <vector>
 
 #include "copy/element_size.h"
