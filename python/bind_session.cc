@@ -179,9 +179,11 @@ class PythonReceiver : public Member<Receiver> {
     return take(thread().run(call, [&receiver] { receiver.cancel(); }));
   }
   void stage(std::optional<uint64_t> exactly, std::optional<uint64_t> at_least,
-             const Demand& demand, int64_t timeout_ms, double max_gigabytes_per_second) {
+             const Demand& demand, int64_t timeout_ms, double max_gigabytes_per_second,
+             uint32_t max_multiprocessors) {
     const VersionRequest request = version_request(exactly, at_least, demand);
-    const StageOptions options{.max_gigabytes_per_second = max_gigabytes_per_second};
+    const StageOptions options{.max_gigabytes_per_second = max_gigabytes_per_second,
+                               .max_multiprocessors = max_multiprocessors};
     Receiver& receiver = native();
     take(thread().run([&receiver, request, timeout_ms, options] {
       return receiver.stage(request, Deadline::after_ms(timeout_ms), options);
@@ -328,7 +330,7 @@ void bind_receiver(nb::module_& m) {
       .def("refit", &PythonReceiver::refit, nb::kw_only(), "exactly"_a.none(), "at_least"_a.none(),
            "demand"_a, "timeout_ms"_a)
       .def("stage", &PythonReceiver::stage, nb::kw_only(), "exactly"_a.none(), "at_least"_a.none(),
-           "demand"_a, "timeout_ms"_a, "max_gigabytes_per_second"_a)
+           "demand"_a, "timeout_ms"_a, "max_gigabytes_per_second"_a, "max_multiprocessors"_a)
       .def_prop_ro("staged", [](PythonReceiver& r) { return r.native().staged(); })
       .def("wait_staged", &PythonReceiver::wait_staged, "timeout_ms"_a)
       .def("commit", &PythonReceiver::commit, "timeout_ms"_a)

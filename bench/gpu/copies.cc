@@ -6,8 +6,8 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
-#include <functional>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -15,7 +15,9 @@
 #include <utility>
 #include <vector>
 
+#include "gpu_stopwatch.h"
 #include "plan/copies.h"
+#include "shapes.h"
 #include "transfuse/copy.h"
 #include "transfuse/layout.h"
 #include "transfuse/plan.h"
@@ -31,15 +33,11 @@ namespace {
 using cuda::CopyOptions;
 using cuda::Device;
 using cuda::Driver;
-using cuda::Event;
-using cuda::EventKind;
 using cuda::Memory;
 using cuda::MemoryKind;
 using cuda::PreparedCopies;
-using cuda::Stream;
 
 constexpr uint64_t kAlignment = 512;  // of parameters, as PyTorch's allocator gives them
-constexpr int kRepetitions = 7;
 constexpr uint64_t kChunkBytes = uint64_t{64} << 20;
 
 struct Pair {
@@ -62,12 +60,10 @@ double milliseconds_since(std::chrono::steady_clock::time_point start) {
 
 class Bench {
  public:
-  Bench(const Device& source, const Device& target) : source_(source), target_(target) {}
+  Bench(const Device& source, GpuStopwatch& watch)
+      : source_(source), target_(watch.device()), watch_(watch) {}
 
   Result<nlohmann::json> run(const Pair& pair) {
-    TRANSFUSE_ASSIGN_OR_RETURN(stream_, Stream::create(target_));
-    TRANSFUSE_ASSIGN_OR_RETURN(begin_, Event::create(target_, EventKind::kTiming));
-    TRANSFUSE_ASSIGN_OR_RETURN(end_, Event::create(target_, EventKind::kTiming));
     TRANSFUSE_ASSIGN_OR_RETURN(const auto sources, layouts_of(pair.model, pair.source));
     TRANSFUSE_ASSIGN_OR_RETURN(const Layout target, layout_of(pair.model, pair.target, 0));
     const auto compile_start = std::chrono::steady_clock::now();
@@ -80,7 +76,7 @@ class Bench {
     std::vector<CUdeviceptr> bases;
     for (const Layout& layout : copies.plan().source_layouts()) {
       TRANSFUSE_ASSIGN_OR_RETURN(Placed place_of, place(source_, layout));
-      TRANSFUSE_RETURN_IF_ERROR(scramble(place_of.memory));
+      TRANSFUSE_RETURN_IF_ERROR(watch_.scramble(place_of.memory));
       bases.push_back(place_of.memory.address());
       placed.push_back(std::move(place_of));
     }
@@ -131,59 +127,12 @@ class Bench {
     return placed;
   }
 
-  // Pseudorandom bytes, from a block that is made here and copied on with a growing stride.
-  Result<void> scramble(const Memory& memory) {
-    constexpr uint64_t kBlock = (uint64_t{8} << 20) + 24;
-    if (block_.empty()) {
-      block_.resize(kBlock);
-      uint64_t state = 88172645463325252U;
-      for (auto& byte : block_) {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        byte = static_cast<std::byte>(state >> 32);
-      }
-    }
-    const cuda::Current current = target_.use();
-    const Driver& driver = target_.driver();
-    for (uint64_t at = 0; at < memory.size_bytes(); at += kBlock) {
-      const uint64_t size = std::min(kBlock, memory.size_bytes() - at);
-      TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(driver, cuMemcpyAsync, memory.address() + at,
-                                               reinterpret_cast<CUdeviceptr>(block_.data()), size,
-                                               stream_.get()));
-    }
-    return TRANSFUSE_CUDA(driver, cuStreamSynchronize, stream_.get());
-  }
-
-  Result<double> timed_ms(const std::function<Result<void>()>& work) {
-    const Driver& driver = target_.driver();
-    const cuda::Current current = target_.use();
-    std::vector<float> samples;
-    for (int i = 0; i <= kRepetitions; ++i) {
-      TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(driver, cuEventRecord, begin_.get(), stream_.get()));
-      TRANSFUSE_RETURN_IF_ERROR(work());
-      TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(driver, cuEventRecord, end_.get(), stream_.get()));
-      TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(driver, cuEventSynchronize, end_.get()));
-      float ms = 0;
-      TRANSFUSE_RETURN_IF_ERROR(
-          TRANSFUSE_CUDA(driver, cuEventElapsedTime, &ms, begin_.get(), end_.get()));
-      if (i > 0) samples.push_back(ms);  // the first one warms up
-    }
-    std::ranges::sort(samples);
-    return static_cast<double>(samples[samples.size() / 2]);
-  }
-
   // GB/s of the copy engine on as many contiguous bytes as one source and the target both have.
   Result<double> one_piece(const Memory& into, const std::vector<Placed>& placed) {
     const Placed& largest = *std::ranges::max_element(
         placed, {}, [](const Placed& p) { return p.memory.size_bytes(); });
     const uint64_t size = std::min(into.size_bytes(), largest.memory.size_bytes());
-    TRANSFUSE_ASSIGN_OR_RETURN(const double ms, timed_ms([&] {
-                                 return TRANSFUSE_CUDA(target_.driver(), cuMemcpyAsync,
-                                                       into.address(), largest.memory.address(),
-                                                       size, stream_.get());
-                               }));
-    return static_cast<double>(size) / ms / 1e6;
+    return watch_.one_piece(into.address(), largest.memory.address(), size);
   }
 
   Result<nlohmann::json> measure(const CopyTable& copies, const std::vector<Placed>& placed,
@@ -193,7 +142,6 @@ class Bench {
     const auto prepare_start = std::chrono::steady_clock::now();
     std::vector<StridedCopy> all;
     std::vector<uint32_t> sources;
-    std::vector<StridedCopy> check;
     for (const Run& run : plan.runs()) {
       const Holder& holder = plan.holders_of(run).front();
       auto* const to =
@@ -209,9 +157,9 @@ class Bench {
         PreparedCopies prepared,
         PreparedCopies::make(target_, all, sources, static_cast<uint32_t>(bases.size()), options));
     const double prepare_ms = milliseconds_since(prepare_start);
-    TRANSFUSE_ASSIGN_OR_RETURN(const double ms, timed_ms([&] {
-                                 return prepared.launch(bases, {.stream = stream_.get()});
-                               }));
+    TRANSFUSE_ASSIGN_OR_RETURN(const double ms, watch_.median_ms([&] {
+      return prepared.launch(bases, {.stream = watch_.stream()});
+    }));
     const auto bytes =
         static_cast<double>(std::max(prepared.target_bytes(), prepared.source_bytes()));
     nlohmann::json out = {{"ms", ms},
@@ -220,47 +168,19 @@ class Bench {
                           {"table_mib", static_cast<double>(prepared.memory_bytes()) / (1 << 20)},
                           {"engine_bytes", prepared.engine_bytes()}};
     if (fingerprint) {
-      TRANSFUSE_ASSIGN_OR_RETURN(const bool same, verify(all, prepared, into));
-      out["verified"] = same;
+      // What lies in the target sums to what was read from the sources.
+      TRANSFUSE_ASSIGN_OR_RETURN(const auto held, watch_.sums_at_target(all, into.memory));
+      out["verified"] = std::ranges::equal(prepared.sums(), held);
     }
     return out;
   }
 
-  // The sums of what lies in the target are the sums of what was read from the sources.
-  Result<bool> verify(std::vector<StridedCopy> copies, const PreparedCopies& moved,
-                      const Placed& into) {
-    for (StridedCopy& copy : copies) {
-      copy.source_offset_bytes = reinterpret_cast<uint64_t>(copy.target) - into.memory.address();
-      std::copy_n(copy.target_stride, 3, copy.source_stride);
-      copy.target = nullptr;
-      copy.op = plain(target_element_bytes(copy.op));
-    }
-    const std::vector<uint32_t> sources(copies.size(), 0);
-    TRANSFUSE_ASSIGN_OR_RETURN(PreparedCopies held,
-                               PreparedCopies::make(target_, copies, sources, 1, {}));
-    const std::vector<CUdeviceptr> bases = {into.memory.address()};
-    TRANSFUSE_RETURN_IF_ERROR(held.launch(bases, {.stream = stream_.get()}));
-    const cuda::Current current = target_.use();
-    TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(target_.driver(), cuStreamSynchronize, stream_.get()));
-    return std::ranges::equal(moved.sums(), held.sums());
-  }
-
-  static ElementOp plain(uint32_t bytes) {
-    return bytes == 1   ? ElementOp::kCopy1
-           : bytes == 2 ? ElementOp::kCopy2
-           : bytes == 4 ? ElementOp::kCopy4
-                        : ElementOp::kCopy8;
-  }
-
   const Device& source_;
   const Device& target_;
-  Stream stream_;
-  Event begin_;
-  Event end_;
-  std::vector<std::byte> block_;
+  GpuStopwatch& watch_;
 };
 
-Result<void> run(bool small) {
+Result<void> run(bool small, std::string_view only) {
   TRANSFUSE_ASSIGN_OR_RETURN(const Driver* driver, Driver::load());
   int count = 0;
   TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(*driver, cuDeviceGetCount, &count));
@@ -289,8 +209,10 @@ Result<void> run(bool small) {
     if (source == nullptr) continue;
     fmt::print("== {} -> {}{}\n", source->name(), target->name(),
                source == target.get() ? ", one GPU" : ", two GPUs");
+    TRANSFUSE_ASSIGN_OR_RETURN(GpuStopwatch watch, GpuStopwatch::create(*target));
     for (const Pair& pair : pairs) {
-      Bench bench(*source, *target);
+      if (pair.name.find(only) == std::string::npos) continue;
+      Bench bench(*source, watch);
       auto found = bench.run(pair);
       if (!found && found.error().code == ErrorCode::kResourceExhausted) {
         fmt::print("{}: {}\n", pair.name, found.error().message);
@@ -299,6 +221,12 @@ Result<void> run(bool small) {
       if (!found) return found.error();
       (*found)["gpus"] = source == target.get() ? 1 : 2;
       all.push_back(std::move(*found));
+    }
+    TRANSFUSE_ASSIGN_OR_RETURN(nlohmann::json shapes,
+                               measure_shapes(*source, *target, small, only));
+    for (nlohmann::json& shape : shapes) {
+      shape["gpus"] = source == target.get() ? 1 : 2;
+      all.push_back(std::move(shape));
     }
   }
   if (const char* path = std::getenv("TRANSFUSE_GPU_JSON"); path != nullptr) {
@@ -315,8 +243,20 @@ Result<void> run(bool small) {
 }  // namespace transfuse::bench
 
 int main(int count, char** arguments) {
-  const bool small = count > 1 && std::string_view(arguments[1]) == "--small";
-  const auto done = transfuse::bench::run(small);
+  bool small = false;
+  std::string_view only;
+  for (int i = 1; i < count; ++i) {
+    const std::string_view argument = arguments[i];
+    if (argument == "--small") {
+      small = true;
+    } else if (argument == "--only" && i + 1 < count) {
+      only = arguments[++i];
+    } else {
+      fmt::print(stderr, "usage: {} [--small] [--only PART_OF_A_NAME]\n", arguments[0]);
+      return 2;
+    }
+  }
+  const auto done = transfuse::bench::run(small, only);
   if (!done) fmt::print(stderr, "{}\n", done.error().to_string());
   return done ? 0 : 1;
 }

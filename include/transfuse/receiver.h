@@ -53,6 +53,7 @@ struct ReceiverOptions {
 
 struct StageOptions {
   double max_gigabytes_per_second = 0;  // of bytes written; 0: as fast as possible
+  uint32_t max_multiprocessors = 0;     // of the GPU, where the shadow lies on one; 0: all
 };
 
 enum class StageState : uint8_t { kNone, kMoving, kReady, kFailed };

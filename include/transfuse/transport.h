@@ -42,6 +42,12 @@ class Peer {
   Peer() = default;
 };
 
+// What a read may take, so that others go on beside it. 0: all there is.
+struct CopyLimits {
+  double gigabytes_per_second = 0;  // of bytes written
+  uint32_t multiprocessors = 0;     // of the device that reads
+};
+
 // A read of one region, or of several that join: its copies, executed in any order by any number of
 // threads. Spans belong to the caller and stay valid and unchanged until the ticket has ended
 // (landed, failed or cancelled).
@@ -52,7 +58,7 @@ struct ReadRequest {
       fingerprints{};  // empty, or one per copy: written where copies[i].fingerprint is set
   // Empty, or one per copy: all of them join (RemoteRegion::joins_requests()).
   std::span<const RemoteRegion* const> regions{};
-  double gigabytes_per_second = 0;  // of bytes written, where the region joins; 0: all there is
+  CopyLimits limits{};  // where the region joins
 };
 
 enum class TicketState : uint8_t {

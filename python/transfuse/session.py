@@ -463,6 +463,7 @@ class Receiver:
         revision: Digest | str | None = None,
         timeout_s: float = 60.0,
         max_gigabytes_per_second: float = 0.0,
+        max_multiprocessors: int = 0,
     ) -> Stage:
         """Begins to bring a version into the shadow while the engine serves; returns at once.
 
@@ -474,6 +475,7 @@ class Receiver:
             demand=demand_of(require=require, revision=revision),
             timeout_ms=_milliseconds(timeout_s),
             max_gigabytes_per_second=max_gigabytes_per_second,
+            max_multiprocessors=max_multiprocessors,
         )
         return Stage(self._native)
 

@@ -12,6 +12,8 @@
 // Before a loop of a constant count whose body indexes arrays that are to stay in registers.
 #ifdef __CUDA_ARCH__
 #define TRANSFUSE_UNROLL _Pragma("unroll")
+#define TRANSFUSE_NO_UNROLL _Pragma("unroll 1")
 #else
 #define TRANSFUSE_UNROLL
+#define TRANSFUSE_NO_UNROLL
 #endif

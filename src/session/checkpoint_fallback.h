@@ -41,7 +41,7 @@ class CheckpointFallback final : private SourceDirectory {
 
   // Of what is prepared from then on.
   Result<void> set_demand(const Demand& demand) { return attempt_->set_demand(demand); }
-  void set_pace(double gigabytes_per_second) { attempt_->set_pace(gigabytes_per_second); }
+  void set_limits(const CopyLimits& limits) { attempt_->set_limits(limits); }
   void forget_padding() { attempt_->forget_padding(); }
   void close() { attempt_->close(); }
   // Leaks what must not be touched in a forked child.

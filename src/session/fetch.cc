@@ -117,8 +117,8 @@ void Fetch::abandon_in_forked_child() {
 Result<Fetched> Fetch::run(const FetchOrder& order, const std::atomic<bool>& cancelled,
                            RefitReport& report) {
   started_at_ = std::chrono::steady_clock::now();
-  attempt_.set_pace(order.gigabytes_per_second);
-  if (fallback_ != nullptr) fallback_->set_pace(order.gigabytes_per_second);
+  attempt_.set_limits(order.limits);
+  if (fallback_ != nullptr) fallback_->set_limits(order.limits);
   const Demand demand = both(options_.demand, order.request.demand);
   TRANSFUSE_RETURN_IF_ERROR(attempt_.set_demand(demand));
   if (fallback_ != nullptr) TRANSFUSE_RETURN_IF_ERROR(fallback_->set_demand(demand));

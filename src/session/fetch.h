@@ -31,7 +31,7 @@ class FetchMemory {
 struct FetchOrder {
   VersionRequest request;
   Deadline deadline;
-  double gigabytes_per_second = 0;  // of bytes written; 0: as fast as possible
+  CopyLimits limits{};
 };
 
 struct Fetched {

@@ -323,7 +323,7 @@ Result<void> RefitAttempt::move(Deadline deadline, const std::atomic<bool>& canc
                             .target = target_data_,
                             .fingerprint = options_.verify == Verify::kFull,
                             .no_progress_ms = options_.no_progress_ms,
-                            .gigabytes_per_second = gigabytes_per_second_,
+                            .limits = limits_,
                             .landed_before = copies_->plan().size_bytes() - missing_bytes,
                             .landed_bytes = &progress_.landed_bytes,
                             .deadline = deadline,

@@ -44,8 +44,8 @@ class RefitAttempt {
   Result<void> set_demand(const Demand& demand) {
     return admission_.set_demand("receiver '" + options_.name + "'", demand);
   }
-  // Of bytes written by later transfers; 0: as fast as possible.
-  void set_pace(double gigabytes_per_second) { gigabytes_per_second_ = gigabytes_per_second; }
+  // Of later transfers.
+  void set_limits(const CopyLimits& limits) { limits_ = limits; }
   // Something else wrote the target memory: its padding is filled again.
   void forget_padding() { padding_filled_ = false; }
 
@@ -97,7 +97,7 @@ class RefitAttempt {
   const MemoryPlace place_;
   Transfer transfer_;
   bool padding_filled_ = false;
-  double gigabytes_per_second_ = 0;
+  CopyLimits limits_;
   AttemptProgress& progress_;
 
   // From cycle to cycle.

@@ -94,7 +94,8 @@ class ShadowReceiver final : public Receiver, private FetchMemory {
     if (!stage_->moving()) cancelled_ = false;
     return begin_stage({.request = request,
                         .deadline = deadline,
-                        .gigabytes_per_second = options.max_gigabytes_per_second});
+                        .limits = {.gigabytes_per_second = options.max_gigabytes_per_second,
+                                   .multiprocessors = options.max_multiprocessors}});
   }
 
   StageProgress staged() const override {

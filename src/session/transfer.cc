@@ -63,8 +63,8 @@ void Transfer::add(const TransferOrder& order, Slot& slot, uint32_t run,
 void Transfer::gather(const TransferOrder& order, Slot& slot, Deadline limit) {
   const Plan& plan = order.copies->plan();
   uint64_t most = kJoinedBytes;
-  if (order.gigabytes_per_second > 0) {
-    const double paced = order.gigabytes_per_second * 1e9 * kJoinedSeconds;
+  if (order.limits.gigabytes_per_second > 0) {
+    const double paced = order.limits.gigabytes_per_second * 1e9 * kJoinedSeconds;
     if (paced < static_cast<double>(most)) most = static_cast<uint64_t>(paced);
   }
   size_t at = next_;
@@ -136,12 +136,12 @@ bool Transfer::fill(const TransferOrder& order, Slot& slot) {
   if (region == nullptr) return false;
   slot.sums.assign(order.fingerprint ? slot.copies.size() : 0, 0);
   submit(order, slot, *region);
-  if (order.gigabytes_per_second > 0) {
+  if (order.limits.gigabytes_per_second > 0) {
     const TimePoint now = std::chrono::steady_clock::now();
     next_submit_at_ =
         std::max(next_submit_at_, now - kBurst) +
         Duration(static_cast<int64_t>(static_cast<double>(slot.bytes) /
-                                      order.gigabytes_per_second));  // bytes per nanosecond
+                                      order.limits.gigabytes_per_second));  // bytes per nanosecond
   }
   return true;
 }
@@ -151,7 +151,7 @@ void Transfer::submit(const TransferOrder& order, Slot& slot, const RemoteRegion
                                    .copies = slot.copies,
                                    .fingerprints = slot.sums,
                                    .regions = slot.regions,
-                                   .gigabytes_per_second = order.gigabytes_per_second});
+                                   .limits = order.limits});
   if (!ticket) {
     fail_link(slot.link, std::move(ticket).error());
     return;
@@ -165,7 +165,7 @@ void Transfer::submit(const TransferOrder& order, Slot& slot, const RemoteRegion
 
 // The bytes that were asked for already take the link longer than until now.
 bool Transfer::held_back(const TransferOrder& order) const {
-  return order.gigabytes_per_second > 0 && std::chrono::steady_clock::now() < next_submit_at_;
+  return order.limits.gigabytes_per_second > 0 && std::chrono::steady_clock::now() < next_submit_at_;
 }
 
 // True if the slot's ticket has ended.

@@ -25,7 +25,7 @@ struct TransferOrder {
   std::span<std::byte* const> target;  // per target parameter
   bool fingerprint = false;
   int64_t no_progress_ms = 2000;
-  double gigabytes_per_second = 0;                // of bytes written; 0: as fast as possible
+  CopyLimits limits{};
   uint64_t landed_before = 0;                     // bytes of the plan that need not be moved
   std::atomic<uint64_t>* landed_bytes = nullptr;  // of the plan; never falls
   Deadline deadline;

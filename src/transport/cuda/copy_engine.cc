@@ -1,13 +1,16 @@
 // Splits copies between kernel and copy engines, and puts both on a stream.
 #include "transport/cuda/copy_engine.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <span>
-#include <utility>
 #include <vector>
 
 #include "copy/element_size.h"
@@ -34,6 +37,19 @@ uint64_t contiguous_bytes(const StridedCopy& copy) {
   return copy.target_bytes();
 }
 
+constexpr double kSlowest = 0.001;
+
+// Nanoseconds a byte; 0 without a pace.
+Result<double> pace_of(double gigabytes_per_second) {
+  if (gigabytes_per_second == 0) return 0.0;
+  if (!std::isfinite(gigabytes_per_second) || gigabytes_per_second < kSlowest) {
+    return Error{ErrorCode::kInvalidArgument,
+                 fmt::format("a pace of {} GB/s: expected 0 (as fast as possible) or at least {}",
+                             gigabytes_per_second, kSlowest)};
+  }
+  return 1 / gigabytes_per_second;
+}
+
 }  // namespace
 
 Result<PreparedCopies> PreparedCopies::make(const Device& device,
@@ -44,6 +60,7 @@ Result<PreparedCopies> PreparedCopies::make(const Device& device,
   PreparedCopies prepared;
   prepared.device_ = &device;
   DeviceTableBuilder builder(options.table);
+  DeviceTableBuilder engine_builder(options.table);
   const bool engines = options.engines.copy_engines && device.driver().batch_copy != nullptr;
   for (uint32_t i = 0; i < copies.size(); ++i) {
     const StridedCopy& copy = copies[i];
@@ -51,14 +68,14 @@ Result<PreparedCopies> PreparedCopies::make(const Device& device,
     prepared.target_bytes_ += copy.target_bytes();
     prepared.source_bytes_ += copy.element_count() * source_bytes_of(copy.op);
     const uint64_t piece = engines ? contiguous_bytes(copy) : 0;
-    if (piece > 0 && piece >= options.engines.piece_bytes) {
+    const bool by_engine = piece > 0 && piece >= options.engines.piece_bytes;
+    TRANSFUSE_RETURN_IF_ERROR((by_engine ? engine_builder : builder).add(copy, sources[i], i));
+    if (by_engine) {
       prepared.engine_bytes_ += piece;
       prepared.pieces_.push_back({.source_offset = copy.source_offset_bytes,
                                   .target = reinterpret_cast<uint64_t>(copy.target),
                                   .size_bytes = piece,
                                   .source = sources[i]});
-    } else {
-      TRANSFUSE_RETURN_IF_ERROR(builder.add(copy, sources[i], i));
     }
   }
   const bool any_sum = std::ranges::any_of(copies, &StridedCopy::fingerprint);
@@ -76,7 +93,10 @@ Result<PreparedCopies> PreparedCopies::make(const Device& device,
     }
   }
   prepared.known_bases_.resize(source_count);
-  TRANSFUSE_RETURN_IF_ERROR(prepared.upload(builder.build(options.spread)));
+  DeviceTable table = builder.build(options.spread);
+  prepared.kernel_item_count_ = static_cast<uint32_t>(table.items.size());
+  TRANSFUSE_RETURN_IF_ERROR(table.append(engine_builder.build(options.spread)));
+  TRANSFUSE_RETURN_IF_ERROR(prepared.upload(table));
   return prepared;
 }
 
@@ -85,6 +105,8 @@ Result<void> PreparedCopies::upload(const DeviceTable& table) {
     return Memory::allocate(*device_, place, size);
   };
   item_count_ = static_cast<uint32_t>(table.items.size());
+  const bool staged = std::ranges::any_of(table.runs, uses_stage, &DeviceRun::walk);
+  stage_bytes_ = staged ? kStageBytes : 0;
   const uint64_t bases_bytes = known_bases_.size() * sizeof(CUdeviceptr);
   const uint64_t sums_bytes = sum_count_ * sizeof(uint64_t);
   TRANSFUSE_ASSIGN_OR_RETURN(runs_,
@@ -92,7 +114,8 @@ Result<void> PreparedCopies::upload(const DeviceTable& table) {
   TRANSFUSE_ASSIGN_OR_RETURN(
       items_, allocate(MemoryKind::kDevice, table.items.size() * sizeof(DeviceItem)));
   TRANSFUSE_ASSIGN_OR_RETURN(bases_, allocate(MemoryKind::kDevice, bases_bytes));
-  TRANSFUSE_ASSIGN_OR_RETURN(work_, allocate(MemoryKind::kDevice, sums_bytes + sizeof(uint64_t)));
+  TRANSFUSE_ASSIGN_OR_RETURN(work_,
+                             allocate(MemoryKind::kDevice, sums_bytes + sizeof(CopyProgress)));
   TRANSFUSE_ASSIGN_OR_RETURN(host_sums_, allocate(MemoryKind::kPinned, sums_bytes));
   TRANSFUSE_ASSIGN_OR_RETURN(host_bases_, allocate(MemoryKind::kPinned, bases_bytes));
   TRANSFUSE_ASSIGN_OR_RETURN(const Stream stream, Stream::create(*device_));
@@ -112,7 +135,15 @@ Result<void> PreparedCopies::upload(const DeviceTable& table) {
 Result<void> PreparedCopies::set_bases(std::span<const CUdeviceptr> bases, CUstream stream) {
   TRANSFUSE_CHECK(bases.size() == known_bases_.size());
   if (std::ranges::equal(bases, known_bases_)) return {};
+  const Current current = device_->use();
   const Driver& driver = device_->driver();
+  TRANSFUSE_ASSIGN_OR_RETURN(const bool capturing, captured(stream));
+  if (capturing) {
+    return Error{ErrorCode::kInvalidArgument,
+                 "bases that differ from the last ones cannot be captured in a CUDA graph: call "
+                 "set_bases() on a stream before the capture, and before a replay that is to read "
+                 "other ones"};
+  }
   // The last launch may still read the pinned copy.
   TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(driver, cuStreamSynchronize, stream));
   std::ranges::copy(bases, host_bases_.as<CUdeviceptr>());
@@ -131,12 +162,24 @@ Result<void> PreparedCopies::set_bases(std::span<const CUdeviceptr> bases, CUstr
   return {};
 }
 
+Result<bool> PreparedCopies::captured(CUstream stream) const {
+  CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
+  TRANSFUSE_RETURN_IF_ERROR(
+      TRANSFUSE_CUDA(device_->driver(), cuStreamIsCapturing, stream, &status));
+  return status != CU_STREAM_CAPTURE_STATUS_NONE;
+}
+
 Result<void> PreparedCopies::launch(std::span<const CUdeviceptr> bases, const Launch& launch) {
   const Current current = device_->use();
   TRANSFUSE_RETURN_IF_ERROR(set_bases(bases, launch.stream));
-  if (!pieces_.empty()) TRANSFUSE_RETURN_IF_ERROR(launch_engines(launch.stream));
-  TRANSFUSE_RETURN_IF_ERROR(launch_kernel(launch));
-  if (pieces_.empty()) return {};
+  bool engines = !pieces_.empty() && !launch.limited();
+  if (engines) {
+    TRANSFUSE_ASSIGN_OR_RETURN(const bool capturing, captured(launch.stream));
+    engines = !capturing;
+  }
+  if (!engines) return launch_kernel(launch, item_count_);
+  TRANSFUSE_RETURN_IF_ERROR(launch_engines(launch.stream));
+  TRANSFUSE_RETURN_IF_ERROR(launch_kernel(launch, kernel_item_count_));
   for (const Event& end : ends_) {
     TRANSFUSE_RETURN_IF_ERROR(
         TRANSFUSE_CUDA(device_->driver(), cuStreamWaitEvent, launch.stream, end.get(), 0));
@@ -144,27 +187,28 @@ Result<void> PreparedCopies::launch(std::span<const CUdeviceptr> bases, const La
   return {};
 }
 
-Result<void> PreparedCopies::launch_kernel(const Launch& launch) {
-  if (item_count_ == 0) return {};
+Result<void> PreparedCopies::launch_kernel(const Launch& launch, uint32_t item_count) {
+  TRANSFUSE_ASSIGN_OR_RETURN(const double ns_per_byte, pace_of(launch.gigabytes_per_second));
+  if (item_count == 0) return {};
   const Driver& driver = device_->driver();
   TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(driver, cuMemsetD8Async, work_.address(), 0,
                                            work_.size_bytes(), launch.stream));
-  CopyLaunch arguments{.runs = runs_.as<DeviceRun>(),
-                       .items = items_.as<DeviceItem>(),
-                       .bases = bases_.as<uint64_t>(),
-                       .sums = work_.as<uint64_t>(),
-                       .next = reinterpret_cast<uint32_t*>(work_.as<uint64_t>() + sum_count_),
-                       .item_count = item_count_};
+  CopyLaunch arguments{
+      .runs = runs_.as<DeviceRun>(),
+      .items = items_.as<DeviceItem>(),
+      .bases = bases_.as<uint64_t>(),
+      .sums = work_.as<uint64_t>(),
+      .progress = reinterpret_cast<CopyProgress*>(work_.as<uint64_t>() + sum_count_),
+      .ns_per_byte = ns_per_byte,
+      .item_count = item_count};
   std::array<void*, 1> pointers = {&arguments};
-  const uint32_t multiprocessors =
-      launch.multiprocessors == 0 ? device_->multiprocessors()
-                                  : std::min(launch.multiprocessors, device_->multiprocessors());
-  const uint32_t blocks = std::min(multiprocessors * kCopyBlocksPerMultiprocessor, item_count_);
+  const uint32_t blocks =
+      std::min(block_count(launch.multiprocessors, device_->multiprocessors()), item_count);
   const CUfunction kernel =
       sum_count_ > 0 ? device_->kernels().copy_and_sum : device_->kernels().copy;
   TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(driver, cuLaunchKernel, kernel, blocks, 1, 1,
-                                           kCopyThreads, 1, 1, 0, launch.stream, pointers.data(),
-                                           nullptr));
+                                           kCopyThreads, 1, 1, stage_bytes_, launch.stream,
+                                           pointers.data(), nullptr));
   if (sum_count_ == 0) return {};
   return TRANSFUSE_CUDA(driver, cuMemcpyAsync, host_sums_.address(), work_.address(),
                         host_sums_.size_bytes(), launch.stream);

@@ -29,7 +29,8 @@ struct CopyOptions {
 // The copies of one target, ready on its device. Targets are virtual addresses, translated when the
 // copies run: other pages that are mapped at the same address later are written as they should be.
 // That something is mapped there is the caller's to know. Used from one thread; outlived by the
-// device.
+// device and, where launches are captured, outlives the graph. Launches and replays follow one
+// another: all use the same sums.
 class PreparedCopies {
  public:
   // Copy i reads the region of bases[sources[i]] and sums into sum i if its fingerprint is set.
@@ -42,10 +43,21 @@ class PreparedCopies {
   struct Launch {
     CUstream stream = nullptr;     // the copies come after what it was given before
     uint32_t multiprocessors = 0;  // at most so many; 0: all
+    // At most so many bytes of the wider side; 0: as fast as possible. Kept by the kernel, which
+    // holds its multiprocessors while it waits.
+    double gigabytes_per_second = 0;
+
+    bool limited() const { return multiprocessors != 0 || gigabytes_per_second != 0; }
   };
-  // Puts everything on the stream and returns; allocates nothing. `bases`: device addresses as this
-  // process sees them, the same in every launch that is captured in a graph.
+  // Puts everything on the stream and returns; allocates nothing, and waits for the stream only
+  // where `bases` are others than before. They are device addresses as this process sees them.
+  // Under a limit, and while the stream is captured, the kernel moves everything: the copy engines
+  // know no pace, and as nodes of a graph they are slower than it and keep their addresses.
+  // kInvalidArgument for a rate that is none, and for new bases while the stream is captured.
   Result<void> launch(std::span<const CUdeviceptr> bases, const Launch& launch);
+  // Gives launch() its bases before a capture, and captured launches new ones: every replay that
+  // comes after this on its stream reads them.
+  Result<void> set_bases(std::span<const CUdeviceptr> bases, CUstream stream);
   // Where the sums of the last launch lie when the stream has come so far: one per copy.
   std::span<const uint64_t> sums() const;
 
@@ -66,20 +78,22 @@ class PreparedCopies {
 
   PreparedCopies() = default;
   Result<void> upload(const DeviceTable& table);
-  Result<void> set_bases(std::span<const CUdeviceptr> bases, CUstream stream);
-  Result<void> launch_kernel(const Launch& launch);
+  Result<bool> captured(CUstream stream) const;
+  Result<void> launch_kernel(const Launch& launch, uint32_t item_count);
   Result<void> launch_engines(CUstream stream);
 
   const Device* device_ = nullptr;
   uint64_t target_bytes_ = 0;
   uint64_t source_bytes_ = 0;
   uint64_t engine_bytes_ = 0;
-  uint32_t item_count_ = 0;
+  uint32_t item_count_ = 0;         // of all copies
+  uint32_t kernel_item_count_ = 0;  // the first ones: of what the copy engines never move
+  uint32_t stage_bytes_ = 0;        // of a block; none where no item uses it
   uint64_t sum_count_ = 0;
   Memory runs_;
   Memory items_;
   Memory bases_;
-  Memory work_;        // sums, then the number of the next item
+  Memory work_;        // sums, then CopyProgress
   Memory host_sums_;   // pinned
   Memory host_bases_;  // pinned
   std::vector<CUdeviceptr> known_bases_;

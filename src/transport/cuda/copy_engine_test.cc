@@ -1,13 +1,16 @@
 // Copies on a GPU against the slow model; skipped where there is none.
 #include "transport/cuda/copy_engine.h"
 
+#include <dlfcn.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <string>
 #include <utility>
@@ -110,11 +113,21 @@ World random_world(Random& random) {
     for (auto& c : copy.count) c = 1 + static_cast<uint32_t>(random.below(30));
     if (round) copy.count[2] = 16 * (1 + static_cast<uint32_t>(random.below(60)));
     const int64_t pad = round ? 16 : 0;
-    const bool permute = random.chance(0.3);
+    // Of several tiles, or with rows that are long enough to be shifted.
+    const bool large = random.chance(0.3);
+    if (large) {
+      copy.count[0] = 1;
+      for (size_t k = 1; k < 3; ++k) copy.count[k] = 1 + static_cast<uint32_t>(random.below(300));
+    }
+    const bool permute = random.chance(large ? 0.6 : 0.3);
     const auto source = static_cast<uint32_t>(random.below(3));
     uint64_t& source_size = world.source_size[source];
     if (round) source_size = (source_size + 255) / 256 * 256;
     if (round) world.target_size = (world.target_size + 255) / 256 * 256;
+    if (random.chance(0.7)) {  // whole elements; else anywhere
+      source_size = (source_size + 7) / 8 * 8 + 2 * source_element_bytes(copy.op);
+      world.target_size = (world.target_size + 7) / 8 * 8 + 3 * target_element_bytes(copy.op);
+    }
     copy.source_offset_bytes = source_size;
     copy.target = reinterpret_cast<std::byte*>(world.target_size);  // an offset until it is known
     source_size +=
@@ -123,6 +136,7 @@ World random_world(Random& random) {
     world.target_size += static_cast<uint64_t>(dense(random, copy.count, copy.target_stride, pad,
                                                      random.chance(0.3))) *
                          target_element_bytes(copy.op);
+    if (random.chance(0.1)) std::fill_n(copy.source_stride, 3, 0);
     dense(random, copy.count, copy.index_stride, 0, false);
     copy.fingerprint = random.chance(0.5);
     copy.fingerprint_key = random.next();
@@ -203,6 +217,156 @@ TEST_F(OnGpu, ASourceThatMovedIsReadAtItsNewPlace) {
       const std::array<CUdeviceptr, 1> bases = {base->address()};
       ASSERT_TRUE(prepared->launch(bases, {.stream = stream_.get()}).has_value());
       EXPECT_TRUE(fetch(target) == *expected);
+    }
+  }
+}
+
+// What the driver has for graphs, which only tests call.
+struct GraphCalls {
+#define TRANSFUSE_TEXT_OF(name) #name
+#define TRANSFUSE_TEXT(name) TRANSFUSE_TEXT_OF(name)
+#define TRANSFUSE_GRAPH_CALL(name)                              \
+  decltype(&::name) name = reinterpret_cast<decltype(&::name)>( \
+      dlsym(dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL), TRANSFUSE_TEXT(name)))
+  TRANSFUSE_GRAPH_CALL(cuStreamBeginCapture);
+  TRANSFUSE_GRAPH_CALL(cuStreamEndCapture);
+  TRANSFUSE_GRAPH_CALL(cuGraphInstantiate);
+  TRANSFUSE_GRAPH_CALL(cuGraphLaunch);
+  TRANSFUSE_GRAPH_CALL(cuGraphDestroy);
+  TRANSFUSE_GRAPH_CALL(cuGraphExecDestroy);
+#undef TRANSFUSE_GRAPH_CALL
+#undef TRANSFUSE_TEXT
+#undef TRANSFUSE_TEXT_OF
+};
+
+// Half a megabyte with a cast and sum, and a plain megabyte that copy engines may take.
+struct TwoCopies {
+  static constexpr uint64_t kSourceBytes = uint64_t{2} << 20;
+  static constexpr uint64_t kTargetBytes = kSourceBytes * 3 / 4;
+  static constexpr std::array<uint32_t, 2> kSources = {0, 0};
+  std::array<StridedCopy, 2> copies;
+
+  explicit TwoCopies(uint64_t target, bool fingerprint = true)
+      : copies{StridedCopy{.target = reinterpret_cast<std::byte*>(target),
+                           .fingerprint_key = 77,
+                           .count = {1, 1, 1 << 18},
+                           .op = ElementOp::kF32ToBF16,
+                           .fingerprint = fingerprint,
+                           .source_stride = {0, 0, 1},
+                           .target_stride = {0, 0, 1},
+                           .index_stride = {0, 0, 1}},
+               StridedCopy{.source_offset_bytes = 1 << 20,
+                           .target = reinterpret_cast<std::byte*>(target + (1 << 19)),
+                           .count = {1, 1, 1 << 20},
+                           .source_stride = {0, 0, 1},
+                           .target_stride = {0, 0, 1},
+                           .index_stride = {0, 0, 1}}} {}
+  // The target's bytes, and the sum of the first copy.
+  std::pair<std::vector<std::byte>, uint64_t> expected(const std::vector<std::byte>& source) const {
+    std::vector<std::byte> bytes(kTargetBytes);
+    const uint64_t sum = slow_copy(copies[0], source.data(), bytes.data());
+    slow_copy(copies[1], source.data() + copies[1].source_offset_bytes, bytes.data() + (1 << 19));
+    return {bytes, sum};
+  }
+};
+
+TEST_F(OnGpu, ACapturedLaunchReadsWhatIsThereAtEveryReplay) {
+  const GraphCalls graphs;
+  const Driver& driver = device_->driver();
+  const Memory a = memory(*device_, TwoCopies::kSourceBytes);
+  const Memory b = memory(*device_, TwoCopies::kSourceBytes);
+  const Memory target = memory(*device_, TwoCopies::kTargetBytes);
+  const TwoCopies two(target.address());
+  for (const bool engines : {false, true}) {
+    SCOPED_TRACE(engines ? "with copy engines" : "kernel only");
+    auto prepared = PreparedCopies::make(*device_, two.copies, TwoCopies::kSources, 1,
+                                         {.engines = {.copy_engines = engines}});
+    ASSERT_TRUE(prepared.has_value()) << prepared.error().message;
+    const std::array<CUdeviceptr, 1> bases = {a.address()};
+    check(prepared->set_bases(bases, stream_.get()));
+    CUgraph graph = nullptr;
+    CUgraphExec exec = nullptr;
+    {
+      const Current current = device_->use();
+      ASSERT_EQ(graphs.cuStreamBeginCapture(stream_.get(), CU_STREAM_CAPTURE_MODE_GLOBAL),
+                CUDA_SUCCESS);
+      check(prepared->launch(bases, {.stream = stream_.get()}));
+      const std::array<CUdeviceptr, 1> others = {b.address()};
+      const auto refused = prepared->launch(others, {.stream = stream_.get()});
+      ASSERT_FALSE(refused.has_value()) << "other bases were captured";
+      EXPECT_EQ(refused.error().code, ErrorCode::kInvalidArgument);
+      EXPECT_NE(refused.error().message.find("set_bases()"), std::string::npos);
+      ASSERT_EQ(graphs.cuStreamEndCapture(stream_.get(), &graph), CUDA_SUCCESS);
+      ASSERT_EQ(graphs.cuGraphInstantiate(&exec, graph, 0), CUDA_SUCCESS);
+    }
+    Random random(11);
+    // The last replay reads another source.
+    for (int replay = 0; replay < 4; ++replay) {
+      const Memory& source = replay == 3 ? b : a;
+      const auto bytes = random_bytes(random, TwoCopies::kSourceBytes);
+      send(source, bytes);
+      const auto [expected, sum] = two.expected(bytes);
+      const Current current = device_->use();
+      if (replay == 3) {
+        const std::array<CUdeviceptr, 1> others = {b.address()};
+        check(prepared->set_bases(others, stream_.get()));
+      }
+      check(driver.check(graphs.cuGraphLaunch(exec, stream_.get()), "cuGraphLaunch"));
+      ASSERT_TRUE(fetch(target) == expected) << "replay " << replay;
+      EXPECT_EQ(prepared->sums()[0], sum) << "replay " << replay;
+    }
+    const Current current = device_->use();
+    EXPECT_EQ(graphs.cuGraphExecDestroy(exec), CUDA_SUCCESS);
+    EXPECT_EQ(graphs.cuGraphDestroy(graph), CUDA_SUCCESS);
+  }
+}
+
+TEST_F(OnGpu, ALimitedLaunchMovesTheSameBytes) {
+  Random random(12);
+  const auto bytes = random_bytes(random, TwoCopies::kSourceBytes);
+  const Memory source = memory(*device_, TwoCopies::kSourceBytes);
+  const Memory target = memory(*device_, TwoCopies::kTargetBytes);
+  send(source, bytes);
+  const std::array<CUdeviceptr, 1> bases = {source.address()};
+  auto begin = Event::create(*device_, EventKind::kTiming);
+  auto end = Event::create(*device_, EventKind::kTiming);
+  ASSERT_TRUE(begin.has_value() && end.has_value());
+  const Driver& driver = device_->driver();
+  for (const bool fingerprint : {false, true}) {
+    const TwoCopies two(target.address(), fingerprint);
+    const auto [expected, sum] = two.expected(bytes);
+    auto prepared = PreparedCopies::make(*device_, two.copies, TwoCopies::kSources, 1,
+                                         {.engines = {.copy_engines = true}});
+    ASSERT_TRUE(prepared.has_value()) << prepared.error().message;
+    const CUstream stream = stream_.get();
+    for (const PreparedCopies::Launch& limits :
+         {PreparedCopies::Launch{.stream = stream, .multiprocessors = 4},
+          PreparedCopies::Launch{.stream = stream, .gigabytes_per_second = 1},
+          PreparedCopies::Launch{.stream = stream, .gigabytes_per_second = 0.05},
+          PreparedCopies::Launch{.stream = stream, .gigabytes_per_second = 1e6},
+          PreparedCopies::Launch{
+              .stream = stream, .multiprocessors = 1, .gigabytes_per_second = 0.5}}) {
+      send(target, std::vector<std::byte>(TwoCopies::kTargetBytes));
+      const Current current = device_->use();
+      check(TRANSFUSE_CUDA(driver, cuEventRecord, begin->get(), stream));
+      check(prepared->launch(bases, limits));
+      check(TRANSFUSE_CUDA(driver, cuEventRecord, end->get(), stream));
+      ASSERT_TRUE(fetch(target) == expected);
+      if (fingerprint) {
+        EXPECT_EQ(prepared->sums()[0], sum);
+      }
+      float ms = 0;
+      check(TRANSFUSE_CUDA(driver, cuEventElapsedTime, &ms, begin->get(), end->get()));
+      std::printf("%u multiprocessors, %g GB/s asked: %.3f GB/s\n", limits.multiprocessors,
+                  limits.gigabytes_per_second,
+                  static_cast<double>(TwoCopies::kSourceBytes) / static_cast<double>(ms) / 1e6);
+    }
+    for (const double rate : {-1.0, 1e-9, std::numeric_limits<double>::infinity(),
+                              std::numeric_limits<double>::quiet_NaN()}) {
+      const auto refused =
+          prepared->launch(bases, {.stream = stream, .gigabytes_per_second = rate});
+      ASSERT_FALSE(refused.has_value()) << rate;
+      EXPECT_EQ(refused.error().code, ErrorCode::kInvalidArgument);
     }
   }
 }

@@ -3,36 +3,75 @@
 
 #include "transport/cuda/copy_kernel.h"
 #include "transport/cuda/device_copy.h"
+#include "transport/cuda/device_stage.h"
+#include "transport/cuda/pace.h"
 
 namespace transfuse {
 namespace {
 
 constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 
-}  // namespace
+__device__ inline uint64_t clock_ns() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  return now;
+}
 
-// A thread takes the next item and makes what the others need of it, while they move the one
-// before.
+__device__ __noinline__ void wait_until(uint64_t due) {
+  for (uint64_t now = clock_ns(); now < due; now = clock_ns()) __nanosleep(nap_ns(due - now));
+}
+
+// What the threads of a block share of one item.
+struct Taken {
+  ItemView view;
+  uint64_t due_ns;  // where there is a pace
+  bool last;        // there was none left
+};
+
+// By one thread. A function of its own: inlined, it would take registers from the loops that move.
+// Who takes the first item of a launch starts its clock.
+__device__ __noinline__ void take_item(const CopyLaunch& launch, Taken& taken) {
+  CopyProgress* const progress = launch.progress;
+  const uint32_t number = atomicAdd(&progress->next, 1u);
+  taken.last = number >= launch.item_count;
+  if (taken.last) return;
+  const DeviceItem item = launch.items[number];
+  const DeviceRun& run = launch.runs[item.run];
+  taken.view =
+      view_of(run, item, reinterpret_cast<const std::byte*>(launch.bases[run.source]), blockDim.x);
+  if (launch.ns_per_byte == 0) return;
+  const auto word = [](uint64_t& at) { return reinterpret_cast<unsigned long long*>(&at); };
+  const uint64_t now = clock_ns();
+  const uint64_t known = atomicCAS(word(progress->start_ns), 0ull, now);
+  const uint64_t before = atomicAdd(word(progress->begun_bytes), item_bytes(run, item));
+  taken.due_ns = (known == 0 ? now : known) + due_after_ns(before, launch.ns_per_byte);
+}
+
+// Persistent blocks: a thread takes the next item while the others move the one before.
 template <bool kSums>
 __device__ void walk_table(const CopyLaunch& launch) {
-  __shared__ ItemView views[2];
-  __shared__ bool last[2];
-  const auto take = [&](uint32_t place) {
-    const uint32_t number = atomicAdd(launch.next, 1u);
-    last[place] = number >= launch.item_count;
-    if (last[place]) return;
-    const DeviceItem item = launch.items[number];
-    const DeviceRun& run = launch.runs[item.run];
-    views[place] = view_of(run, item, reinterpret_cast<const std::byte*>(launch.bases[run.source]),
-                           blockDim.x);
-  };
-  if (threadIdx.x == 0) take(0);
+  extern __shared__ __align__(kVectorBytes) std::byte stage[];
+  __shared__ Taken taken[2];
+  if (threadIdx.x == 0) take_item(launch, taken[0]);
   for (uint32_t place = 0;; place ^= 1) {
     __syncthreads();
-    if (last[place]) return;
-    if (threadIdx.x == blockDim.x - 1) take(place ^ 1);
-    const ItemView& view = views[place];
-    uint64_t sum = copy_item<kSums>(view, threadIdx.x);
+    if (taken[place].last) return;
+    if (launch.ns_per_byte > 0) {
+      if (threadIdx.x == 0) wait_until(taken[place].due_ns);
+      __syncthreads();
+    }
+    const ItemView& view = taken[place].view;
+    const bool staged = uses_stage(view.walk);
+    if (staged) stage_item(view, threadIdx.x, stage);
+    if (threadIdx.x == blockDim.x - 1) take_item(launch, taken[place ^ 1]);
+    uint64_t sum;
+    if (staged) {
+      finish_staging();
+      __syncthreads();
+      sum = write_staged_item<kSums>(view, threadIdx.x, stage);
+    } else {
+      sum = copy_item<kSums>(view, threadIdx.x);
+    }
     if (kSums && view.fingerprint) {
       for (int distance = 16; distance > 0; distance /= 2) {
         sum += __shfl_down_sync(kFullWarp, sum, distance);
@@ -45,14 +84,17 @@ __device__ void walk_table(const CopyLaunch& launch) {
   }
 }
 
-// Launched with kCopyThreads threads a block and as many blocks as the caller allows; launch.next
-// is 0. The first of a table without fingerprints.
+}  // namespace
+
+// Launched with kCopyThreads threads a block and as many blocks as the caller allows;
+// launch.progress is all zero; with kStageBytes of dynamic shared memory where an item of the table
+// uses the stage. The first of a table without fingerprints.
 extern "C" __global__ void __launch_bounds__(kCopyThreads, kCopyBlocksPerMultiprocessor)
-    transfuse_copy(const CopyLaunch launch) {
+    transfuse_copy(const __grid_constant__ CopyLaunch launch) {
   walk_table<false>(launch);
 }
 extern "C" __global__ void __launch_bounds__(kCopyThreads, kCopyBlocksPerMultiprocessor)
-    transfuse_copy_and_sum(const CopyLaunch launch) {
+    transfuse_copy_and_sum(const __grid_constant__ CopyLaunch launch) {
   walk_table<true>(launch);
 }
 

@@ -273,7 +273,6 @@ Result<void> CudaTransport::check_copies(const ReadRequest& request) const {
 Result<CudaTransport::Prepared*> CudaTransport::prepare(const ReadRequest& request) {
   const bool sums = !request.fingerprints.empty();
   const bool engines =
-      request.gigabytes_per_second == 0 &&
       std::ranges::none_of(distinct_, [](const auto* region) { return region->same_device(); });
   CopyKey key = cuda::key_of(request.copies, sources_, sums);
   key.high ^= engines ? 1 : 0;
@@ -334,7 +333,10 @@ Result<TicketId> CudaTransport::submit_on_device(const ReadRequest& request) {
     if (ticket.done.get() == nullptr) {
       TRANSFUSE_ASSIGN_OR_RETURN(ticket.done, Event::create(*core_->device, EventKind::kOrder));
     }
-    TRANSFUSE_RETURN_IF_ERROR(prepared->copies.launch(bases_, {.stream = stream_.get()}));
+    TRANSFUSE_RETURN_IF_ERROR(prepared->copies.launch(
+        bases_, {.stream = stream_.get(),
+                 .multiprocessors = request.limits.multiprocessors,
+                 .gigabytes_per_second = request.limits.gigabytes_per_second}));
     const Current current = core_->device->use();
     return TRANSFUSE_CUDA(core_->device->driver(), cuEventRecord, ticket.done.get(), stream_.get());
   };
@@ -350,7 +352,7 @@ Result<TicketId> CudaTransport::submit_staged(const ReadRequest& request) {
   auto read = std::make_unique<StagedRead>();
   read->copies = request.copies;
   read->fingerprints = request.fingerprints;
-  read->gigabytes_per_second = request.gigabytes_per_second;
+  read->gigabytes_per_second = request.limits.gigabytes_per_second;
   const auto* region = static_cast<const CudaRemoteRegion*>(request.region);
   if (region->host() != nullptr) {
     read->host_region = region->host();

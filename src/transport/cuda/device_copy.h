@@ -105,6 +105,69 @@ TRANSFUSE_HOST_DEVICE inline ItemView view_of(const DeviceRun& run, const Device
   return view;
 }
 
+template <uint32_t kBytes>
+struct UnsignedOf;
+template <>
+struct UnsignedOf<1> {
+  using type = uint8_t;
+};
+template <>
+struct UnsignedOf<2> {
+  using type = uint16_t;
+};
+template <>
+struct UnsignedOf<4> {
+  using type = uint32_t;
+};
+template <>
+struct UnsignedOf<8> {
+  using type = uint64_t;
+};
+
+// The i-th element of vectors.
+template <class Bits>
+TRANSFUSE_HOST_DEVICE inline Bits element_of(const Vector* vectors, uint32_t i) {
+  if constexpr (sizeof(Bits) == 8) {
+    const uint32_t* words = &vectors[i / 2].word[i % 2 * 2];
+    return static_cast<Bits>(uint64_t{words[1]} << 32 | words[0]);
+  } else {
+    constexpr uint32_t kInWord = 4 / sizeof(Bits);
+    const uint32_t word = vectors[i / (4 * kInWord)].word[i / kInWord % 4];
+    return static_cast<Bits>(word >> (8 * sizeof(Bits) * (i % kInWord)));
+  }
+}
+// Puts it there, where there are zeros.
+template <class Bits>
+TRANSFUSE_HOST_DEVICE inline void put_element(Vector* vectors, uint32_t i, Bits bits) {
+  if constexpr (sizeof(Bits) == 8) {
+    uint32_t* words = &vectors[i / 2].word[i % 2 * 2];
+    words[0] = static_cast<uint32_t>(bits);
+    words[1] = static_cast<uint32_t>(static_cast<uint64_t>(bits) >> 32);
+  } else {
+    constexpr uint32_t kInWord = 4 / sizeof(Bits);
+    vectors[i / (4 * kInWord)].word[i / kInWord % 4] |= static_cast<uint32_t>(bits)
+                                                        << (8 * sizeof(Bits) * (i % kInWord));
+  }
+}
+// Takes the first element away: every other one moves to the place before its own.
+template <class Bits, uint32_t kVectors>
+TRANSFUSE_HOST_DEVICE inline void drop_element(Vector* vectors) {
+  constexpr uint32_t kWords = 4 * kVectors;
+  constexpr uint32_t kWhole = sizeof(Bits) / 4;  // words of an element
+  TRANSFUSE_UNROLL
+  for (uint32_t i = 0; i < kWords; ++i) {
+    const uint32_t from = i + kWhole;
+    const uint32_t low = from < kWords ? vectors[from / 4].word[from % 4] : 0;
+    if constexpr (kWhole > 0) {
+      vectors[i / 4].word[i % 4] = low;
+    } else {
+      const uint32_t high = from + 1 < kWords ? vectors[(from + 1) / 4].word[(from + 1) % 4] : 0;
+      constexpr uint32_t kShift = 8 * sizeof(Bits) % 32;
+      vectors[i / 4].word[i % 4] = low >> kShift | high << (32 - kShift);
+    }
+  }
+}
+
 // Adds up fingerprints. Elements of an item mostly share the upper half of their linear indices,
 // and with it the seed.
 template <uint32_t kElementBytes>
@@ -114,27 +177,42 @@ class Summer {
 
   TRANSFUSE_HOST_DEVICE explicit Summer(const ItemView& view) : view_(view) {}
 
-  // Elements `index`, `index` + view.index_step, ...: bits(i) are those of the i-th.
-  template <uint32_t kCount, class Bits>
-  TRANSFUSE_HOST_DEVICE void add(uint64_t index, const Bits& bits) {
+  using Bits = typename UnsignedOf<kElementBytes>::type;
+
+  TRANSFUSE_HOST_DEVICE void add(uint64_t index, Bits bits) {
+    const auto high = static_cast<uint32_t>(index >> 32);
+    const uint32_t scaled = static_cast<uint32_t>(index) * kIndexFactor;
+    if (high == static_cast<uint32_t>(view_.index >> 32)) {
+      mix(scaled, view_.seed, view_.upper, bits);
+    } else {
+      mix(scaled, mix_seed(view_.key, high, kElementBytes), mix_seed(view_.key, high, kUpperPart),
+          bits);
+    }
+  }
+  // Elements `index`, `index` + view.index_step, ...: those of vectors.
+  template <uint32_t kVectors>
+  TRANSFUSE_HOST_DEVICE void add_vectors(uint64_t index, const Vector* vectors) {
+    constexpr uint32_t kCount = kVectors * kVectorBytes / kElementBytes;
     const uint64_t last =
         index + static_cast<uint64_t>(static_cast<int64_t>(kCount - 1) * view_.index_step);
     const auto high = static_cast<uint32_t>(view_.index >> 32);
-    uint32_t scaled = static_cast<uint32_t>(index) * kIndexFactor;
-    const uint32_t step = static_cast<uint32_t>(view_.index_step) * kIndexFactor;
     if (static_cast<uint32_t>(index >> 32) == high && static_cast<uint32_t>(last >> 32) == high) {
+      uint32_t scaled = static_cast<uint32_t>(index) * kIndexFactor;
+      const uint32_t step = static_cast<uint32_t>(view_.index_step) * kIndexFactor;
       TRANSFUSE_UNROLL
       for (uint32_t i = 0; i < kCount; ++i, scaled += step) {
-        mix(scaled, view_.seed, view_.upper, bits(i));
+        mix(scaled, view_.seed, view_.upper, element_of<Bits>(vectors, i));
       }
       return;
     }
+    // Hardly ever: short code counts more than speed.
+    Vector left[kVectors];
     TRANSFUSE_UNROLL
-    for (uint32_t i = 0; i < kCount; ++i, scaled += step) {
-      const uint64_t at = index + static_cast<uint64_t>(static_cast<int64_t>(i) * view_.index_step);
-      const auto own_high = static_cast<uint32_t>(at >> 32);
-      mix(scaled, mix_seed(view_.key, own_high, kElementBytes),
-          mix_seed(view_.key, own_high, kUpperPart), bits(i));
+    for (uint32_t i = 0; i < kVectors; ++i) left[i] = vectors[i];
+    TRANSFUSE_NO_UNROLL
+    for (uint32_t i = 0; i < kCount; ++i, index += static_cast<uint64_t>(view_.index_step)) {
+      add(index, element_of<Bits>(left, 0));
+      drop_element<Bits, kVectors>(left);
     }
   }
   TRANSFUSE_HOST_DEVICE uint64_t sum() const { return sum_; }
@@ -159,25 +237,6 @@ struct NoSum {
 };
 
 // -- units: what is loaded, what is stored, and how the elements of it are summed --
-
-template <uint32_t kBytes>
-struct UnsignedOf;
-template <>
-struct UnsignedOf<1> {
-  using type = uint8_t;
-};
-template <>
-struct UnsignedOf<2> {
-  using type = uint16_t;
-};
-template <>
-struct UnsignedOf<4> {
-  using type = uint32_t;
-};
-template <>
-struct UnsignedOf<8> {
-  using type = uint64_t;
-};
 
 template <uint32_t kBytes>
 struct CopyCast {
@@ -243,7 +302,7 @@ struct ElementUnit {
       }
     }
     if constexpr (Sum::kSums) {
-      sum.template add<1>(index, [&](uint32_t) { return uint64_t{bits}; });
+      sum.add(index, bits);
     }
   }
 };
@@ -280,7 +339,7 @@ struct VectorUnit {
       Vector out[kTargetVectors] = {};
       TRANSFUSE_UNROLL
       for (uint32_t i = 0; i < kElements; ++i) {
-        put<Target>(out, i, Cast::cast(element<Source>(loaded.vector, i)));
+        put_element<Target>(out, i, Cast::cast(element_of<Source>(loaded.vector, i)));
       }
       if constexpr (kStores) {
         TRANSFUSE_UNROLL
@@ -289,34 +348,8 @@ struct VectorUnit {
         }
       }
       if constexpr (Sum::kSums) {
-        sum.template add<kElements>(index,
-                                    [&](uint32_t i) { return uint64_t{element<Target>(out, i)}; });
+        sum.template add_vectors<kTargetVectors>(index, out);
       }
-    }
-  }
-
- private:
-  template <class Bits>
-  TRANSFUSE_HOST_DEVICE static Bits element(const Vector* vectors, uint32_t i) {
-    if constexpr (sizeof(Bits) == 8) {
-      const uint32_t* words = &vectors[i / 2].word[i % 2 * 2];
-      return static_cast<Bits>(uint64_t{words[1]} << 32 | words[0]);
-    } else {
-      constexpr uint32_t kInWord = 4 / sizeof(Bits);
-      const uint32_t word = vectors[i / (4 * kInWord)].word[i / kInWord % 4];
-      return static_cast<Bits>(word >> (8 * sizeof(Bits) * (i % kInWord)));
-    }
-  }
-  template <class Bits>
-  TRANSFUSE_HOST_DEVICE static void put(Vector* vectors, uint32_t i, Bits bits) {
-    if constexpr (sizeof(Bits) == 8) {
-      uint32_t* words = &vectors[i / 2].word[i % 2 * 2];
-      words[0] = static_cast<uint32_t>(bits);
-      words[1] = static_cast<uint32_t>(static_cast<uint64_t>(bits) >> 32);
-    } else {
-      constexpr uint32_t kInWord = 4 / sizeof(Bits);
-      vectors[i / (4 * kInWord)].word[i / kInWord % 4] |= static_cast<uint32_t>(bits)
-                                                          << (8 * sizeof(Bits) * (i % kInWord));
     }
   }
 };
@@ -408,16 +441,18 @@ TRANSFUSE_HOST_DEVICE uint64_t copy_unit(const ItemView& view, uint32_t lane) {
   return copy_units<Unit, NoSum, kInFlight>(view, lane);
 }
 
+template <class Cast>
+inline constexpr uint32_t kUnitsInFlight = kVectorsInFlight / VectorUnit<Cast>::kSourceVectors;
+
 template <class Cast, bool kSums>
 TRANSFUSE_HOST_DEVICE uint64_t copy_cast(const ItemView& view, uint32_t lane) {
-  using Vectors = VectorUnit<Cast>;
   return view.walk == RunWalk::kVectors
-             ? copy_unit<Vectors, kVectorsInFlight / Vectors::kSourceVectors, kSums>(view, lane)
+             ? copy_unit<VectorUnit<Cast>, kUnitsInFlight<Cast>, kSums>(view, lane)
              : copy_unit<ElementUnit<Cast>, kElementsInFlight, kSums>(view, lane);
 }
 
-// Everything but what copy_item() does itself. A function of its own on the device: inlined into
-// one switch with it, all would share too few registers.
+// Everything else. Functions of their own on the device: inlined into one switch, all would share
+// too few registers.
 template <bool kSums>
 TRANSFUSE_NOINLINE TRANSFUSE_HOST_DEVICE uint64_t copy_rarely(const ItemView& view, uint32_t lane) {
   switch (view.op) {
@@ -441,17 +476,29 @@ TRANSFUSE_NOINLINE TRANSFUSE_HOST_DEVICE uint64_t copy_rarely(const ItemView& vi
   return 0;
 }
 
-// One lane's share of one item. kSums: whether any run of the table has a fingerprint.
+// What almost all bytes of real plans are: functions of their own like copy_rarely().
+template <class Cast, class Sum>
+TRANSFUSE_NOINLINE TRANSFUSE_HOST_DEVICE uint64_t copy_vectors(const ItemView& view,
+                                                               uint32_t lane) {
+  return copy_units<VectorUnit<Cast>, Sum, kUnitsInFlight<Cast>>(view, lane);
+}
+
+// One lane's share of one item that does not use the stage. kSums: whether any run of the table has
+// a fingerprint.
 template <bool kSums>
 TRANSFUSE_HOST_DEVICE uint64_t copy_item(const ItemView& view, uint32_t lane) {
   if (view.walk == RunWalk::kVectors) {
     // Without a fingerprint every plain copy is one of 8-byte elements (DeviceTableBuilder).
     if (!view.fingerprint && view.op == ElementOp::kCopy8) {
-      return copy_units<VectorUnit<CopyCast<8>>, NoSum, kVectorsInFlight>(view, lane);
+      return copy_vectors<CopyCast<8>, NoSum>(view, lane);
     }
     if constexpr (kSums) {
-      if (view.fingerprint && view.op == ElementOp::kCopy2 && view.target != nullptr) {
-        return copy_units<VectorUnit<CopyCast<2>>, Summer<2>, kVectorsInFlight>(view, lane);
+      if (view.fingerprint && view.target != nullptr) {
+        if (view.op == ElementOp::kCopy2) return copy_vectors<CopyCast<2>, Summer<2>>(view, lane);
+        if (view.op == ElementOp::kCopy1) return copy_vectors<CopyCast<1>, Summer<1>>(view, lane);
+        if (view.op == ElementOp::kF32ToBF16) {
+          return copy_vectors<F32ToBF16Cast, Summer<2>>(view, lane);
+        }
       }
     }
   }

@@ -37,7 +37,8 @@ bool merges(const Level& outer, const Level& inner) {
 }
 
 // Levels that count, outermost first, at least one; neighbours merged. A level that is contiguous
-// at the target goes last where none is contiguous on both sides.
+// at the target goes last where none is contiguous on both sides, and before it one that is
+// contiguous at the source.
 std::vector<Level> levels_of(const StridedCopy& copy) {
   const auto source_bytes = static_cast<int64_t>(source_bytes_of(copy.op));
   const auto target_bytes = static_cast<int64_t>(target_bytes_of(copy.op));
@@ -67,7 +68,10 @@ std::vector<Level> levels_of(const StridedCopy& copy) {
   };
   if (!last_if(
           [&](const Level& l) { return l.source == source_bytes && l.target == target_bytes; })) {
-    last_if([&](const Level& l) { return l.target == target_bytes; });
+    const bool found = last_if([&](const Level& l) { return l.target == target_bytes; });
+    if (found && levels.size() == 3 && levels[0].source == source_bytes) {
+      std::swap(levels[0], levels[1]);
+    }
   }
   return levels;
 }
@@ -95,7 +99,46 @@ uint32_t widen(DeviceRun& run, uint32_t elements) {
   return elements;
 }
 
+// The other way round for rows that the stage can shift where their elements lie across the
+// target's: bytes.
+uint32_t split(DeviceRun& run, uint32_t elements) {
+  const uint64_t row_bytes = uint64_t{elements} * source_bytes_of(run.op);
+  const bool lie_across = run.target % target_bytes_of(run.op) != 0;
+  if (!lie_across || row_bytes > std::numeric_limits<uint32_t>::max()) return elements;
+  run.op = ElementOp::kCopy1;
+  run.source_step = run.target_step = 1;
+  return static_cast<uint32_t>(row_bytes);
+}
+
+// Shorter rows and columns are not worth the stage.
+constexpr uint64_t kStagedRowBytes = 64;
+// A stage that is larger than the wish of DeviceTableOptions, so that tiles have sense.
+constexpr uint64_t kSmallestStageBytes = 1024;
+
+constexpr uint64_t kMaxCount = std::numeric_limits<uint32_t>::max();
+
+Error too_many() {
+  return {ErrorCode::kResourceExhausted, "more than 2^32 - 1 runs or pieces in one table"};
+}
+
 }  // namespace
+
+Result<void> DeviceTable::append(const DeviceTable& later) {
+  if (runs.size() + later.runs.size() > kMaxCount ||
+      items.size() + later.items.size() > kMaxCount) {
+    return too_many();
+  }
+  const auto first = static_cast<uint32_t>(runs.size());
+  runs.insert(runs.end(), later.runs.begin(), later.runs.end());
+  items.reserve(items.size() + later.items.size());
+  for (DeviceItem item : later.items) {
+    item.run += first;
+    items.push_back(item);
+  }
+  target_bytes += later.target_bytes;
+  source_bytes += later.source_bytes;
+  return {};
+}
 
 Result<void> DeviceTableBuilder::add(const StridedCopy& copy, uint32_t source, uint32_t sum) {
   if (copy.element_count() == 0 || (copy.target == nullptr && !copy.fingerprint)) return {};
@@ -131,32 +174,82 @@ Result<void> DeviceTableBuilder::add(const StridedCopy& copy, uint32_t source, u
       inner.source == source_bytes_of(run.op) && inner.target == target_bytes_of(run.op);
   if (contiguous && !run.fingerprint && source_bytes_of(run.op) == target_bytes_of(run.op)) {
     row_elements = widen(run, row_elements);
+    row_elements = split(run, row_elements);
   }
-  const bool vectors = contiguous && aligned(run, kVectorBytes) &&
-                       options_.base_alignment % kVectorBytes == 0 &&
-                       row_elements % unit_elements(RunWalk::kVectors, run.op) == 0;
-  run.walk = vectors ? RunWalk::kVectors : RunWalk::kElements;
+  run.walk = walk_of(run, row_elements);
   return cut(run, rows, row_elements);
 }
 
+RunWalk DeviceTableBuilder::walk_of(const DeviceRun& run, uint32_t row_elements) const {
+  const uint32_t source_bytes = source_bytes_of(run.op);
+  const uint32_t target_bytes = target_bytes_of(run.op);
+  const bool contiguous = run.source_step == source_bytes && run.target_step == target_bytes;
+  if (contiguous && aligned(run, kVectorBytes) && options_.base_alignment % kVectorBytes == 0 &&
+      row_elements % unit_elements(RunWalk::kVectors, run.op) == 0) {
+    return RunWalk::kVectors;
+  }
+  const bool staged =
+      run.target != 0 && run.target_step == target_bytes && run.target % target_bytes == 0 &&
+      uint64_t{row_elements} * std::min(source_bytes, target_bytes) >= kStagedRowBytes;
+  if (!staged) return RunWalk::kElements;
+  if (contiguous) return RunWalk::kShifted;
+  if (run.source_step == 0 && run.source_pitch[0] == 0 && run.source_pitch[1] == 0) {
+    return RunWalk::kFill;
+  }
+  const bool columns = run.source_pitch[1] == source_bytes &&
+                       uint64_t{run.inner_rows} * source_bytes >= kStagedRowBytes;
+  return columns && run.source_offset % source_bytes == 0 &&
+                 options_.base_alignment % source_bytes == 0
+             ? RunWalk::kTransposed
+             : RunWalk::kElements;
+}
+
 // Whole rows while they are short, else pieces of one row; tiles where an element's neighbours lie
-// apart at the source.
+// apart at the source. What passes through the stage is what has room in it.
+DeviceTableBuilder::Piece DeviceTableBuilder::piece_of(const DeviceRun& run, uint32_t units) const {
+  const uint64_t bytes = source_bytes_of(run.op);
+  const uint64_t stage =
+      std::clamp<uint64_t>(options_.item_bytes, kSmallestStageBytes, kStageBytes) -
+      kStageSlackBytes;
+  const auto strip_bytes = [&](uint64_t elements) {
+    return uint64_t{kVectorBytes} * strip_vectors(static_cast<uint32_t>(elements * bytes));
+  };
+  constexpr uint64_t kStripSlack = 2 * (kVectorBytes - 1);
+  constexpr uint64_t kRound = 64;  // bytes, of what pieces of a longer row or column have
+  uint64_t row_units = units;
+  uint64_t rows = 0;
+  if (run.walk == RunWalk::kShifted) {
+    row_units = std::min(row_units, (stage - kStripSlack) / (kRound * bytes) * kRound);
+    rows = stage / strip_bytes(row_units);
+  } else if (run.walk == RunWalk::kTransposed) {
+    const uint64_t skew =
+        strip_skew(source_bytes_of(run.op)) / unit_elements(RunWalk::kVectors, run.op);  // a strip
+    const uint64_t strips = std::min({row_units, uint64_t{kTileElements}, stage / kTileElements});
+    const uint64_t room = stage / strips - kStripSlack - skew;
+    rows = std::min<uint64_t>(run.inner_rows, room / kRound * kRound / bytes);
+    // Columns that are short leave room for more of them.
+    const uint64_t columns = stage / (strip_bytes(rows) + skew);
+    row_units = columns < row_units ? std::max(columns / kRound * kRound, strips) : row_units;
+  } else {
+    const uint64_t elements = unit_elements(run.walk, run.op);
+    const uint64_t unit_bytes = elements * target_bytes_of(run.op);
+    const uint64_t item_units = std::max<uint64_t>(options_.item_bytes / unit_bytes, 1);
+    const bool apart = run.walk == RunWalk::kElements && run.source_step != source_bytes_of(run.op);
+    row_units = std::min(row_units, apart ? uint64_t{kTileElements} : item_units);
+    rows = apart ? uint64_t{kTileElements} : item_units / row_units;
+  }
+  return {.rows = static_cast<uint32_t>(std::clamp<uint64_t>(rows, 1, run.inner_rows)),
+          .units = static_cast<uint32_t>(row_units)};
+}
+
 Result<void> DeviceTableBuilder::cut(const DeviceRun& run, uint32_t rows, uint32_t row_elements) {
-  const uint32_t elements = unit_elements(run.walk, run.op);
-  const uint32_t units = row_elements / elements;
-  const uint64_t unit_bytes = uint64_t{elements} * target_bytes_of(run.op);
-  const uint64_t item_units = std::max<uint64_t>(options_.item_bytes / unit_bytes, 1);
-  const bool transposes = run.source_step != source_bytes_of(run.op);
-  const auto units_at_once = static_cast<uint32_t>(
-      transposes ? std::min(units, kTileElements) : std::min<uint64_t>(units, item_units));
-  const auto rows_at_once = static_cast<uint32_t>(std::clamp<uint64_t>(
-      transposes ? kTileElements : item_units / units_at_once, 1, run.inner_rows));
+  const uint32_t units = row_elements / unit_elements(run.walk, run.op);
+  const auto [rows_at_once, units_at_once] = piece_of(run, units);
   const auto pieces = [](uint64_t whole, uint64_t piece) { return (whole + piece - 1) / piece; };
   const uint64_t count =
       rows / run.inner_rows * pieces(run.inner_rows, rows_at_once) * pieces(units, units_at_once);
-  if (table_.runs.size() >= std::numeric_limits<uint32_t>::max() ||
-      table_.items.size() + count > std::numeric_limits<uint32_t>::max()) {
-    return Error{ErrorCode::kResourceExhausted, "more than 2^32 - 1 runs or pieces in one table"};
+  if (table_.runs.size() >= kMaxCount || table_.items.size() + count > kMaxCount) {
+    return too_many();
   }
   const auto number = static_cast<uint32_t>(table_.runs.size());
   table_.runs.push_back(run);

@@ -17,11 +17,33 @@ namespace transfuse {
 enum class RunWalk : uint8_t {
   kVectors,   // both sides contiguous and aligned: kVectorBytes at a time on the narrower side
   kElements,  // one element at a time, for any strides and alignments
+  // Through the stage, memory that a block shares: strips of contiguous source bytes are read into
+  // it in vectors, and target rows are put together from it in vectors, heads and tails by element.
+  kShifted,     // rows contiguous on both sides, aligned anyhow; a strip is a row
+  kTransposed,  // rows contiguous at the target, columns at the source; a strip is a column
+  kFill,        // rows contiguous at the target; one source element, repeated in the stage
 };
 inline constexpr uint32_t kVectorBytes = 16;
+TRANSFUSE_HOST_DEVICE constexpr bool uses_stage(RunWalk walk) {
+  return walk != RunWalk::kVectors && walk != RunWalk::kElements;
+}
+// Two blocks of a multiprocessor have room for it on every GPU since sm_80.
+inline constexpr uint32_t kStageBytes = 40u << 10;
+// At its end: words are read in pairs where a row ends inside of one.
+inline constexpr uint32_t kStageSlackBytes = kVectorBytes;
+// Vectors of the stage that a strip needs, wherever in one it begins.
+TRANSFUSE_HOST_DEVICE constexpr uint32_t strip_vectors(uint32_t bytes) {
+  return (bytes + 2 * (kVectorBytes - 1)) / kVectorBytes;
+}
+// So many bytes are left free in the stage after the strips of every target vector: eight rows of
+// four target vectors, which a warp makes at once, then lie in different banks.
+TRANSFUSE_HOST_DEVICE constexpr uint32_t strip_skew(uint32_t source_element_bytes) {
+  const uint32_t rows = 8 * source_element_bytes;
+  return rows > kVectorBytes ? rows : kVectorBytes;
+}
 
 // One strided copy. Rows are the outer two levels flattened: row r is (r / inner_rows, r %
-// inner_rows). A unit is what a thread moves at once: unit_elements() elements.
+// inner_rows). A unit is unit_elements() elements of a row.
 struct DeviceRun {
   uint64_t source_offset = 0;        // bytes from the source's base
   uint64_t target = 0;               // device address
@@ -53,12 +75,20 @@ struct DeviceItem {
 };
 static_assert(sizeof(DeviceItem) == 20);
 
-// Elements that a lane moves at once: vectors have kVectorBytes on the narrower side.
+// Elements of a unit: vectors have kVectorBytes on the narrower side.
 TRANSFUSE_HOST_DEVICE constexpr uint32_t unit_elements(RunWalk walk, ElementOp op) {
-  if (walk == RunWalk::kElements) return 1;
+  if (walk != RunWalk::kVectors) return 1;
   const uint32_t source = source_bytes_of(op);
   const uint32_t target = target_bytes_of(op);
   return kVectorBytes / (source < target ? source : target);
+}
+
+// Of the wider side: what a pace counts.
+TRANSFUSE_HOST_DEVICE constexpr uint64_t item_bytes(const DeviceRun& run, const DeviceItem& item) {
+  const uint32_t source = source_bytes_of(run.op);
+  const uint32_t target = target_bytes_of(run.op);
+  return uint64_t{item.rows} * item.units * unit_elements(run.walk, run.op) *
+         (source > target ? source : target);
 }
 
 struct DeviceTable {
@@ -67,6 +97,8 @@ struct DeviceTable {
   uint64_t target_bytes = 0;
   uint64_t source_bytes = 0;
 
+  // `later` comes after what is here. kResourceExhausted beyond 2^32 - 1 runs or items.
+  Result<void> append(const DeviceTable& later);
   uint64_t size_bytes() const {
     return runs.size() * sizeof(DeviceRun) + items.size() * sizeof(DeviceItem);
   }
@@ -95,6 +127,13 @@ class DeviceTableBuilder {
   DeviceTable build(uint64_t spread);
 
  private:
+  // What one item takes of a run with long enough rows.
+  struct Piece {
+    uint32_t rows;
+    uint32_t units;
+  };
+  RunWalk walk_of(const DeviceRun& run, uint32_t row_elements) const;
+  Piece piece_of(const DeviceRun& run, uint32_t units) const;
   Result<void> cut(const DeviceRun& run, uint32_t rows, uint32_t row_elements);
 
   const DeviceTableOptions options_;

@@ -197,6 +197,12 @@ std::span<std::byte> Devices::allocation_of(const std::byte* address) const {
   const CUresult known =
       driver_.cuPointerGetAttribute(&type, CU_POINTER_ATTRIBUTE_MEMORY_TYPE, pointer);
   if (known != CUDA_SUCCESS || type != CU_MEMORYTYPE_DEVICE) return {};
+  int legacy = 0;
+  if (driver_.cuPointerGetAttribute(&legacy, CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE,
+                                    pointer) != CUDA_SUCCESS ||
+      legacy == 0) {
+    return {};
+  }
   CUdeviceptr base = 0;
   size_t size = 0;
   if (driver_.cuMemGetAddressRange(&base, &size, pointer) != CUDA_SUCCESS) return {};

@@ -63,6 +63,7 @@ namespace transfuse::cuda {
   X(cuStreamCreate)                 \
   X(cuStreamDestroy)                \
   X(cuStreamSynchronize)            \
+  X(cuStreamIsCapturing)            \
   X(cuStreamWaitEvent)              \
   X(cuStreamGetCtx)                 \
   X(cuEventCreate)                  \
