@@ -11,7 +11,8 @@
 
 namespace transfuse::cuda {
 
-// Every function of the driver that is called here or by tests. The header's macros give the versioned names.
+// Every function of the driver that is called here or by tests. The header's macros give the
+// versioned names.
 #define TRANSFUSE_CUDA_FUNCTIONS(X) \
   X(cuInit)                         \
   X(cuDriverGetVersion)             \
