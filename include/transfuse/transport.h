@@ -112,7 +112,8 @@ class Transport {
   virtual Result<std::unique_ptr<LocalRegion>> register_memory(std::span<std::byte> memory) = 0;
   // A region without bytes, whose handles peers ask for one by one: each is made, sent and closed.
   // kUnsupported where the transport carries none.
-  virtual Result<std::unique_ptr<LocalRegion>> offer_handles(HandleMaker /*make*/) {
+  virtual Result<std::unique_ptr<LocalRegion>> offer_handles(
+      HandleMaker /*make*/) {  // NOLINT: kept
     return carries_no_handles();
   }
   // The memory around `address` that is shared as one: spans within it need one registration only.

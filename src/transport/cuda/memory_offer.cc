@@ -13,7 +13,9 @@
 
 #include "base/seqlock.h"
 #include "transfuse/deadline.h"
+#include "transfuse/region.h"
 #include "transfuse/result.h"
+#include "transport/cuda/device.h"
 
 namespace transfuse::cuda {
 namespace {

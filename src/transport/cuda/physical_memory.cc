@@ -98,7 +98,6 @@ Result<Backing> DriverMemory::find(std::span<const std::byte> memory) const {
   const CUdeviceptr end = begin + memory.size();
   Backing backing;
   for (CUdeviceptr at = begin; at < end;) {
-    PhysicalRange range;
     CUdeviceptr address = 0;
     size_t size = 0;
     if (driver.cuMemGetAddressRange(&address, &size, at) != CUDA_SUCCESS || size == 0) {

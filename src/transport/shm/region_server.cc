@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "base/mutex.h"
+#include "base/unique_fd.h"
 #include "transfuse/deadline.h"
 #include "transfuse/result.h"
 #include "transfuse/transport.h"
