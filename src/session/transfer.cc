@@ -165,7 +165,8 @@ void Transfer::submit(const TransferOrder& order, Slot& slot, const RemoteRegion
 
 // The bytes that were asked for already take the link longer than until now.
 bool Transfer::held_back(const TransferOrder& order) const {
-  return order.limits.gigabytes_per_second > 0 && std::chrono::steady_clock::now() < next_submit_at_;
+  return order.limits.gigabytes_per_second > 0 &&
+         std::chrono::steady_clock::now() < next_submit_at_;
 }
 
 // True if the slot's ticket has ended.

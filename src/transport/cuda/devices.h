@@ -76,8 +76,8 @@ class Devices {
   Result<OpenedMemory> open(const MemoryOffer& offer, std::span<const std::byte, kOfferBytes> place,
                             const Device& reader, const HandleMaker& give) EXCLUDES(mutex_);
   uint64_t opened() const EXCLUDES(mutex_);  // mappings of memory of others
-  // The allocation of a device (of virtual memory: one mapping) that `address` lies in; empty: it
-  // is of the host, or of none.
+  // The allocation of a device that `address` lies in and that is shared as one; empty: it is of
+  // the host, of none, or of virtual memory mapping, which is shared by spans.
   std::span<std::byte> allocation_of(const std::byte* address) const;
 
  private:
