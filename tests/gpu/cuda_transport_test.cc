@@ -227,9 +227,9 @@ TEST_F(CudaTransportTest, CopiesAndSumsWithinItsOwnMemory) {
 }
 
 TEST_F(CudaTransportTest, OneRequestJoinsRegions) {
+  const auto connection = transport_->connect(transport_->endpoint().value(), "", soon()).value();
   std::vector<std::unique_ptr<LocalRegion>> regions;
   std::vector<std::unique_ptr<RemoteRegion>> opened;
-  const auto connection = transport_->connect(transport_->endpoint().value(), "", soon()).value();
   constexpr uint64_t kPart = 1 << 20;
   const RemoteRegion* own = transport_->own_memory().value();
   for (uint64_t i = 0; i < 40; ++i) {

@@ -204,8 +204,10 @@ Result<void> PreparedCopies::launch_kernel(const Launch& launch, uint32_t item_c
   std::array<void*, 1> pointers = {&arguments};
   const uint32_t blocks =
       std::min(block_count(launch.multiprocessors, device_->multiprocessors()), item_count);
-  const CUfunction kernel =
-      sum_count_ > 0 ? device_->kernels().copy_and_sum : device_->kernels().copy;
+  const Device::Kernels& kernels = device_->kernels();
+  const bool any = stage_bytes_ > 0 || ns_per_byte > 0;
+  const CUfunction kernel = sum_count_ > 0 ? (any ? kernels.copy_any_and_sum : kernels.copy_and_sum)
+                                           : (any ? kernels.copy_any : kernels.copy);
   TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(driver, cuLaunchKernel, kernel, blocks, 1, 1,
                                            kCopyThreads, 1, 1, stage_bytes_, launch.stream,
                                            pointers.data(), nullptr));

@@ -28,9 +28,9 @@ struct Taken {
   bool last;        // there was none left
 };
 
-// By one thread. A function of its own: inlined, it would take registers from the loops that move.
-// Who takes the first item of a launch starts its clock.
-__device__ __noinline__ void take_item(const CopyLaunch& launch, Taken& taken) {
+// By one thread. Who takes the first item of a paced launch starts its clock.
+template <bool kPaced>
+__device__ __forceinline__ void take(const CopyLaunch& launch, Taken& taken) {
   CopyProgress* const progress = launch.progress;
   const uint32_t number = atomicAdd(&progress->next, 1u);
   taken.last = number >= launch.item_count;
@@ -39,20 +39,53 @@ __device__ __noinline__ void take_item(const CopyLaunch& launch, Taken& taken) {
   const DeviceRun& run = launch.runs[item.run];
   taken.view =
       view_of(run, item, reinterpret_cast<const std::byte*>(launch.bases[run.source]), blockDim.x);
-  if (launch.ns_per_byte == 0) return;
+  if (!kPaced || launch.ns_per_byte == 0) return;
   const auto word = [](uint64_t& at) { return reinterpret_cast<unsigned long long*>(&at); };
   const uint64_t now = clock_ns();
   const uint64_t known = atomicCAS(word(progress->start_ns), 0ull, now);
   const uint64_t before = atomicAdd(word(progress->begun_bytes), item_bytes(run, item));
   taken.due_ns = (known == 0 ? now : known) + due_after_ns(before, launch.ns_per_byte);
 }
+// A function of its own: inlined, it would take registers from the loops that move.
+__device__ __noinline__ void take_any(const CopyLaunch& launch, Taken& taken) {
+  take<true>(launch, taken);
+}
 
-// Persistent blocks: a thread takes the next item while the others move the one before.
+// All threads of a block.
+__device__ __forceinline__ void add_sum(const CopyLaunch& launch, const ItemView& view,
+                                        uint64_t sum) {
+  for (int distance = 16; distance > 0; distance /= 2) {
+    sum += __shfl_down_sync(kFullWarp, sum, distance);
+  }
+  if (threadIdx.x % 32 == 0) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(&launch.sums[view.sum]),
+              static_cast<unsigned long long>(sum));
+  }
+}
+
+// Persistent blocks: a thread takes the next item while the others move the one before. Of tables
+// without stage and launches without pace, which almost all are: the loops that move are part of
+// it.
 template <bool kSums>
 __device__ void walk_table(const CopyLaunch& launch) {
+  __shared__ Taken taken[2];
+  if (threadIdx.x == 0) take<false>(launch, taken[0]);
+  for (uint32_t place = 0;; place ^= 1) {
+    __syncthreads();
+    if (taken[place].last) return;
+    if (threadIdx.x == blockDim.x - 1) take<false>(launch, taken[place ^ 1]);
+    const ItemView& view = taken[place].view;
+    const uint64_t sum = copy_item<kSums, true>(view, threadIdx.x);
+    if (kSums && view.fingerprint) add_sum(launch, view, sum);
+  }
+}
+
+// Of any table, at any pace.
+template <bool kSums>
+__device__ void walk_any_table(const CopyLaunch& launch) {
   extern __shared__ __align__(kVectorBytes) std::byte stage[];
   __shared__ Taken taken[2];
-  if (threadIdx.x == 0) take_item(launch, taken[0]);
+  if (threadIdx.x == 0) take_any(launch, taken[0]);
   for (uint32_t place = 0;; place ^= 1) {
     __syncthreads();
     if (taken[place].last) return;
@@ -63,32 +96,24 @@ __device__ void walk_table(const CopyLaunch& launch) {
     const ItemView& view = taken[place].view;
     const bool staged = uses_stage(view.walk);
     if (staged) stage_item(view, threadIdx.x, stage);
-    if (threadIdx.x == blockDim.x - 1) take_item(launch, taken[place ^ 1]);
+    if (threadIdx.x == blockDim.x - 1) take_any(launch, taken[place ^ 1]);
     uint64_t sum;
     if (staged) {
       finish_staging();
       __syncthreads();
       sum = write_staged_item<kSums>(view, threadIdx.x, stage);
     } else {
-      sum = copy_item<kSums>(view, threadIdx.x);
+      sum = copy_item<kSums, false>(view, threadIdx.x);
     }
-    if (kSums && view.fingerprint) {
-      for (int distance = 16; distance > 0; distance /= 2) {
-        sum += __shfl_down_sync(kFullWarp, sum, distance);
-      }
-      if (threadIdx.x % 32 == 0) {
-        atomicAdd(reinterpret_cast<unsigned long long*>(&launch.sums[view.sum]),
-                  static_cast<unsigned long long>(sum));
-      }
-    }
+    if (kSums && view.fingerprint) add_sum(launch, view, sum);
   }
 }
 
 }  // namespace
 
 // Launched with kCopyThreads threads a block and as many blocks as the caller allows;
-// launch.progress is all zero; with kStageBytes of dynamic shared memory where an item of the table
-// uses the stage. The first of a table without fingerprints.
+// launch.progress is all zero. The first of each two is of a table without fingerprints; the _any
+// ones have kStageBytes of dynamic shared memory where an item of the table uses the stage.
 extern "C" __global__ void __launch_bounds__(kCopyThreads, kCopyBlocksPerMultiprocessor)
     transfuse_copy(const __grid_constant__ CopyLaunch launch) {
   walk_table<false>(launch);
@@ -97,16 +122,13 @@ extern "C" __global__ void __launch_bounds__(kCopyThreads, kCopyBlocksPerMultipr
     transfuse_copy_and_sum(const __grid_constant__ CopyLaunch launch) {
   walk_table<true>(launch);
 }
-
-// One thread a source: the words of its generation, as they are at this point of the stream.
-extern "C" __global__ void transfuse_read_words(const WordsLaunch launch) {
-  const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
-  if (i >= launch.count) return;
-  const auto* words = reinterpret_cast<const volatile uint64_t*>(launch.addresses[i]);
-  __threadfence_system();
-  launch.out[2 * i] = words[0];
-  launch.out[2 * i + 1] = words[1];
-  __threadfence_system();
+extern "C" __global__ void __launch_bounds__(kCopyThreads, kCopyBlocksPerMultiprocessor)
+    transfuse_copy_any(const __grid_constant__ CopyLaunch launch) {
+  walk_any_table<false>(launch);
+}
+extern "C" __global__ void __launch_bounds__(kCopyThreads, kCopyBlocksPerMultiprocessor)
+    transfuse_copy_any_and_sum(const __grid_constant__ CopyLaunch launch) {
+  walk_any_table<true>(launch);
 }
 
 }  // namespace transfuse

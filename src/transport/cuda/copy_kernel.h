@@ -35,10 +35,4 @@ struct CopyLaunch {
   uint32_t item_count = 0;
 };
 
-struct WordsLaunch {
-  const uint64_t* addresses = nullptr;  // per source: of two words
-  uint64_t* out = nullptr;              // per source: both
-  uint32_t count = 0;
-};
-
 }  // namespace transfuse

@@ -55,6 +55,8 @@ class Device {
   struct Kernels {
     CUfunction copy = nullptr;
     CUfunction copy_and_sum = nullptr;
+    CUfunction copy_any = nullptr;  // of tables that use the stage, or at a pace
+    CUfunction copy_any_and_sum = nullptr;
   };
   const Kernels& kernels() const { return kernels_; }
 

@@ -476,28 +476,37 @@ TRANSFUSE_NOINLINE TRANSFUSE_HOST_DEVICE uint64_t copy_rarely(const ItemView& vi
   return 0;
 }
 
-// What almost all bytes of real plans are: functions of their own like copy_rarely().
+// What almost all bytes of real plans are. kInline: part of the caller's loop; else a function of
+// its own like copy_rarely().
 template <class Cast, class Sum>
-TRANSFUSE_NOINLINE TRANSFUSE_HOST_DEVICE uint64_t copy_vectors(const ItemView& view,
-                                                               uint32_t lane) {
+TRANSFUSE_NOINLINE TRANSFUSE_HOST_DEVICE uint64_t call_copy_vectors(const ItemView& view,
+                                                                    uint32_t lane) {
   return copy_units<VectorUnit<Cast>, Sum, kUnitsInFlight<Cast>>(view, lane);
+}
+template <class Cast, class Sum, bool kInline>
+TRANSFUSE_HOST_DEVICE uint64_t copy_vectors(const ItemView& view, uint32_t lane) {
+  if constexpr (kInline) return copy_units<VectorUnit<Cast>, Sum, kUnitsInFlight<Cast>>(view, lane);
+  return call_copy_vectors<Cast, Sum>(view, lane);
 }
 
 // One lane's share of one item that does not use the stage. kSums: whether any run of the table has
 // a fingerprint.
-template <bool kSums>
+template <bool kSums, bool kInline = false>
 TRANSFUSE_HOST_DEVICE uint64_t copy_item(const ItemView& view, uint32_t lane) {
   if (view.walk == RunWalk::kVectors) {
     // Without a fingerprint every plain copy is one of 8-byte elements (DeviceTableBuilder).
     if (!view.fingerprint && view.op == ElementOp::kCopy8) {
-      return copy_vectors<CopyCast<8>, NoSum>(view, lane);
+      return copy_vectors<CopyCast<8>, NoSum, kInline>(view, lane);
     }
     if constexpr (kSums) {
       if (view.fingerprint && view.target != nullptr) {
-        if (view.op == ElementOp::kCopy2) return copy_vectors<CopyCast<2>, Summer<2>>(view, lane);
-        if (view.op == ElementOp::kCopy1) return copy_vectors<CopyCast<1>, Summer<1>>(view, lane);
+        if (view.op == ElementOp::kCopy2) {
+          return copy_vectors<CopyCast<2>, Summer<2>, kInline>(view, lane);
+        }
+        if (view.op == ElementOp::kCopy1)
+          return call_copy_vectors<CopyCast<1>, Summer<1>>(view, lane);
         if (view.op == ElementOp::kF32ToBF16) {
-          return copy_vectors<F32ToBF16Cast, Summer<2>>(view, lane);
+          return call_copy_vectors<F32ToBF16Cast, Summer<2>>(view, lane);
         }
       }
     }

@@ -191,21 +191,19 @@ uint64_t Devices::opened() const {
   return mappings_.size();
 }
 
-std::span<std::byte> Devices::allocation_of(const std::byte* address) const {
+std::span<std::byte> Devices::allocation_of(const std::byte* address) {
+  const auto device = device_of({address, 1});
+  if (!device || *device == nullptr) return {};
+  const Current current = (*device)->use();
   const auto pointer = reinterpret_cast<CUdeviceptr>(address);
-  unsigned type = 0;
-  const CUresult known =
-      driver_.cuPointerGetAttribute(&type, CU_POINTER_ATTRIBUTE_MEMORY_TYPE, pointer);
-  if (known != CUDA_SUCCESS || type != CU_MEMORYTYPE_DEVICE) return {};
   int legacy = 0;
-  if (driver_.cuPointerGetAttribute(&legacy, CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE,
-                                    pointer) != CUDA_SUCCESS ||
-      legacy == 0) {
-    return {};
-  }
   CUdeviceptr base = 0;
   size_t size = 0;
-  if (driver_.cuMemGetAddressRange(&base, &size, pointer) != CUDA_SUCCESS) return {};
+  const bool known =
+      driver_.cuPointerGetAttribute(&legacy, CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE,
+                                    pointer) == CUDA_SUCCESS &&
+      driver_.cuMemGetAddressRange(&base, &size, pointer) == CUDA_SUCCESS;
+  if (!known || legacy == 0) return {};
   return {reinterpret_cast<std::byte*>(base), size};
 }
 

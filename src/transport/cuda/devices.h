@@ -78,7 +78,7 @@ class Devices {
   uint64_t opened() const EXCLUDES(mutex_);  // mappings of memory of others
   // The allocation of a device that `address` lies in and that is shared as one; empty: it is of
   // the host, of none, or of virtual memory mapping, which is shared by spans.
-  std::span<std::byte> allocation_of(const std::byte* address) const;
+  std::span<std::byte> allocation_of(const std::byte* address) EXCLUDES(mutex_);
 
  private:
   friend class OpenedMemory;
