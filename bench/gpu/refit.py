@@ -265,7 +265,8 @@ class Bench:
         self._add(self._goal, workload, "open a publisher", "ms", opened)
         read = {}
         rates = {}
-        for fingerprints in (True, False):
+        # A source that was asked for fingerprints once sums every version: without them comes first.
+        for fingerprints in (False, True):
             opened = together(targets, "open_receiver", fingerprints=fingerprints)
             self._add(self._goal, workload, _named("open a receiver", fingerprints), "ms", opened)
             first = self._cycle(sources, targets)
@@ -384,14 +385,14 @@ class Bench:
         """A bf16 matrix product on the target's GPU, alone and while a version arrives."""
         alone = target.do("multiply", 1.0)
         self._add("effect", workload, "bf16 product alone", "TFLOP/s", [alone])
-        for limit in (0.0, 10.0):
+        limits = ((0.0, 0, "without a limit"), (0.0, 8, "of 8 multiprocessors"),
+                  (0.0, 16, "of 16 multiprocessors"), (10.0, 0, "at 10 GB/s"))  # fmt: skip
+        for rate, multiprocessors, words in limits:
             self._version += 1
             source.do("publish", self._version)
-            found = target.do("multiply_beside", self._version, limit)
-            what = f"bf16 product beside a stage at {limit:.0f} GB/s" if limit else (
-                "bf16 product beside a stage without a limit")  # fmt: skip
-            self._add("effect", workload, what, "TFLOP/s", [found["tflops"]],
-                      stage_ms=found["stage_s"] * 1e3)  # fmt: skip
+            found = target.do("multiply_beside", self._version, rate, multiprocessors)
+            self._add("effect", workload, f"bf16 product beside a stage {words}", "TFLOP/s",
+                      [found["tflops"]], stage_ms=found["stage_s"] * 1e3)  # fmt: skip
 
     def _no_room(self, workload: str, what: str, error: Failed) -> None:
         if error.kind != "ResourceExhaustedError":

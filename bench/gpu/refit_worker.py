@@ -230,12 +230,17 @@ class Worker:
         """TFLOP/s of a bf16 matrix product, alone on this GPU."""
         return self._multiply_until(time.perf_counter() + seconds, None)
 
-    def multiply_beside(self, version: int, gigabytes_per_second: float) -> dict[str, float]:
+    def multiply_beside(
+        self, version: int, gigabytes_per_second: float, multiprocessors: int
+    ) -> dict[str, float]:
         """The same while a version arrives in the shadow, and how long that takes."""
         assert self._receiver is not None
         start = time.perf_counter()
         stage = self._receiver.stage(
-            exactly=version, timeout_s=120, max_gigabytes_per_second=gigabytes_per_second
+            exactly=version,
+            timeout_s=120,
+            max_gigabytes_per_second=gigabytes_per_second,
+            max_multiprocessors=multiprocessors,
         )
         rate = self._multiply_until(start + 60, stage)
         seconds = time.perf_counter() - start

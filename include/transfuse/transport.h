@@ -110,6 +110,11 @@ class Transport {
   }
   // Memory that the caller owns and keeps alive while the handle lives.
   virtual Result<std::unique_ptr<LocalRegion>> register_memory(std::span<std::byte> memory) = 0;
+  // The same of memory that is there to be written: where its allocator does not share it, peers
+  // that open the region are told kNotFound, and that is all.
+  virtual Result<std::unique_ptr<LocalRegion>> register_target(std::span<std::byte> memory) {
+    return register_memory(memory);
+  }
   // A region without bytes, whose handles peers ask for one by one: each is made, sent and closed.
   // kUnsupported where the transport carries none.
   virtual Result<std::unique_ptr<LocalRegion>> offer_handles(

@@ -81,7 +81,7 @@ uint64_t parameter_size_bytes(const ParameterSpec& parameter) {
 
 Result<BoundMemory> BoundMemory::open(Transport& transport, const Layout& layout,
                                       std::span<const ParameterMemory> memory,
-                                      std::span<const LocalRegion* const> arenas) {
+                                      std::span<const LocalRegion* const> arenas, Use use) {
   BoundMemory bound;
   TRANSFUSE_ASSIGN_OR_RETURN(bound.data_, match_by_name(layout, memory));
   bound.binding_.layout = layout.digest();
@@ -121,8 +121,10 @@ Result<BoundMemory> BoundMemory::open(Transport& transport, const Layout& layout
     };
     while (last < own.size() && joins(own[last])) end = std::max(end, own[last++].end);
     std::byte* const begin = own[first].begin;
-    TRANSFUSE_ASSIGN_OR_RETURN(
-        auto registration, transport.register_memory({begin, static_cast<size_t>(end - begin)}));
+    const std::span<std::byte> span(begin, end);
+    TRANSFUSE_ASSIGN_OR_RETURN(auto registration, use == Use::kTarget
+                                                      ? transport.register_target(span)
+                                                      : transport.register_memory(span));
     for (size_t i = first; i < last; ++i) {
       bound.binding_.places[own[i].parameter] = {
           .region = bound.regions_.size(),

@@ -23,11 +23,13 @@ struct TargetMemory {
 // Immutable after open().
 class BoundMemory {
  public:
+  // What the memory is for.
+  enum class Use : uint8_t { kSource, kTarget };
   // `memory` names every parameter of `layout` exactly once, each with at least its bytes (I2: by
   // name), all in the host or all on a device.
   static Result<BoundMemory> open(Transport& transport, const Layout& layout,
                                   std::span<const ParameterMemory> memory,
-                                  std::span<const LocalRegion* const> arenas);
+                                  std::span<const LocalRegion* const> arenas, Use use);
 
   std::byte* data(uint32_t parameter) const { return data_[parameter]; }
   TargetMemory target() const { return {.data = data_, .place = place_}; }

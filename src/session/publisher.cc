@@ -353,8 +353,9 @@ Result<std::unique_ptr<Publisher>> Publisher::open(Transport& transport, Control
         options.fingerprint_threads > 0 ? options.fingerprint_threads : usable_core_count();
     TRANSFUSE_ASSIGN_OR_RETURN(revision, RevisionSum::open(layout, threads));
   }
-  TRANSFUSE_ASSIGN_OR_RETURN(BoundMemory bound,
-                             BoundMemory::open(transport, layout, memory, options.arenas));
+  TRANSFUSE_ASSIGN_OR_RETURN(
+      BoundMemory bound,
+      BoundMemory::open(transport, layout, memory, options.arenas, BoundMemory::Use::kSource));
   TRANSFUSE_ASSIGN_OR_RETURN(
       auto weights, ServedWeights::open(transport, control, layout, std::move(bound),
                                         {.fingerprint_threads = options.fingerprint_threads,

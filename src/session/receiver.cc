@@ -58,8 +58,9 @@ Result<std::unique_ptr<Receiver>> Receiver::open(Transport& transport, Control& 
                                                  std::vector<ParameterMemory> memory,
                                                  const ReceiverOptions& options) {
   TRANSFUSE_RETURN_IF_ERROR(check_options(options));
-  TRANSFUSE_ASSIGN_OR_RETURN(BoundMemory bound,
-                             BoundMemory::open(transport, layout, memory, options.arenas));
+  TRANSFUSE_ASSIGN_OR_RETURN(
+      BoundMemory bound,
+      BoundMemory::open(transport, layout, memory, options.arenas, BoundMemory::Use::kTarget));
   std::unique_ptr<Shadow> shadow;
   if (options.into == ReceiveInto::kShadow) {
     TRANSFUSE_ASSIGN_OR_RETURN(shadow, Shadow::open(transport, layout, bound, options));

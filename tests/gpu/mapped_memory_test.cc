@@ -241,7 +241,14 @@ TEST_F(MappedMemoryTest, WhatCannotBeSharedIsRefusedWithTheReasonAndTheRemedy) {
   Error error = refusal(unshared->address());
   EXPECT_EQ(error.code, ErrorCode::kUnsupported);
   says(error, "TORCH_CUDA_EXPANDABLE_SEGMENTS_IPC");
+  // An engine may receive into it all the same, while it is awake.
+  const auto target =
+      transport_->register_target({reinterpret_cast<std::byte*>(unshared->address()), kMiB});
+  ASSERT_TRUE(target.has_value()) << target.error().to_string();
+  EXPECT_EQ((*target)->place(), MemoryPlace::kDevice);
+  EXPECT_TRUE((*target)->refresh());
   unshared->unmap();
+  EXPECT_EQ((*target)->refresh().error().code, ErrorCode::kUnavailable);
   error = refusal(unshared->address());
   EXPECT_EQ(error.code, ErrorCode::kUnavailable);
   says(error, "mapped");

@@ -55,7 +55,16 @@ using cuda::Stream;
 constexpr uint64_t kDeviceBit = uint64_t{1} << 63;
 constexpr size_t kKeptTables = 64;  // of requests that come again every cycle
 constexpr int kQuickPolls = 200;
+// One multiprocessor reads 8 GB/s of another GPU (H200): half of it leaves room for every pace.
+constexpr double kGigabytesPerMultiprocessor = 4.0;
 constexpr auto kPollPause = std::chrono::microseconds(20);
+
+// A paced launch holds its multiprocessors while it waits: as few as the pace needs.
+uint32_t multiprocessors_for(const CopyLimits& limits) {
+  if (limits.multiprocessors > 0 || limits.gigabytes_per_second <= 0) return limits.multiprocessors;
+  return 2 + static_cast<uint32_t>(std::min(limits.gigabytes_per_second, 1e6) /
+                                   kGigabytesPerMultiprocessor);
+}
 
 }  // namespace
 
@@ -79,7 +88,12 @@ class CudaTransport final : public Transport, private CudaTickets {
     return core_->host->allocate(size_bytes);
   }
   Result<std::unique_ptr<LocalRegion>> allocate_on_device(uint64_t size_bytes) override;
-  Result<std::unique_ptr<LocalRegion>> register_memory(std::span<std::byte> memory) override;
+  Result<std::unique_ptr<LocalRegion>> register_memory(std::span<std::byte> memory) override {
+    return register_as(memory, false);
+  }
+  Result<std::unique_ptr<LocalRegion>> register_target(std::span<std::byte> memory) override {
+    return register_as(memory, true);
+  }
   Result<std::unique_ptr<LocalRegion>> offer_handles(HandleMaker make) override {
     return core_->host->offer_handles(std::move(make));
   }
@@ -139,6 +153,7 @@ class CudaTransport final : public Transport, private CudaTickets {
     uint64_t target_bytes() const;
   };
 
+  Result<std::unique_ptr<LocalRegion>> register_as(std::span<std::byte> memory, bool target);
   static bool is_ours(TicketId id) { return (static_cast<uint64_t>(id) & kDeviceBit) != 0; }
   Ticket& at(TicketId id) REQUIRES(mutex_) {
     const auto found = std::ranges::find(tickets_, static_cast<uint64_t>(id), &Ticket::id);
@@ -169,7 +184,8 @@ class CudaTransport final : public Transport, private CudaTickets {
   std::vector<CUdeviceptr> bases_ GUARDED_BY(mutex_);
 };
 
-Result<std::unique_ptr<LocalRegion>> CudaTransport::register_memory(std::span<std::byte> memory) {
+Result<std::unique_ptr<LocalRegion>> CudaTransport::register_as(std::span<std::byte> memory,
+                                                                bool target) {
   if (memory.empty()) return core_->host->register_memory(memory);
   TRANSFUSE_ASSIGN_OR_RETURN(const Device* device, core_->devices->device_of(memory));
   if (device == nullptr) return core_->host->register_memory(memory);
@@ -180,7 +196,9 @@ Result<std::unique_ptr<LocalRegion>> CudaTransport::register_memory(std::span<st
                     "one for each",
                     fmt::ptr(memory.data()), device->ordinal(), core_->device->ordinal())};
   }
-  return offer_region(*core_, memory, Memory());
+  auto offered = offer_region(*core_, memory, Memory());
+  if (offered || !target || offered.error().code != ErrorCode::kUnsupported) return offered;
+  return keep_target(*core_, memory);
 }
 
 Result<std::unique_ptr<LocalRegion>> CudaTransport::allocate_on_device(uint64_t size_bytes) {
@@ -335,7 +353,7 @@ Result<TicketId> CudaTransport::submit_on_device(const ReadRequest& request) {
     }
     TRANSFUSE_RETURN_IF_ERROR(prepared->copies.launch(
         bases_, {.stream = stream_.get(),
-                 .multiprocessors = request.limits.multiprocessors,
+                 .multiprocessors = multiprocessors_for(request.limits),
                  .gigabytes_per_second = request.limits.gigabytes_per_second}));
     const Current current = core_->device->use();
     return TRANSFUSE_CUDA(core_->device->driver(), cuEventRecord, ticket.done.get(), stream_.get());

@@ -44,6 +44,7 @@ Result<void> OfferedMemory::refresh() {
 }
 
 Result<void> OfferedMemory::look() {
+  if (identity_ != 0 && physical_->unchanged(backing_)) return {};
   auto found = physical_->find(memory_);
   Result<void> outcome;
   if (!found) {

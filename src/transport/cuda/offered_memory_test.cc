@@ -93,6 +93,10 @@ class PlayedMemory final : public PhysicalMemory {
   Result<Backing> find(std::span<const std::byte> /*memory*/) const override {
     return world_.find();
   }
+  bool unchanged(const Backing& backing) const override {
+    const auto found = world_.find();
+    return found && found->ranges == backing.ranges;
+  }
   Result<CUipcMemHandle> ipc_handle(const PhysicalRange& range) const override {
     CUipcMemHandle handle{};
     handle.reserved[0] = static_cast<char>(range.block_id);

@@ -3,6 +3,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -121,6 +122,37 @@ Result<Backing> DriverMemory::find(std::span<const std::byte> memory) const {
     at = address + size;
   }
   return backing;
+}
+
+Result<void> DriverMemory::check_mapped(std::span<const std::byte> memory) const {
+  const Driver& driver = device_.driver();
+  const Current current = device_.use();
+  const auto begin = reinterpret_cast<CUdeviceptr>(memory.data());
+  for (CUdeviceptr at = begin; at < begin + memory.size();) {
+    CUdeviceptr address = 0;
+    size_t size = 0;
+    if (driver.cuMemGetAddressRange(&address, &size, at) != CUDA_SUCCESS || size == 0) {
+      return not_mapped(at);
+    }
+    TRANSFUSE_ASSIGN_OR_RETURN(const Attributes found, attributes_of(driver, address));
+    if (found.buffer_id == 0 && found.block_id == 0) return not_mapped(at);
+    at = address + size;
+  }
+  return {};
+}
+
+bool DriverMemory::unchanged(const Backing& backing) const {
+  const Driver& driver = device_.driver();
+  return std::ranges::all_of(backing.ranges, [&](const PhysicalRange& range) {
+    uint64_t buffer_id = 0;
+    uint64_t block_id = 0;
+    std::array<CUpointer_attribute, 2> names = {CU_POINTER_ATTRIBUTE_BUFFER_ID,
+                                                CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID};
+    std::array<void*, 2> values = {&buffer_id, &block_id};
+    return driver.cuPointerGetAttributes(static_cast<unsigned>(names.size()), names.data(),
+                                         values.data(), range.address) == CUDA_SUCCESS &&
+           buffer_id == range.buffer_id && block_id == range.block_id;
+  });
 }
 
 Result<CUipcMemHandle> DriverMemory::ipc_handle(const PhysicalRange& range) const {

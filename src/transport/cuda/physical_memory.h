@@ -49,6 +49,8 @@ class PhysicalMemory {
   // A microsecond or two a range. kUnavailable: part of it is not mapped now. kUnsupported: its
   // allocator does not share; the message says what would.
   virtual Result<Backing> find(std::span<const std::byte> memory) const = 0;
+  // Whether what find() gave is still mapped in its place: one short question a range.
+  virtual bool unchanged(const Backing& backing) const = 0;
   virtual Result<CUipcMemHandle> ipc_handle(const PhysicalRange& range) const = 0;
   // A descriptor of a range of kHandles. kNotFound: other memory is mapped there by now.
   virtual Result<MemoryHandle> share(const PhysicalRange& range) const = 0;
@@ -62,7 +64,10 @@ class DriverMemory final : public PhysicalMemory {
  public:
   explicit DriverMemory(const Device& device) : device_(device) {}
   Result<Backing> find(std::span<const std::byte> memory) const override;
+  bool unchanged(const Backing& backing) const override;
   Result<CUipcMemHandle> ipc_handle(const PhysicalRange& range) const override;
+  // kUnavailable: part of it is not mapped now.
+  Result<void> check_mapped(std::span<const std::byte> memory) const;
   Result<MemoryHandle> share(const PhysicalRange& range) const override;
 
  private:

@@ -48,6 +48,22 @@ class CudaLocalRegion final : public LocalRegion {
   std::unique_ptr<OfferedMemory> memory_;  // goes first: nobody opens memory that is being freed
 };
 
+// No peer's number is 0.
+class TargetRegion final : public LocalRegion {
+ public:
+  TargetRegion(const Device& device, std::span<std::byte> memory)
+      : physical_(device), memory_(memory) {}
+  std::span<std::byte> bytes() const override { return memory_; }
+  RegionDescriptor descriptor() const override {
+    return {RegionId{0}, memory_.size(), MemoryPlace::kDevice};
+  }
+  Result<void> refresh() override { return physical_.check_mapped(memory_); }
+
+ private:
+  DriverMemory physical_;
+  std::span<std::byte> memory_;
+};
+
 }  // namespace
 
 // Safe to call from any thread.
@@ -92,6 +108,10 @@ Result<std::unique_ptr<LocalRegion>> offer_region(Core& core, std::span<std::byt
                           owner, memory));
   return std::unique_ptr<LocalRegion>(
       std::make_unique<CudaLocalRegion>(core, std::move(offered), std::move(own)));
+}
+
+std::unique_ptr<LocalRegion> keep_target(Core& core, std::span<std::byte> memory) {
+  return std::make_unique<TargetRegion>(*core.device, memory);
 }
 
 std::unique_ptr<Peer> make_peer(Core& core, CudaTickets& tickets, std::unique_ptr<Peer> host) {

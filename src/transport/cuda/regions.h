@@ -38,6 +38,9 @@ struct Core {
 Result<std::unique_ptr<LocalRegion>> offer_region(Core& core, std::span<std::byte> memory,
                                                   Memory own);
 
+// Memory of core.device that its allocator does not share: nobody opens it.
+std::unique_ptr<LocalRegion> keep_target(Core& core, std::span<std::byte> memory);
+
 class CudaRemoteRegion;
 // The transport, as its regions see it.
 class CudaTickets {
