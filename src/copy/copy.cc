@@ -363,7 +363,7 @@ uint64_t StridedCopy::source_end_bytes() const {
 
 uint64_t StridedCopy::block_count(int axis) const {
   const uint64_t elements = count[axis + 1];
-  if (elements == 0) return 0;
+  if (elements == 0 || scales == nullptr) return 0;
   return (scales->phase[axis] + elements - 1) / scales->block[axis] + 1;
 }
 

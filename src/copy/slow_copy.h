@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "transfuse/copy.h"
 
@@ -158,6 +159,7 @@ inline uint64_t slow_scaled_copy(const StridedCopy& copy, const std::byte* sourc
                                  std::byte* target, std::byte* scales) {
   const BlockScales& blocks = *copy.scales;
   const uint32_t out = target_element_bytes(copy.op);
+  std::vector<float> scale_of(copy.block_count(0) * copy.block_count(1));
   uint64_t sum = 0;
   for (uint64_t row = 0; row < copy.count[1]; ++row) {
     for (uint64_t column = 0; column < copy.count[2]; ++column) {
@@ -169,11 +171,12 @@ inline uint64_t slow_scaled_copy(const StridedCopy& copy, const std::byte* sourc
       const uint64_t place = at(i, j, blocks.stride) * 4;
       uint64_t bits = 0;
       if (quantizes(copy.op)) {
-        float scale = slow_scale(copy, source, row, column);
+        const bool first = row % blocks.block[0] == 0 && column % blocks.block[1] == 0;
+        float& scale = scale_of[i * copy.block_count(1) + j];
+        if (first) scale = slow_scale(copy, source, row, column);
         auto scale_bits = std::bit_cast<uint32_t>(scale);
         if (std::isnan(scale)) scale_bits = 0x7FC00000u;
         bits = slow_e4m3(slow_value(copy, source, row, column) / scale);
-        const bool first = row % blocks.block[0] == 0 && column % blocks.block[1] == 0;
         if (first) {
           if (scales != nullptr) std::memcpy(scales + place, &scale_bits, 4);
           sum += element_fingerprint(blocks.fingerprint_key,

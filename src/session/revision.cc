@@ -65,8 +65,7 @@ Digest RevisionSum::of(const std::function<const std::byte*(uint32_t)>& data) {
     const Chunk& chunk = plan.chunks()[i];
     for (uint32_t run = chunk.first_run; run < chunk.first_run + chunk.run_count; ++run) {
       const Holder& holder = plan.holders_of(plan.runs()[run]).front();
-      const StridedCopy copy = copies_.copy(plan.runs()[run], holder, 0, nullptr, true);
-      sums[run] = sum_copy(copy, data(holder.parameter) + copy.source_offset_bytes);
+      sums[run] = copies_.sum(plan.runs()[run], holder, data);
     }
   });
   std::vector<uint64_t> tensors(plan.target().tensors().size(), 0);

@@ -450,9 +450,8 @@ void ServedWeights::sum_chunk(const Table& table, uint32_t slot, const Chunk& ch
     const Run& run = plan.runs()[*at];
     const Holder& holder =
         *std::ranges::find(plan.holders_of(run), table.own, &Holder::source_layout);
-    const StridedCopy copy = table.copies.copy(run, holder, 0, nullptr, true);
     sums[at - held.begin()] =
-        sum_copy(copy, data(slot, holder.parameter) + copy.source_offset_bytes);
+        table.copies.sum(run, holder, [&](uint32_t parameter) { return data(slot, parameter); });
   }
 }
 

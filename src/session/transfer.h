@@ -60,12 +60,16 @@ class Transfer {
     TimePoint submitted_at{};
     TimePoint cancelled_at{};  // epoch: not cancelled
     std::vector<StridedCopy> copies;
+    std::vector<BlockScales> scales;  // of those copies that have some, in their order
     std::vector<uint64_t> sums;
     std::vector<uint32_t> runs;
   };
 
   bool held_back(const TransferOrder& order) const;
   bool fill(const TransferOrder& order, Slot& slot);
+  // Appends the copy of a run that lies at `where` in its source.
+  Result<void> add_copy(const TransferOrder& order, Slot& slot, uint32_t number,
+                        const SourceLink::Where& where, Deadline limit);
   void submit(Slot& slot, const RemoteRegion& region);
   bool reap(const TransferOrder& order, Slot& slot, std::span<uint8_t> landed,
             std::span<uint64_t> sums);
