@@ -71,8 +71,8 @@ TRANSFUSE_HOST_DEVICE inline uint32_t cast_f16_bits_to_f32(uint16_t bits) {
   return sign | ((113u - shift) << 23) | (((mantissa << shift) & 0x03FFu) << 13);
 }
 
-// What is above 448, the largest number of e4m3, becomes 448; every NaN becomes 0x7F. Without
-// branches, so that compilers make vectors of it.
+// What is above 448, the largest number of e4m3, becomes 448; every NaN becomes 0x7F. Chosen by
+// masks, as compilers make branches of conditions and then no vectors.
 TRANSFUSE_HOST_DEVICE inline uint8_t cast_f32_bits_to_e4m3(uint32_t bits) {
   const uint32_t sign = (bits >> 24) & 0x80u;
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
@@ -81,10 +81,12 @@ TRANSFUSE_HOST_DEVICE inline uint8_t cast_f32_bits_to_e4m3(uint32_t bits) {
   const uint32_t normal = (rebased + 0x0007FFFFu + ((rebased >> 20) & 1u)) >> 20;
   // Below: added to 2^14, whose last bit is worth 2^-9 as that of e4m3's subnormals is.
   const uint32_t subnormal = bits_of_f32(f32_of_bits(magnitude) + 16384.0f) - 0x46800000u;
-  uint32_t result = magnitude < 0x3C800000u ? subnormal : normal;
-  result = magnitude >= 0x43E00000u ? 0x7Eu : result;
+  const auto where = [](bool condition) { return 0u - static_cast<uint32_t>(condition); };
+  uint32_t result = normal ^ ((normal ^ subnormal) & where(magnitude < 0x3C800000u));
+  result ^= (result ^ 0x7Eu) & where(magnitude >= 0x43E00000u);
   result |= sign;
-  return static_cast<uint8_t>(magnitude > 0x7F800000u ? 0x7Fu : result);
+  result ^= (result ^ 0x7Fu) & where(magnitude > 0x7F800000u);
+  return static_cast<uint8_t>(result);
 }
 
 // Exact. NaN keeps its sign, as in torch.

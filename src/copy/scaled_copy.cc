@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <span>
 
 #include "copy/block_scale.h"
@@ -30,30 +31,48 @@ T load(const std::byte* from) {
   return value;
 }
 
-// A row of elements as f32 bits.
-void load_row(ElementOp op, const std::byte* from, int64_t stride_bytes, uint64_t count,
-              uint32_t* to) {
-  if (op == ElementOp::kF32ToE4M3) {
-    if (stride_bytes == 4) {
-      std::memcpy(to, from, count * 4);
-      return;
-    }
-    for (uint64_t i = 0; i < count; ++i, from += stride_bytes) to[i] = load<uint32_t>(from);
-  } else if (op == ElementOp::kBF16ToE4M3) {
-    if (stride_bytes == 2) {
-      for (uint64_t i = 0; i < count; ++i) {
-        to[i] = cast_bf16_bits_to_f32(load<uint16_t>(from + 2 * i));
-      }
-      return;
-    }
-    for (uint64_t i = 0; i < count; ++i, from += stride_bytes) {
-      to[i] = cast_bf16_bits_to_f32(load<uint16_t>(from));
-    }
-  } else {
-    for (uint64_t i = 0; i < count; ++i, from += stride_bytes) {
-      to[i] = cast_f16_bits_to_f32(load<uint16_t>(from));
+// What brings a source's elements to f32, and f32 to a target's.
+ElementOp widening(ElementOp op) {
+  if (op == ElementOp::kF32ToE4M3) return ElementOp::kCopy4;
+  return op == ElementOp::kBF16ToE4M3 ? ElementOp::kBF16ToF32 : ElementOp::kF16ToF32;
+}
+ElementOp narrowing(ElementOp op) {
+  if (op == ElementOp::kE4M3ToF32) return ElementOp::kCopy4;
+  return op == ElementOp::kE4M3ToBF16 ? ElementOp::kF32ToBF16 : ElementOp::kF32ToF16;
+}
+
+// Loops whose count the compiler knows, so that it makes vectors of them; one version for each set
+// of instructions, chosen when the program is loaded.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define TRANSFUSE_VERSIONS __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define TRANSFUSE_VERSIONS
+#endif
+constexpr uint64_t kAtOnce = 64;
+static_assert(kPieceElements % kAtOnce == 0);
+
+TRANSFUSE_VERSIONS uint32_t largest_magnitude(const uint32_t* values, uint64_t count) {
+  uint32_t largest[kAtOnce] = {};
+  uint64_t i = 0;
+  for (; i + kAtOnce <= count; i += kAtOnce) {
+    for (uint64_t k = 0; k < kAtOnce; ++k) {
+      const uint32_t found = magnitude_of_f32(values[i + k]);
+      largest[k] = found > largest[k] ? found : largest[k];
     }
   }
+  for (; i < count; ++i) largest[0] = std::max(largest[0], magnitude_of_f32(values[i]));
+  return *std::max_element(std::begin(largest), std::end(largest));
+}
+
+TRANSFUSE_VERSIONS void quantize_values(const uint32_t* values, uint64_t count, uint32_t scale,
+                                        uint8_t* to) {
+  uint64_t i = 0;
+  for (; i + kAtOnce <= count; i += kAtOnce) {
+    uint8_t written[kAtOnce];  // apart from `to`, which might be where the values are
+    for (uint64_t k = 0; k < kAtOnce; ++k) written[k] = quantize_f32_bits(values[i + k], scale);
+    std::memcpy(to + i, written, kAtOnce);
+  }
+  for (; i < count; ++i) to[i] = quantize_f32_bits(values[i], scale);
 }
 
 // One execution of a copy or of a sum. Used from one thread.
@@ -115,32 +134,31 @@ class ScaledWalk {
     uint32_t largest = 0;
     for_each_piece(block, [&](const ScaledPart& piece) {
       gather(piece);
-      for (uint64_t i = 0; i < piece.rows * piece.columns; ++i) {
-        largest = std::max(largest, magnitude_of_f32(values_[i]));
-      }
+      largest = std::max(largest, largest_magnitude(values_.data(), piece.rows * piece.columns));
     });
     scale_ = scale_bits_of_block(largest);
     const bool held = block.rows * block.columns <= kPieceElements;  // still in the buffer
     for_each_piece(block, [&](const ScaledPart& piece) {
       if (!held) gather(piece);
-      auto* const out = reinterpret_cast<uint8_t*>(written_.data());
-      for (uint64_t i = 0; i < piece.rows * piece.columns; ++i) {
-        out[i] = quantize_f32_bits(values_[i], scale_);
-      }
-      put(piece, ElementOp::kCopy1);
+      quantize_values(values_.data(), piece.rows * piece.columns, scale_, written_.data());
+      put(piece, ElementOp::kCopy1, reinterpret_cast<const std::byte*>(written_.data()));
     });
   }
 
   void gather(const ScaledPart& piece) {
-    const int64_t stride_bytes = copy_.source_stride[2] * source_element_bytes(copy_.op);
-    for (uint64_t r = 0; r < piece.rows; ++r) {
-      load_row(copy_.op, source_at(piece.row + r, piece.column), stride_bytes, piece.columns,
-               values_.data() + r * piece.columns);
-    }
+    StridedCopy in;
+    in.op = widening(copy_.op);
+    in.target = reinterpret_cast<std::byte*>(values_.data());
+    in.count[1] = static_cast<uint32_t>(piece.rows);
+    in.count[2] = static_cast<uint32_t>(piece.columns);
+    in.source_stride[1] = copy_.source_stride[1];
+    in.source_stride[2] = copy_.source_stride[2];
+    in.target_stride[1] = static_cast<int64_t>(piece.columns);
+    in.target_stride[2] = 1;
+    run_copy(in, source_at(piece.row, piece.column));
   }
 
   void dequantize(const ScaledPart& piece) {
-    const ElementOp op = copy_.op;
     uint64_t i = 0;
     for (uint64_t r = 0; r < piece.rows; ++r) {
       const std::byte* from = source_at(piece.row + r, piece.column);
@@ -148,21 +166,11 @@ class ScaledWalk {
         values_[i] = dequantize_e4m3_bits(load<uint8_t>(from), scale_);
       }
     }
-    if (op == ElementOp::kE4M3ToF32) {
-      std::memcpy(written_.data(), values_.data(), i * 4);
-      put(piece, ElementOp::kCopy4);
-      return;
-    }
-    for (uint64_t k = 0; k < i; ++k) {
-      const uint16_t bits = op == ElementOp::kE4M3ToBF16 ? cast_f32_bits_to_bf16(values_[k])
-                                                         : cast_f32_bits_to_f16(values_[k]);
-      std::memcpy(written_.data() + 2 * k, &bits, 2);
-    }
-    put(piece, ElementOp::kCopy2);
+    put(piece, narrowing(copy_.op), reinterpret_cast<const std::byte*>(values_.data()));
   }
 
   // From the buffer to where the piece belongs.
-  void put(const ScaledPart& piece, ElementOp op) {
+  void put(const ScaledPart& piece, ElementOp op, const std::byte* buffer) {
     StridedCopy out;
     out.op = op;
     out.fingerprint = sum_;
@@ -182,9 +190,9 @@ class ScaledWalk {
     out.linear_index = copy_.linear_index + static_cast<uint64_t>(at(copy_.index_stride));
     if (write_) {
       out.target = copy_.target + at(copy_.target_stride) * target_element_bytes(copy_.op);
-      total_ += run_copy(out, written_.data());
+      total_ += run_copy(out, buffer);
     } else if (sum_) {
-      total_ += sum_copy(out, written_.data());
+      total_ += sum_copy(out, buffer);
     }
   }
 
@@ -196,7 +204,7 @@ class ScaledWalk {
   uint32_t scale_ = 0;
   uint64_t total_ = 0;
   alignas(64) std::array<uint32_t, kPieceElements> values_;  // NOLINT: written before it is read
-  alignas(64) std::array<std::byte, kPieceElements * 4> written_;  // NOLINT: as values_
+  alignas(64) std::array<uint8_t, kPieceElements> written_;  // NOLINT: as values_
 };
 
 }  // namespace

@@ -7,7 +7,9 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <map>
 #include <memory>
 #include <set>
@@ -19,6 +21,8 @@
 #include "copy/copy.h"
 #include "copy/slow_copy.h"
 #include "session/refit_world.h"
+#include "session/stored_weights.h"
+#include "transfuse/checkpoint.h"
 #include "transfuse/control.h"
 #include "transfuse/layout.h"
 #include "transfuse/model.h"
@@ -270,6 +274,28 @@ TEST_F(ScaledRefit, VerifyComparesAnEngineInFp8WithItsTrainerInBf16) {
   ASSERT_EQ(other->targets.size(), 1U);
   ASSERT_EQ(other->targets[0].mismatches.size(), 1U);
   EXPECT_EQ(other->targets[0].mismatches[0].tensor, "down.weight");
+}
+
+TEST_F(ScaledRefit, ACheckpointInBf16FillsAnEngineInFp8WhereNobodyPublishes) {
+  std::string folder = (std::filesystem::temp_directory_path() / "transfuse-XXXXXX").string();
+  ASSERT_NE(mkdtemp(folder.data()), nullptr);
+  Parameters stored(trainer_layout({}));
+  stored.write(7);
+  write_rank(std::filesystem::path(folder) / "model.safetensors", stored, 7);
+  for (const ReceiveInto into : {ReceiveInto::kInPlace, ReceiveInto::kShadow}) {
+    ReceiverOptions options;
+    options.into = into;
+    options.checkpoint = Checkpoint{.path = folder, .spec = "hf"};
+    options.checkpoint_wait_ms = 50;
+    const bool in_place = into == ReceiveInto::kInPlace;
+    Engine engine(*transport_, *control_, engine_layout(), in_place ? "in_place" : "shadow",
+                  options);
+    const auto report = engine.refit();
+    ASSERT_TRUE(report) << report.error().to_string();
+    EXPECT_EQ(report->verified_bytes, report->size_bytes);
+    EXPECT_EQ(numbers_of(engine.parameters), expected_numbers(7));
+  }
+  std::filesystem::remove_all(folder);
 }
 
 // A model as published in fp8, and its trainer, which knows nothing of fp8.
