@@ -1,4 +1,5 @@
-// Bytes of an element before and after its operation, where device code can ask too.
+// Bytes of an element before and after its operation, and what the operation is, where device code
+// can ask too.
 #pragma once
 
 #include <cstdint>
@@ -50,6 +51,11 @@ TRANSFUSE_HOST_DEVICE constexpr uint32_t target_bytes_of(ElementOp op) {
     default:
       return source_bytes_of(op);
   }
+}
+
+// quantizes(), for device code.
+TRANSFUSE_HOST_DEVICE constexpr bool quantizes_of(ElementOp op) {
+  return op == ElementOp::kF32ToE4M3 || op == ElementOp::kBF16ToE4M3 || op == ElementOp::kF16ToE4M3;
 }
 
 }  // namespace transfuse

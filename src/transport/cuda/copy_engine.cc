@@ -44,12 +44,18 @@ Result<PreparedCopies> PreparedCopies::make(const Device& device,
   PreparedCopies prepared;
   prepared.device_ = &device;
   DeviceTableBuilder builder(options.table);
+  ScaledTable scaled;
   const bool engines = options.engines.copy_engines && device.driver().batch_copy != nullptr;
   for (uint32_t i = 0; i < copies.size(); ++i) {
     const StridedCopy& copy = copies[i];
     TRANSFUSE_CHECK(sources[i] < source_count);
     prepared.target_bytes_ += copy.target_bytes();
     prepared.source_bytes_ += copy.element_count() * source_bytes_of(copy.op);
+    if (is_scaled(copy.op)) {
+      TRANSFUSE_RETURN_IF_ERROR(
+          add_scaled(copy, sources[i], i, options.table.base_alignment, scaled));
+      continue;
+    }
     const uint64_t piece = engines ? contiguous_bytes(copy) : 0;
     if (piece > 0 && piece >= options.engines.piece_bytes) {
       prepared.engine_bytes_ += piece;
@@ -76,6 +82,7 @@ Result<PreparedCopies> PreparedCopies::make(const Device& device,
     }
   }
   prepared.known_bases_.resize(source_count);
+  TRANSFUSE_ASSIGN_OR_RETURN(prepared.scaled_, ScaledCopies::make(device, scaled));
   TRANSFUSE_RETURN_IF_ERROR(prepared.upload(builder.build(options.spread)));
   return prepared;
 }
@@ -145,7 +152,7 @@ Result<void> PreparedCopies::launch(std::span<const CUdeviceptr> bases, const La
 }
 
 Result<void> PreparedCopies::launch_kernel(const Launch& launch) {
-  if (item_count_ == 0) return {};
+  if (item_count_ == 0 && scaled_.item_count() == 0) return {};
   const Driver& driver = device_->driver();
   TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(driver, cuMemsetD8Async, work_.address(), 0,
                                            work_.size_bytes(), launch.stream));
@@ -162,9 +169,15 @@ Result<void> PreparedCopies::launch_kernel(const Launch& launch) {
   const uint32_t blocks = std::min(multiprocessors * kCopyBlocksPerMultiprocessor, item_count_);
   const CUfunction kernel =
       sum_count_ > 0 ? device_->kernels().copy_and_sum : device_->kernels().copy;
-  TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(driver, cuLaunchKernel, kernel, blocks, 1, 1,
-                                           kCopyThreads, 1, 1, 0, launch.stream, pointers.data(),
-                                           nullptr));
+  if (item_count_ > 0) {
+    TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(driver, cuLaunchKernel, kernel, blocks, 1, 1,
+                                             kCopyThreads, 1, 1, 0, launch.stream, pointers.data(),
+                                             nullptr));
+  }
+  TRANSFUSE_RETURN_IF_ERROR(scaled_.launch({.stream = launch.stream,
+                                            .multiprocessors = multiprocessors,
+                                            .bases = bases_.as<uint64_t>(),
+                                            .sums = work_.as<uint64_t>()}));
   if (sum_count_ == 0) return {};
   return TRANSFUSE_CUDA(driver, cuMemcpyAsync, host_sums_.address(), work_.address(),
                         host_sums_.size_bytes(), launch.stream);
@@ -199,7 +212,8 @@ std::span<const uint64_t> PreparedCopies::sums() const {
 }
 
 uint64_t PreparedCopies::memory_bytes() const {
-  return runs_.size_bytes() + items_.size_bytes() + bases_.size_bytes() + work_.size_bytes();
+  return runs_.size_bytes() + items_.size_bytes() + bases_.size_bytes() + work_.size_bytes() +
+         scaled_.memory_bytes();
 }
 
 }  // namespace transfuse::cuda

@@ -3,6 +3,7 @@
 
 #include "transport/cuda/copy_kernel.h"
 #include "transport/cuda/device_copy.h"
+#include "transport/cuda/scaled_kernel.h"  // another kernel of the same image
 
 namespace transfuse {
 namespace {

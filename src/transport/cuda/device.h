@@ -55,6 +55,7 @@ class Device {
   struct Kernels {
     CUfunction copy = nullptr;
     CUfunction copy_and_sum = nullptr;
+    CUfunction scaled_copy = nullptr;
   };
   const Kernels& kernels() const { return kernels_; }
 

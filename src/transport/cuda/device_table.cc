@@ -99,11 +99,6 @@ uint32_t widen(DeviceRun& run, uint32_t elements) {
 
 Result<void> DeviceTableBuilder::add(const StridedCopy& copy, uint32_t source, uint32_t sum) {
   if (copy.element_count() == 0 || (copy.target == nullptr && !copy.fingerprint)) return {};
-  if (is_scaled(copy.op)) {
-    return Error{ErrorCode::kUnsupported,
-                 "memory of a GPU is not read into or out of fp8 with block scales: let the source "
-                 "publish what the target holds, or publish from memory of the host"};
-  }
   const std::vector<Level> levels = levels_of(copy);
   const Level& inner = levels.back();
   DeviceRun run{.source_offset = copy.source_offset_bytes,
