@@ -252,10 +252,12 @@ def test_a_layout_says_which_scales_belong_to_which_tensor():
     assert again.quantizations == [said]
     plain = layout.with_quantizations([])
     assert plain != layout
-    assert (
-        plain.with_quantizations([transfuse.Quantization(said.tensor, said.scales, 128, 128)])
-        == layout
-    )
+    # As docs/fp8.md has it.
+    pairs = [
+        (t, plain.find_tensor(spec.name + "_scale_inv")) for t, spec in enumerate(plain.tensors)
+    ]
+    found = [transfuse.Quantization(t, s, 128, 128) for t, s in pairs if s is not None]
+    assert plain.with_quantizations(found) == layout
     plan = transfuse.compile(layout, [layout])
     assert not any(run.quantizes for run in plan.runs)
     wide = Side()
