@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <map>
 #include <memory>
 #include <set>
@@ -299,26 +300,19 @@ TEST_F(ScaledRefit, ACheckpointInBf16FillsAnEngineInFp8WhereNobodyPublishes) {
 }
 
 // A model as published in fp8, and its trainer, which knows nothing of fp8.
+constexpr const char* kSmallDeepseek = R"({"model_type": "deepseek_v3", "attention_bias": false,
+  "first_k_dense_replace": 1, "hidden_size": 32, "intermediate_size": 48, "kv_lora_rank": 20,
+  "moe_intermediate_size": 16, "moe_layer_freq": 1, "n_group": 1, "n_routed_experts": 4,
+  "n_shared_experts": 1, "num_attention_heads": 4, "num_hidden_layers": 3,
+  "num_key_value_heads": 4, "num_nextn_predict_layers": 0, "q_lora_rank": 24,
+  "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "tie_word_embeddings": false,
+  "topk_method": "noaux_tc", "torch_dtype": "bfloat16", "v_head_dim": 8, "vocab_size": 67,
+  "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+                          "weight_block_size": [8, 8]}})";
+
 ModelConfig small_deepseek(bool fp8) {
-  ModelConfig config = {.architecture = "deepseek_v3",
-                        .hidden_size = 32,
-                        .intermediate_size = 48,
-                        .moe_intermediate_size = 16,
-                        .num_hidden_layers = 3,
-                        .num_attention_heads = 4,
-                        .num_key_value_heads = 4,
-                        .head_dim = 12,
-                        .vocab_size = 67,
-                        .num_experts = 4,
-                        .dense_layers = 1,
-                        .shared_experts = 1};
-  config.dtype = Dtype::kBF16;
-  config.q_lora_rank = 24;
-  config.kv_lora_rank = 20;
-  config.qk_nope_head_dim = 8;
-  config.qk_rope_head_dim = 4;
-  config.v_head_dim = 8;
-  if (fp8) config.scale_block_rows = config.scale_block_columns = 8;
+  ModelConfig config = value_or_fail(parse_model_config(kSmallDeepseek), "config");
+  if (!fp8) config.scale_block_rows = config.scale_block_columns = 0;
   return config;
 }
 
@@ -360,6 +354,47 @@ TEST_F(ScaledRefit, DeepseekInBf16FillsVllmInFp8AndTheFp8OfAnyEngineIsTheSame) {
       EXPECT_EQ(sums.emplace(name, sum).first->second, sum) << name;
     }
   }
+}
+
+TEST_F(ScaledRefit, ACheckpointInFp8FillsAnEngineInBf16) {
+  Trainer trainer(*transport_, *control_, deepseek_layouts(false, "hf")[0], "t0", 1);
+  Engine fp8(*transport_, *control_, deepseek_layouts(true, "hf")[0], "fp8");
+  trainer.publish(1);
+  ASSERT_TRUE(fp8.refit());
+  Numbers stored = numbers_of(fp8.parameters);
+  std::string folder = (std::filesystem::temp_directory_path() / "transfuse-XXXXXX").string();
+  ASSERT_NE(mkdtemp(folder.data()), nullptr);
+  std::ofstream(std::filesystem::path(folder) / "config.json") << kSmallDeepseek;
+  write_rank(std::filesystem::path(folder) / "model.safetensors", fp8.parameters, 7);
+
+  const auto nobody = open_local_control();
+  ReceiverOptions options;
+  options.checkpoint = Checkpoint{.path = folder, .spec = "hf"};
+  options.checkpoint_wait_ms = 50;
+  Engine wide(*transport_, *nobody, deepseek_layouts(false, "vllm")[0], "wide", options);
+  const auto report = wide.refit();
+  std::filesystem::remove_all(folder);
+  ASSERT_TRUE(report) << report.error().to_string();
+  EXPECT_EQ(report->verified_bytes, report->size_bytes);
+  uint64_t dequantised = 0;
+  wide.parameters.for_each([&](const TensorSpec& tensor, int64_t linear, std::byte* at,
+                               Dtype dtype) {
+    uint64_t found = 0;
+    std::memcpy(&found, at, dtype_size_bytes(dtype));
+    uint64_t expected = stored.at(tensor.name)[static_cast<size_t>(linear)];
+    const auto scales = stored.find(tensor.name + "_scale_inv");
+    if (scales != stored.end()) {
+      const int64_t columns = tensor.shape[1];
+      const int64_t block = linear / columns / 8 * ((columns + 7) / 8) + linear % columns / 8;
+      const auto scale =
+          std::bit_cast<float>(static_cast<uint32_t>(scales->second[static_cast<size_t>(block)]));
+      const float value = static_cast<float>(e4m3_value(static_cast<uint8_t>(expected))) * scale;
+      expected = f32_bits_to_bf16(std::bit_cast<uint32_t>(value));
+      ++dequantised;
+    }
+    EXPECT_EQ(found, expected) << tensor.name << " " << linear;
+  });
+  EXPECT_GT(dequantised, 10000U);
 }
 
 }  // namespace
