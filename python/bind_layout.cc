@@ -134,6 +134,30 @@ void bind_specs(nb::module_& m) {
       .def_ro("length", &Fill::length)
       .def_ro("element_strides", &Fill::element_strides)
       .def(nb::self == nb::self, nb::sig(kEqual));
+  nb::class_<Quantization>(m, "Quantization",
+                           "A tensor of fp8 e4m3 and the tensor of its f32 scales, one for every "
+                           "block. Both are indices into the layout's tensors.")
+      .def(
+          "__init__",
+          [](Quantization* made, uint32_t tensor, uint32_t scales, int64_t block_rows,
+             int64_t block_columns) {
+            new (made) Quantization{.tensor = tensor,
+                                    .scales = scales,
+                                    .block_rows = block_rows,
+                                    .block_columns = block_columns};
+          },
+          "tensor"_a, "scales"_a, "block_rows"_a, "block_columns"_a)
+      .def_ro("tensor", &Quantization::tensor)
+      .def_ro("scales", &Quantization::scales)
+      .def_ro("block_rows", &Quantization::block_rows)
+      .def_ro("block_columns", &Quantization::block_columns)
+      .def(nb::self == nb::self, nb::sig(kEqual))
+      .def("__repr__", [](const Quantization& q) {
+        return "Quantization(tensor=" + std::to_string(q.tensor) +
+               ", scales=" + std::to_string(q.scales) +
+               ", block_rows=" + std::to_string(q.block_rows) +
+               ", block_columns=" + std::to_string(q.block_columns) + ")";
+      });
 }
 
 Layout decode(const nb::bytes& data) {
@@ -179,6 +203,14 @@ void bind_layout_class(nb::module_& m) {
           "with_kind",
           [](const Layout& l, const std::string& kind) { return take(l.with_kind(kind)); },
           "kind"_a, "The same layout with this kind, and with another digest.")
+      .def_prop_ro("quantizations", [](const Layout& l) { return to_vector(l.quantizations()); })
+      .def(
+          "with_quantizations",
+          [](const Layout& l, const std::vector<Quantization>& quantizations) {
+            return take(l.with_quantizations(quantizations));
+          },
+          "quantizations"_a,
+          "The same layout with these fp8 tensors and scales in place of its own.")
       .def_prop_ro("tile_bytes", &Layout::tile_bytes)
       .def_prop_ro("parameter_bytes", &Layout::parameter_bytes)
       .def("encode", &encode_layout, "The compact wire form.")
@@ -224,6 +256,11 @@ class CheckedBuilder {
     builder_.fill(parameter, element_offset, length,
                   element_strides ? *element_strides : row_major_strides(length));
   }
+  void quantization(uint32_t tensor, uint32_t scales, int64_t block_rows, int64_t block_columns) {
+    check(tensor, tensor_count_, "tensor");
+    check(scales, tensor_count_, "tensor");
+    builder_.quantization(tensor, scales, block_rows, block_columns);
+  }
   void kind(const std::string& kind) { builder_.kind(kind); }
   void metadata(uint32_t tensor, const Metadata& metadata) {
     check(tensor, tensor_count_, "tensor");
@@ -260,6 +297,10 @@ void bind_builder(nb::module_& m) {
            "row-major over the box.")
       .def("fill", &CheckedBuilder::fill, "parameter"_a, "element_offset"_a, "length"_a,
            "element_strides"_a = nb::none(), "Declares elements that hold zeros.")
+      .def("quantization", &CheckedBuilder::quantization, "tensor"_a, "scales"_a,
+           "block_rows"_a = 128, "block_columns"_a = 128,
+           "Says that a tensor of fp8 e4m3 has its scales, one for every block, in another tensor; "
+           "a block that is larger than the tensor is the tensor.")
       .def("kind", &CheckedBuilder::kind, "kind"_a,
            "States for which consumer the values are made.")
       .def("metadata", &CheckedBuilder::metadata, "tensor"_a, "metadata"_a,

@@ -34,7 +34,8 @@ void bind_findings(nb::module_& m) {
       .value("OVERLAP", FindingKind::kOverlap)
       .value("DTYPE", FindingKind::kDtype)
       .value("SHAPE", FindingKind::kShape)
-      .value("UNKNOWN_TENSOR", FindingKind::kUnknownTensor);
+      .value("UNKNOWN_TENSOR", FindingKind::kUnknownTensor)
+      .value("BLOCK", FindingKind::kBlock);
   nb::class_<Finding>(m, "Finding",
                       "One reason why no plan exists. `box` is in catalog coordinates where "
                       "`tensor` is set, else in elements of `parameter`.")
@@ -63,12 +64,14 @@ void bind_runs(nb::module_& m) {
       .def_ro("parameter", &Run::parameter)
       .def_ro("target_pattern", &Run::target_pattern)
       .def_ro("index_pattern", &Run::index_pattern)
+      .def_prop_ro("quantizes", [](const Run& r) { return r.scales != 0; })
       .def_prop_ro("element_count", &Run::element_count);
   nb::class_<Holder>(m, "Holder", "A distinct source layout that holds a run, and where.")
       .def_ro("source_offset", &Holder::source_offset)
       .def_ro("source_layout", &Holder::source_layout)
       .def_ro("parameter", &Holder::parameter)
-      .def_ro("source_pattern", &Holder::source_pattern);
+      .def_ro("source_pattern", &Holder::source_pattern)
+      .def_prop_ro("dequantizes", [](const Holder& h) { return h.scales != 0; });
   nb::class_<Chunk>(m, "Chunk", "A range of runs: the unit of work, progress and verification.")
       .def_ro("first_run", &Chunk::first_run)
       .def_ro("run_count", &Chunk::run_count)

@@ -11,8 +11,9 @@
 #include <string_view>
 #include <vector>
 
-#include "transfuse/digest.h"    // IWYU pragma: export
-#include "transfuse/metadata.h"  // IWYU pragma: export
+#include "transfuse/digest.h"        // IWYU pragma: export
+#include "transfuse/metadata.h"      // IWYU pragma: export
+#include "transfuse/quantization.h"  // IWYU pragma: export
 #include "transfuse/result.h"
 
 namespace transfuse {
@@ -100,6 +101,8 @@ struct Fill {
   bool operator==(const Fill&) const = default;
 };
 
+struct LayoutParts;
+
 // Immutable and cheap to copy (shared content: layouts are passed around by value between planner,
 // sessions and codec). Canonical: tensors and parameters sorted by name, tiles by (tensor, box,
 // parameter, offset), so that equal layouts have equal digests in every process. Holds no
@@ -112,6 +115,8 @@ class Layout {
   std::span<const Tile> tiles() const;  // sorted; the tiles of one tensor are contiguous
   std::span<const Fill> fills() const;
   std::span<const Tile> tiles_of(uint32_t tensor) const;
+  std::span<const Quantization> quantizations() const;  // by tensor
+  std::optional<Quantization> quantization_of(uint32_t tensor) const;
   std::optional<uint32_t> find_tensor(std::string_view name) const;
   std::optional<uint32_t> find_parameter(std::string_view name) const;
   const Digest& digest() const;
@@ -120,6 +125,8 @@ class Layout {
   std::string_view kind() const;  // see metadata.h; "": not stated
   const Metadata& metadata_of(uint32_t tensor) const;
   Result<Layout> with_kind(std::string_view kind) const;
+  // The same with these in place of its own; errors as of LayoutBuilder::build().
+  Result<Layout> with_quantizations(std::span<const Quantization> quantizations) const;
   uint64_t tile_bytes() const;       // bytes that tiles cover, in the dtypes of the parameters
   uint64_t parameter_bytes() const;  // bytes of all parameters
 
@@ -127,6 +134,7 @@ class Layout {
   friend class LayoutAssembly;
   struct Content;
   explicit Layout(std::shared_ptr<const Content> content);
+  LayoutParts parts() const;  // a copy
   std::shared_ptr<const Content>
       content_;  // shared: a layout is immutable and copied between components
 };
@@ -151,6 +159,11 @@ class LayoutBuilder {
             const Dims& element_strides);
   void fill(uint32_t parameter, int64_t element_offset, const Dims& length,
             const Dims& element_strides);
+
+  // Says that `scales` holds the scales of `tensor`; a block that is larger than the tensor is the
+  // tensor. A target that says so can be filled from sources that hold the tensor in f32, bf16 or
+  // f16 and know nothing of the scales; a source that says so can fill targets in those dtypes.
+  void quantization(uint32_t tensor, uint32_t scales, int64_t block_rows, int64_t block_columns);
 
   void kind(std::string_view kind);
   void metadata(uint32_t tensor, const Metadata& metadata);  // replaces what was said before

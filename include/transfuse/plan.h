@@ -26,6 +26,7 @@ enum class FindingKind : uint8_t {
   kDtype,          // source and target dtypes have no cast
   kShape,          // the tensor has another shape at a source, not only split dimensions
   kUnknownTensor,  // no source knows the name
+  kBlock,          // a block under one scale that no source holds whole, or that a tile cuts
 };
 std::string_view finding_kind_name(FindingKind kind);  // "gap", "uncovered", ...
 
@@ -65,7 +66,9 @@ struct Run {
   uint32_t index_pattern = 0;   // index into Plan::patterns(): strides of linear_index
   uint32_t first_holder = 0;
   uint32_t holder_count = 0;
-  uint32_t reserved = 0;
+  // Not 0: the run quantises whole blocks, its middle level rows and its inner level columns; where
+  // their scales are written is Plan::block_scales()[scales - 1].
+  uint32_t scales = 0;
   int64_t element_count() const { return int64_t{count[0]} * count[1] * count[2]; }
 };
 static_assert(sizeof(Run) <= 64, "T10: at most 64 bytes a strided run");
@@ -77,7 +80,25 @@ struct Holder {
   uint32_t source_layout = 0;   // index into Plan::source_layouts()
   uint32_t parameter = 0;       // index into that layout's parameters()
   uint32_t source_pattern = 0;  // index into Plan::patterns()
-  uint32_t reserved = 0;
+  // Not 0: what is read is fp8, to be dequantised; where its scales are read is
+  // Plan::block_scales()[scales - 1].
+  uint32_t scales = 0;
+};
+
+// Where the scales of a run's blocks lie: in the target, where they are written, or at a holder.
+struct ScaleRun {
+  int64_t offset = 0;          // elements from the start of the parameter, of the first block's
+  int64_t linear_index = 0;    // of it in the catalog tensor of the scales
+  int64_t stride[2] = {0, 0};  // elements in the parameter, from block to block
+  int64_t index_stride[2] = {0, 0};  // likewise in the catalog tensor
+  uint32_t tensor = 0;         // index into the tensors() of the target or of the holder's layout
+  uint32_t parameter = 0;      // index into its parameters()
+  uint32_t block[2] = {1, 1};  // rows and columns of a block
+  uint32_t phase[2] = {0, 0};  // where in its block the run's first element lies
+  // Blocks that a run of so many elements along an axis touches.
+  uint64_t block_count(int axis, uint64_t elements) const {
+    return (phase[axis] + elements - 1) / block[axis] + 1;
+  }
 };
 
 // A contiguous range of runs: the unit of work, progress, verification and resume.
@@ -95,6 +116,9 @@ class Plan {
   std::span<const Holder> holders() const;
   std::span<const Holder> holders_of(const Run& run) const;
   const Strides3& pattern(uint32_t index) const;
+  std::span<const ScaleRun> block_scales() const;
+  // Of the elements that a run writes, and of their scales where it writes those.
+  uint64_t target_bytes(const Run& run) const;
   const Layout& target() const;
   std::span<const Layout> source_layouts() const;  // distinct by digest, sorted by digest
   const PlanOptions& options() const;

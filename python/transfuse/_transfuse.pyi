@@ -246,6 +246,29 @@ class Fill:
 
     def __eq__(self, arg: object, /) -> bool: ...
 
+class Quantization:
+    """
+    A tensor of fp8 e4m3 and the tensor of its f32 scales, one for every block. Both are indices into the layout's tensors.
+    """
+
+    def __init__(self, tensor: int, scales: int, block_rows: int, block_columns: int) -> None: ...
+
+    @property
+    def tensor(self) -> int: ...
+
+    @property
+    def scales(self) -> int: ...
+
+    @property
+    def block_rows(self) -> int: ...
+
+    @property
+    def block_columns(self) -> int: ...
+
+    def __eq__(self, arg: object, /) -> bool: ...
+
+    def __repr__(self) -> str: ...
+
 class Layout:
     """
     Which boxes of which catalog tensors lie where in the parameters of one process. Immutable; holds no addresses; build it with LayoutBuilder.
@@ -287,6 +310,12 @@ class Layout:
         """The same layout with this kind, and with another digest."""
 
     @property
+    def quantizations(self) -> list[Quantization]: ...
+
+    def with_quantizations(self, quantizations: Sequence[Quantization]) -> Layout:
+        """The same layout with these fp8 tensors and scales in place of its own."""
+
+    @property
     def tile_bytes(self) -> int: ...
 
     @property
@@ -324,6 +353,11 @@ class LayoutBuilder:
     def fill(self, parameter: int, element_offset: int, length: Sequence[int], element_strides: Sequence[int] | None = None) -> None:
         """Declares elements that hold zeros."""
 
+    def quantization(self, tensor: int, scales: int, block_rows: int = 128, block_columns: int = 128) -> None:
+        """
+        Says that a tensor of fp8 e4m3 has its scales, one for every block, in another tensor; a block that is larger than the tensor is the tensor.
+        """
+
     def kind(self, kind: str) -> None:
         """States for which consumer the values are made."""
 
@@ -351,6 +385,8 @@ class FindingKind(enum.Enum):
     SHAPE = 4
 
     UNKNOWN_TENSOR = 5
+
+    BLOCK = 6
 
 class Finding:
     """
@@ -399,6 +435,9 @@ class Run:
     def index_pattern(self) -> int: ...
 
     @property
+    def quantizes(self) -> bool: ...
+
+    @property
     def element_count(self) -> int: ...
 
 class Holder:
@@ -415,6 +454,9 @@ class Holder:
 
     @property
     def source_pattern(self) -> int: ...
+
+    @property
+    def dequantizes(self) -> bool: ...
 
 class Chunk:
     """A range of runs: the unit of work, progress and verification."""

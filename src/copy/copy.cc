@@ -1,6 +1,7 @@
 // Turns a strided copy into rows and walks them.
 #include "copy/copy.h"
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstddef>
@@ -15,6 +16,7 @@
 #include "copy/element_size.h"
 #include "copy/fingerprint.h"
 #include "copy/row_kernels.h"
+#include "copy/scaled_copy.h"
 #include "transfuse/copy.h"
 #include "transfuse/result.h"
 
@@ -344,9 +346,61 @@ uint64_t StridedCopy::source_end_bytes() const {
     last +=
         static_cast<unsigned __int128>(static_cast<uint64_t>(source_stride[i])) * (count[i] - 1u);
   }
-  const unsigned __int128 end = (last + 1) * source_element_bytes(op) + source_offset_bytes;
+  unsigned __int128 end = (last + 1) * source_element_bytes(op) + source_offset_bytes;
+  if (is_scaled(op) && !quantizes(op) && scales != nullptr) {
+    unsigned __int128 scale = 0;
+    for (int axis = 0; axis < 2; ++axis) {
+      scale += static_cast<unsigned __int128>(static_cast<uint64_t>(scales->stride[axis])) *
+               (block_count(axis) - 1);
+    }
+    const auto first = static_cast<__int128>(source_offset_bytes) + scales->source_distance_bytes;
+    if (first >= 0) {
+      end = std::max(end, static_cast<unsigned __int128>(first) + (scale + 1) * sizeof(float));
+    }
+  }
   return end > kMax ? kMax : static_cast<uint64_t>(end);
 }
+
+uint64_t StridedCopy::block_count(int axis) const {
+  const uint64_t elements = count[axis + 1];
+  if (elements == 0 || scales == nullptr) return 0;
+  return (scales->phase[axis] + elements - 1) / scales->block[axis] + 1;
+}
+
+uint64_t StridedCopy::target_bytes() const {
+  const uint64_t elements = element_count() * target_element_bytes(op);
+  if (!quantizes(op)) return elements;
+  return elements + block_count(0) * block_count(1) * sizeof(float);
+}
+
+namespace {
+
+// Scales belong to the copies that need them, and make sense.
+Result<void> check_scales(const StridedCopy& copy) {
+  if (is_scaled(copy.op) != (copy.scales != nullptr)) {
+    return Error{ErrorCode::kCorrupt, "copy: scales come with fp8 operations, and with no other"};
+  }
+  if (copy.scales == nullptr) return {};
+  const BlockScales& scales = *copy.scales;
+  if (copy.count[0] > 1) {
+    return Error{ErrorCode::kCorrupt, "copy: one with scales has rows and columns only"};
+  }
+  for (int axis = 0; axis < 2; ++axis) {
+    if (scales.block[axis] == 0 || scales.phase[axis] >= scales.block[axis] ||
+        scales.stride[axis] < 0 || scales.index_stride[axis] < 0 ||
+        (quantizes(copy.op) && scales.phase[axis] != 0)) {
+      return Error{ErrorCode::kCorrupt,
+                   "copy: the blocks of axis " + std::to_string(axis) + " are malformed"};
+    }
+  }
+  if (!quantizes(copy.op) &&
+      static_cast<__int128>(copy.source_offset_bytes) + scales.source_distance_bytes < 0) {
+    return Error{ErrorCode::kCorrupt, "copy: its scales begin before the region"};
+  }
+  return {};
+}
+
+}  // namespace
 
 Result<void> check_copy(const StridedCopy& copy, uint64_t source_size_bytes) {
   for (int i = 0; i < 3; ++i) {
@@ -355,6 +409,7 @@ Result<void> check_copy(const StridedCopy& copy, uint64_t source_size_bytes) {
                    "copy: strides are not negative, level " + std::to_string(i) + " has one"};
     }
   }
+  TRANSFUSE_RETURN_IF_ERROR(check_scales(copy));
   const unsigned __int128 elements =
       static_cast<unsigned __int128>(uint64_t{copy.count[0]} * copy.count[1]) * copy.count[2];
   if (elements > (uint64_t{1} << 60)) {
@@ -370,10 +425,12 @@ Result<void> check_copy(const StridedCopy& copy, uint64_t source_size_bytes) {
 }
 
 uint64_t run_copy(const StridedCopy& copy, const std::byte* source) {
+  if (is_scaled(copy.op)) return run_scaled_copy(copy, source, true, copy.fingerprint);
   return Walk(copy, true, copy.fingerprint).run(copy, source);
 }
 
 uint64_t sum_copy(const StridedCopy& copy, const std::byte* source) {
+  if (is_scaled(copy.op)) return run_scaled_copy(copy, source, false, true);
   return Walk(copy, false, true).run(copy, source);
 }
 
@@ -387,6 +444,8 @@ uint16_t f32_bits_to_bf16(uint32_t bits) { return cast_f32_bits_to_bf16(bits); }
 uint16_t f32_bits_to_f16(uint32_t bits) { return cast_f32_bits_to_f16(bits); }
 uint32_t bf16_bits_to_f32(uint16_t bits) { return cast_bf16_bits_to_f32(bits); }
 uint32_t f16_bits_to_f32(uint16_t bits) { return cast_f16_bits_to_f32(bits); }
+uint8_t f32_bits_to_e4m3(uint32_t bits) { return cast_f32_bits_to_e4m3(bits); }
+uint32_t e4m3_bits_to_f32(uint8_t bits) { return cast_e4m3_bits_to_f32(bits); }
 
 std::string_view copy_path_name(CopyPath path) {
   switch (path) {

@@ -35,6 +35,9 @@ uint16_t f32_bits_to_f16(uint32_t bits);
 // Exact; a NaN keeps its payload, and that of f16 becomes quiet.
 uint32_t bf16_bits_to_f32(uint16_t bits);
 uint32_t f16_bits_to_f32(uint16_t bits);
+// What is above 448 becomes 448, every NaN 0x7F.
+uint8_t f32_bits_to_e4m3(uint32_t bits);
+uint32_t e4m3_bits_to_f32(uint8_t bits);  // exact; NaN keeps its sign
 
 // kCorrupt unless every byte that `copy` reads lies in a region of `source_size_bytes`, nothing
 // overflows and no stride is negative (I13).

@@ -13,6 +13,7 @@
 #include <system_error>
 
 #include "copy/copy.h"
+#include "copy/scaled_copy.h"
 #include "transfuse/copy.h"
 #include "transfuse/result.h"
 
@@ -117,6 +118,15 @@ Result<void> read_direct(const FileSpan& file, const StridedCopy& copy) {
   return {};
 }
 
+// `write`: false sums only.
+Result<void> scaled_file_copy(const FileSpan& file, const StridedCopy& copy,
+                              std::span<std::byte> scratch, bool write, uint64_t* sum) {
+  return run_staged_scaled_copy(copy, scratch, write, sum,
+                                [&file](const StridedCopy& plain, std::span<std::byte> rest) {
+                                  return run_file_copy(file, plain, rest, nullptr);
+                                });
+}
+
 }  // namespace
 
 Result<void> read_file(const FileSpan& file, uint64_t offset_bytes, std::span<std::byte> to) {
@@ -144,6 +154,7 @@ Result<void> read_file(const FileSpan& file, uint64_t offset_bytes, std::span<st
 Result<void> run_file_copy(const FileSpan& file, const StridedCopy& copy,
                            std::span<std::byte> scratch, uint64_t* sum) {
   if (copy.element_count() == 0) return {};
+  if (is_scaled(copy.op)) return scaled_file_copy(file, copy, scratch, true, sum);
   if (sum == nullptr && goes_direct(copy)) return read_direct(file, copy);
   return for_each_block(copy, scratch.size(),
                         [&](StridedCopy& block, uint64_t begin, uint64_t span) -> Result<void> {
@@ -158,6 +169,7 @@ Result<void> run_file_copy(const FileSpan& file, const StridedCopy& copy,
 Result<void> sum_file_copy(const FileSpan& file, const StridedCopy& copy,
                            std::span<std::byte> scratch, uint64_t& sum) {
   if (copy.element_count() == 0) return {};
+  if (is_scaled(copy.op)) return scaled_file_copy(file, copy, scratch, false, &sum);
   return for_each_block(copy, scratch.size(),
                         [&](StridedCopy& block, uint64_t begin, uint64_t span) -> Result<void> {
                           TRANSFUSE_RETURN_IF_ERROR(read_file(file, begin, scratch.first(span)));

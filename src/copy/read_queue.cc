@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstddef>
@@ -39,17 +40,34 @@ constexpr uint64_t kMaxSlots = uint64_t{1} << kSlotBits;
 constexpr auto kWakeDelay = std::chrono::microseconds(500);
 
 struct AddressRange {
-  const std::byte* begin;
-  const std::byte* end;
+  const std::byte* begin = nullptr;
+  const std::byte* end = nullptr;
 };
 
-AddressRange target_range(const StridedCopy& copy) {
+bool overlap(const AddressRange& a, const AddressRange& b) {
+  return a.begin < b.end && b.begin < a.end;
+}
+
+// Of the elements, and of the scales that a quantising copy writes.
+std::array<AddressRange, 2> target_ranges(const StridedCopy& copy) {
+  if (copy.element_count() == 0) return {};
   uint64_t last = 0;
   for (int i = 0; i < 3; ++i) {
-    if (copy.count[i] == 0) return {copy.target, copy.target};
     last += static_cast<uint64_t>(copy.target_stride[i]) * (copy.count[i] - 1u);
   }
-  return {copy.target, copy.target + (last + 1) * target_element_bytes(copy.op)};
+  std::array<AddressRange, 2> ranges{};
+  ranges[0] = {copy.target, copy.target + (last + 1) * target_element_bytes(copy.op)};
+  if (!quantizes(copy.op)) return ranges;
+  last = 0;
+  for (int axis = 0; axis < 2; ++axis) {
+    last += static_cast<uint64_t>(copy.scales->stride[axis]) * (copy.block_count(axis) - 1);
+  }
+  ranges[1] = {copy.scales->target, copy.scales->target + (last + 1) * sizeof(float)};
+  return ranges;
+}
+
+bool overlap(const std::array<AddressRange, 2>& a, const std::array<AddressRange, 2>& b) {
+  return overlap(a[0], b[0]) || overlap(a[0], b[1]) || overlap(a[1], b[0]) || overlap(a[1], b[1]);
 }
 
 uint64_t target_bytes(std::span<const StridedCopy> copies) {
@@ -415,10 +433,9 @@ Result<void> ReadQueue::check_poison(std::span<const StridedCopy> copies) const 
   for (const auto& ticket : tickets_) {
     if (ticket->id == TicketId{} || !ticket->poisoned()) continue;
     for (const StridedCopy& old : ticket->copies) {
-      const AddressRange poisoned = target_range(old);
+      const auto poisoned = target_ranges(old);
       for (const StridedCopy& copy : copies) {
-        const AddressRange wanted = target_range(copy);
-        if (wanted.begin < poisoned.end && poisoned.begin < wanted.end) {
+        if (overlap(target_ranges(copy), poisoned)) {
           return Error{ErrorCode::kPoisoned,
                        "submit: a cancelled read may still write the target memory"};
         }

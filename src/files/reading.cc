@@ -94,6 +94,16 @@ Result<Reading> plan_reading(const Layout& target, const ReadableSide& side, uin
   std::vector<Layout> layouts;
   for (const ReadableRank& rank : side.ranks) layouts.push_back(rank.layout);
   TRANSFUSE_ASSIGN_OR_RETURN(Plan plan, compile(target, layouts, {.chunk_bytes = chunk_bytes}));
+  if (!plan.block_scales().empty()) {
+    const auto scaled = std::ranges::find_if(plan.runs(), [&plan](const Run& run) {
+      return run.scales != 0 || plan.holders_of(run).front().scales != 0;
+    });
+    return Error{ErrorCode::kUnsupported,
+                 fmt::format("tensor {} is fp8 with block scales on one side only: files are "
+                             "rewritten in the dtypes that they have, or with a cast; fp8 is made "
+                             "and read by a refit",
+                             plan.target().tensors()[scaled->tensor].name)};
+  }
   // Ranks by layout, in the plan's order of layouts.
   std::vector<uint32_t> counts;
   std::vector<uint32_t> members;

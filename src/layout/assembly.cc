@@ -331,6 +331,11 @@ Result<Layout> LayoutAssembly::assemble(LayoutParts&& parts, std::string* encodi
     tile.parameter = parameter_position[tile.parameter];
   }
   for (Fill& fill : parts.fills) fill.parameter = parameter_position[fill.parameter];
+  for (Quantization& q : parts.quantizations) {
+    if (q.tensor < tensor_position.size()) q.tensor = tensor_position[q.tensor];
+    if (q.scales < tensor_position.size()) q.scales = tensor_position[q.scales];
+  }
+  TRANSFUSE_RETURN_IF_ERROR(check_quantizations(parts));
   content->first_tile = sort_tiles(parts.tiles, parts.tensors.size());
   std::ranges::sort(parts.fills, fill_before);
 
@@ -342,8 +347,9 @@ Result<Layout> LayoutAssembly::assemble(LayoutParts&& parts, std::string* encodi
   if (parts.tiles.capacity() > parts.tiles.size() / 4 * 5) parts.tiles.shrink_to_fit();
   content->tiles = std::move(parts.tiles);
   content->fills = std::move(parts.fills);
+  content->quantizations = std::move(parts.quantizations);
   std::string bytes = encode_parts(content->tensors, content->parameters, content->tiles,
-                                   content->fills, content->words);
+                                   content->fills, content->quantizations, content->words);
   const XXH128_hash_t hash = XXH3_128bits(bytes.data(), bytes.size());
   content->digest = Digest{.high = hash.high64, .low = hash.low64};
   if (encoding != nullptr) *encoding = std::move(bytes);

@@ -33,6 +33,7 @@ struct Layout::Content {
   std::vector<ParameterSpec> parameters;
   std::vector<Tile> tiles;
   std::vector<Fill> fills;
+  std::vector<Quantization> quantizations;
   LayoutWords words;
   std::vector<uint32_t> first_tile;  // tensors + 1 entries
   Digest digest;
@@ -40,12 +41,14 @@ struct Layout::Content {
   uint64_t parameter_bytes = 0;
 };
 
-// Parts in any order; tiles and fills refer to positions in `tensors` and `parameters`.
+// Parts in any order; tiles, fills and quantizations refer to positions in `tensors` and
+// `parameters`.
 struct LayoutParts {
   std::vector<TensorSpec> tensors;
   std::vector<ParameterSpec> parameters;
   std::vector<Tile> tiles;
   std::vector<Fill> fills;
+  std::vector<Quantization> quantizations;
   LayoutWords words;
 };
 
@@ -61,6 +64,11 @@ class LayoutAssembly {
 // The canonical wire form; all spans sorted as in a Layout.
 std::string encode_parts(std::span<const TensorSpec> tensors,
                          std::span<const ParameterSpec> parameters, std::span<const Tile> tiles,
-                         std::span<const Fill> fills, const LayoutWords& words);
+                         std::span<const Fill> fills, std::span<const Quantization> quantizations,
+                         const LayoutWords& words);
+
+// Checks quantizations whose handles are positions in the other parts, whose tiles and dtypes are
+// checked with them; makes blocks no larger than their tensors and sorts by tensor.
+Result<void> check_quantizations(LayoutParts& parts);
 
 }  // namespace transfuse

@@ -24,6 +24,8 @@ constexpr uint64_t kVersion = 1;
 // Of a layout that has a kind or metadata; one that has none is of version 1, so that each has one
 // encoding.
 constexpr uint64_t kVersionWithWords = 2;
+// Of a layout that has quantizations; its words follow, empty or not.
+constexpr uint64_t kVersionWithQuantizations = 3;
 
 // A name is a tensor, a parameter, or both: each name travels once.
 constexpr uint8_t kIsTensor = 1;
@@ -115,6 +117,18 @@ void put_words(ByteWriter& out, const LayoutWords& words) {
       out.text(value);
     }
     previous = tensor;
+  }
+}
+
+void put_quantizations(ByteWriter& out, std::span<const Quantization> quantizations) {
+  out.varint(quantizations.size());
+  uint32_t previous = 0;
+  for (const Quantization& q : quantizations) {
+    out.varint(q.tensor - previous);
+    out.varint(q.scales);
+    out.varint(as_unsigned(q.block_rows));
+    out.varint(as_unsigned(q.block_columns));
+    previous = q.tensor;
   }
 }
 
@@ -266,6 +280,31 @@ Result<void> get_words(ByteReader& in, LayoutParts& parts) {
   return {};
 }
 
+Result<void> get_quantizations(ByteReader& in, LayoutParts& parts) {
+  const uint64_t count = in.count(4);
+  if (count == 0 || count > parts.tensors.size()) {
+    return corrupt(
+        fmt::format("layout: {} quantizations of {} tensors", count, parts.tensors.size()));
+  }
+  uint64_t tensor = 0;
+  for (uint64_t i = 0; i < count; ++i) {
+    const uint64_t step = in.varint();
+    const uint64_t scales = in.varint();
+    const int64_t block_rows = get_int64(in);
+    const int64_t block_columns = get_int64(in);
+    tensor += step;
+    if (!in.ok() || step >= parts.tensors.size() || tensor >= parts.tensors.size() ||
+        scales >= parts.tensors.size()) {
+      return corrupt(fmt::format("layout: quantization {} of {} is malformed", i, count));
+    }
+    parts.quantizations.push_back({.tensor = static_cast<uint32_t>(tensor),
+                                   .scales = static_cast<uint32_t>(scales),
+                                   .block_rows = block_rows,
+                                   .block_columns = block_columns});
+  }
+  return {};
+}
+
 // The version, which is at most `newest`.
 Result<uint64_t> get_head(ByteReader& in, uint32_t magic, uint64_t newest, std::string_view what) {
   const auto found = in.fixed<uint32_t>();
@@ -288,10 +327,12 @@ std::string_view as_text(std::span<const std::byte> bytes) {
 
 std::string encode_parts(std::span<const TensorSpec> tensors,
                          std::span<const ParameterSpec> parameters, std::span<const Tile> tiles,
-                         std::span<const Fill> fills, const LayoutWords& words) {
+                         std::span<const Fill> fills, std::span<const Quantization> quantizations,
+                         const LayoutWords& words) {
   ByteWriter out;
   out.fixed(kLayoutMagic);
-  out.varint(words.empty() ? kVersion : kVersionWithWords);
+  const uint64_t with_words = words.empty() ? kVersion : kVersionWithWords;
+  out.varint(quantizations.empty() ? with_words : kVersionWithQuantizations);
   size_t both = 0;  // names that are a tensor and a parameter
   for (size_t t = 0, p = 0; t < tensors.size() && p < parameters.size();) {
     const int order = tensors[t].name.compare(parameters[p].name);
@@ -315,7 +356,8 @@ std::string encode_parts(std::span<const TensorSpec> tensors,
     put_dims(out, fill.length);
     put_dims(out, fill.element_strides);
   }
-  if (!words.empty()) put_words(out, words);
+  if (!words.empty() || !quantizations.empty()) put_words(out, words);
+  if (!quantizations.empty()) put_quantizations(out, quantizations);
   return std::move(out).take();
 }
 
@@ -323,18 +365,21 @@ std::string encode(const Layout& layout) { return LayoutAssembly::encode(layout)
 
 std::string LayoutAssembly::encode(const Layout& layout) {
   return encode_parts(layout.tensors(), layout.parameters(), layout.tiles(), layout.fills(),
-                      layout.content_->words);
+                      layout.quantizations(), layout.content_->words);
 }
 
 Result<Layout> decode_layout(std::span<const std::byte> bytes) {
   ByteReader in(bytes);
   LayoutParts parts;
   TRANSFUSE_ASSIGN_OR_RETURN(const uint64_t version,
-                             get_head(in, kLayoutMagic, kVersionWithWords, "layout"));
+                             get_head(in, kLayoutMagic, kVersionWithQuantizations, "layout"));
   TRANSFUSE_RETURN_IF_ERROR(get_names(in, parts));
   TRANSFUSE_RETURN_IF_ERROR(get_tiles(in, parts));
   TRANSFUSE_RETURN_IF_ERROR(get_fills(in, parts));
-  if (version == kVersionWithWords) TRANSFUSE_RETURN_IF_ERROR(get_words(in, parts));
+  if (version >= kVersionWithWords) TRANSFUSE_RETURN_IF_ERROR(get_words(in, parts));
+  if (version == kVersionWithQuantizations) {
+    TRANSFUSE_RETURN_IF_ERROR(get_quantizations(in, parts));
+  }
   if (!in.ok()) return corrupt(fmt::format("layout: {} bytes end too early", bytes.size()));
   std::string canonical;
   auto layout = LayoutAssembly::assemble(std::move(parts), &canonical);

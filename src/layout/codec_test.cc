@@ -30,6 +30,7 @@ void expect_equal(const Layout& a, const Layout& b) {
   EXPECT_TRUE(std::ranges::equal(a.parameters(), b.parameters()));
   EXPECT_TRUE(std::ranges::equal(a.tiles(), b.tiles()));
   EXPECT_TRUE(std::ranges::equal(a.fills(), b.fills()));
+  EXPECT_TRUE(std::ranges::equal(a.quantizations(), b.quantizations()));
   EXPECT_EQ(a.kind(), b.kind());
   for (uint32_t i = 0; i < a.tensors().size(); ++i) {
     EXPECT_EQ(a.metadata_of(i), b.metadata_of(i));
@@ -70,6 +71,20 @@ Layout random_layout(Random& random) {
       metadata["key" + std::to_string(j)] = std::string(random.below(20), 'v');
     }
     builder.metadata(t, metadata);
+  }
+  for (int64_t i = random.chance(0.3) ? below(3) : -1; i >= 0; --i) {
+    const std::string name = "quantized" + std::to_string(i);
+    const Dims shape = {1 + below(300), 1 + below(300)};
+    const Dims block = {1 + below(400), 1 + below(400)};
+    const auto parts = [&](int d) { return (shape[d] + block[d] - 1) / block[d]; };
+    const Dims scales_shape = {parts(0), parts(1)};
+    const auto t = builder.tensor({name, Dtype::kF8E4M3, shape});
+    const auto s = builder.tensor({name + ".scales", Dtype::kF32, scales_shape});
+    const auto p = builder.parameter({name, Dtype::kF8E4M3, shape.product()});
+    const auto q = builder.parameter({name + ".scales", Dtype::kF32, scales_shape.product()});
+    builder.tile(t, Box::whole(shape), p, 0);
+    builder.tile(s, Box::whole(scales_shape), q, 0);
+    builder.quantization(t, s, block[0], block[1]);
   }
   if (random.chance(0.3)) builder.kind(random.chance(0.5) ? "hf_raw" : "of_our_own");
   return builder.build().value();
@@ -219,8 +234,8 @@ TEST(LayoutCodec, ATileBeyondItsParameterIsCorrupt) {
 
 TEST(LayoutCodec, AnotherMagicOrVersionIsNamed) {
   std::string bytes = encode(Layout());
-  bytes[4] = 3;
-  EXPECT_THAT(decode_error(bytes), HasSubstr("expected version 1 to 2, found 3"));
+  bytes[4] = 4;
+  EXPECT_THAT(decode_error(bytes), HasSubstr("expected version 1 to 3, found 4"));
   bytes[0] = 'X';
   EXPECT_THAT(decode_error(bytes), HasSubstr("magic"));
 }
@@ -243,6 +258,9 @@ TEST(LayoutCodec, ALayoutWithoutKindAndMetadataHasNoOtherEncodingThanItHadBefore
   nothing[4] = 2;
   nothing += std::string(2, '\0');
   EXPECT_THAT(decode_error(nothing), HasSubstr("not in canonical form"));
+  nothing[4] = 3;
+  nothing += '\0';
+  EXPECT_THAT(decode_error(nothing), HasSubstr("0 quantizations"));
 }
 
 TEST(LayoutCodec, KindAndMetadataAreBounded) {

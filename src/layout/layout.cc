@@ -112,14 +112,25 @@ const Metadata& Layout::metadata_of(uint32_t tensor) const {
   return found == content_->words.metadata.end() ? none : found->second;
 }
 
+LayoutParts Layout::parts() const {
+  return {.tensors = content_->tensors,
+          .parameters = content_->parameters,
+          .tiles = content_->tiles,
+          .fills = content_->fills,
+          .quantizations = content_->quantizations,
+          .words = content_->words};
+}
+
 Result<Layout> Layout::with_kind(std::string_view kind) const {
-  LayoutParts parts{.tensors = content_->tensors,
-                    .parameters = content_->parameters,
-                    .tiles = content_->tiles,
-                    .fills = content_->fills,
-                    .words = content_->words};
-  parts.words.kind = kind;
-  return LayoutAssembly::assemble(std::move(parts));
+  LayoutParts changed = parts();
+  changed.words.kind = kind;
+  return LayoutAssembly::assemble(std::move(changed));
+}
+
+Result<Layout> Layout::with_quantizations(std::span<const Quantization> quantizations) const {
+  LayoutParts changed = parts();
+  changed.quantizations.assign(quantizations.begin(), quantizations.end());
+  return LayoutAssembly::assemble(std::move(changed));
 }
 
 uint64_t Layout::tile_bytes() const { return content_->tile_bytes; }
@@ -129,6 +140,15 @@ std::span<const Tile> Layout::tiles_of(uint32_t tensor) const {
   TRANSFUSE_CHECK(tensor < content_->tensors.size());
   const uint32_t first = content_->first_tile[tensor];
   return tiles().subspan(first, content_->first_tile[tensor + 1] - first);
+}
+
+std::span<const Quantization> Layout::quantizations() const { return content_->quantizations; }
+
+std::optional<Quantization> Layout::quantization_of(uint32_t tensor) const {
+  const auto found =
+      std::ranges::lower_bound(content_->quantizations, tensor, {}, &Quantization::tensor);
+  if (found == content_->quantizations.end() || found->tensor != tensor) return std::nullopt;
+  return *found;
 }
 
 std::optional<uint32_t> Layout::find_tensor(std::string_view name) const {
@@ -179,6 +199,14 @@ void LayoutBuilder::fill(uint32_t parameter, int64_t element_offset, const Dims&
                                      .element_offset = element_offset,
                                      .length = length,
                                      .element_strides = element_strides});
+}
+
+void LayoutBuilder::quantization(uint32_t tensor, uint32_t scales, int64_t block_rows,
+                                 int64_t block_columns) {
+  state_->parts.quantizations.push_back(Quantization{.tensor = tensor,
+                                                     .scales = scales,
+                                                     .block_rows = block_rows,
+                                                     .block_columns = block_columns});
 }
 
 void LayoutBuilder::kind(std::string_view kind) { state_->parts.words.kind = kind; }

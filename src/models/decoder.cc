@@ -232,7 +232,7 @@ class Decoder {
     const int64_t rows = c_.scale_block_rows;
     const int64_t columns = c_.scale_block_columns;
     ModelTensor scales = weight;
-    scales.name += "_scale_inv";
+    scales.name += kScaleSuffix;
     scales.content = Content::kScale;
     scales.dtype = Dtype::kF32;
     scales.weight_shape = weight.shape;

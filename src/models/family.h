@@ -66,6 +66,9 @@ enum class Role : uint8_t {
   kMtpFinalNorm,
 };
 
+// What the name of a scale has after that of its weight.
+inline constexpr std::string_view kScaleSuffix = "_scale_inv";
+
 // How tensor parallelism cuts a matrix.
 enum class Split : uint8_t {
   kReplicated,  // whole on every rank: norms, routers

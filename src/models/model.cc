@@ -7,6 +7,7 @@
 #include <numeric>
 #include <span>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -137,6 +138,39 @@ std::string renamed(std::string name, std::span<const Rename> renames) {
   return name;
 }
 
+namespace {
+
+// True if the layout has tiles of `tensor`, all of them in parameters of `dtype`.
+bool held_in(const Layout& layout, uint32_t tensor, Dtype dtype) {
+  const auto tiles = layout.tiles_of(tensor);
+  return !tiles.empty() && std::ranges::all_of(tiles, [&](const Tile& tile) {
+    return layout.parameters()[tile.parameter].dtype == dtype;
+  });
+}
+
+// A layout that has fp8 weights and their scales says which belong together.
+Result<Layout> with_scales(const Model& model, Result<Layout> layout) {
+  if (!layout || model.config.scale_block_rows == 0) return layout;
+  std::vector<Quantization> quantizations;
+  for (const ModelTensor& tensor : model.tensors) {
+    if (tensor.content != Content::kScale) continue;
+    const std::string_view name = tensor.name;
+    const auto weight = layout->find_tensor(name.substr(0, name.size() - kScaleSuffix.size()));
+    const auto scales = layout->find_tensor(name);
+    if (!weight || !scales || !held_in(*layout, *weight, Dtype::kF8E4M3) ||
+        !held_in(*layout, *scales, Dtype::kF32)) {
+      continue;
+    }
+    quantizations.push_back({.tensor = *weight,
+                             .scales = *scales,
+                             .block_rows = tensor.block[0],
+                             .block_columns = tensor.block[1]});
+  }
+  return layout->with_quantizations(quantizations);
+}
+
+}  // namespace
+
 Result<Model> make_model(const ModelConfig& config) {
   TRANSFUSE_RETURN_IF_ERROR(check_model_config(config));
   TRANSFUSE_ASSIGN_OR_RETURN(const ModelFamily* family, find_model_family(config.architecture));
@@ -157,14 +191,14 @@ Result<Layout> make_layout(const ModelConfig& config, const ParallelSpec& spec,
   TRANSFUSE_RETURN_IF_ERROR(check_ranks(spec, ranks));
   TRANSFUSE_ASSIGN_OR_RETURN(const Framework* framework, find_framework(spec.family));
   TRANSFUSE_ASSIGN_OR_RETURN(const Model model, make_model(config));
-  return framework->make_layout(model, spec, ranks);
+  return with_scales(model, framework->make_layout(model, spec, ranks));
 }
 
 Result<Layout> make_layout(const ModelConfig& config, const ParallelSpec& spec, int64_t rank) {
   TRANSFUSE_ASSIGN_OR_RETURN(const ParallelRanks ranks, parallel_ranks(spec, rank));
   TRANSFUSE_ASSIGN_OR_RETURN(const Framework* framework, find_framework(spec.family));
   TRANSFUSE_ASSIGN_OR_RETURN(const Model model, make_model(config));
-  return framework->make_layout(model, spec, ranks);
+  return with_scales(model, framework->make_layout(model, spec, ranks));
 }
 
 Result<std::vector<Layout>> make_layouts(const ModelConfig& config, const ParallelSpec& spec) {
@@ -178,8 +212,9 @@ Result<std::vector<Layout>> make_layouts(const ModelConfig& config, const Parall
       layouts.push_back(layouts[static_cast<size_t>(rank - replica_ranks)]);
       continue;
     }
-    TRANSFUSE_ASSIGN_OR_RETURN(Layout layout,
-                               framework->make_layout(model, spec, framework->ranks(spec, rank)));
+    TRANSFUSE_ASSIGN_OR_RETURN(
+        Layout layout,
+        with_scales(model, framework->make_layout(model, spec, framework->ranks(spec, rank))));
     layouts.push_back(std::move(layout));
   }
   return layouts;

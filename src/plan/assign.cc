@@ -12,11 +12,6 @@
 namespace transfuse {
 namespace {
 
-uint64_t target_bytes(const Plan& plan, const Run& run) {
-  return static_cast<uint64_t>(run.element_count()) *
-         dtype_size_bytes(plan.target().parameters()[run.parameter].dtype);
-}
-
 Error nobody_left(const Plan& plan, const Run& run) {
   return {ErrorCode::kUnavailable,
           "elements " + plan.box_of(run).to_string() + " of tensor \"" +
@@ -61,7 +56,7 @@ Result<void> assign(const Plan& plan, std::span<const uint32_t> member_counts, u
     }
     if (candidates == 0) return nobody_left(plan, runs[r]);
     if (candidates == 1) {
-      out.load_bytes[out.choice[r]] += target_bytes(plan, runs[r]);
+      out.load_bytes[out.choice[r]] += plan.target_bytes(runs[r]);
     } else {
       out.choice[r] = kOpen;
     }
@@ -83,7 +78,7 @@ Result<void> assign(const Plan& plan, std::span<const uint32_t> member_counts, u
         out.holder[r] = h;
       }
     }
-    out.load_bytes[out.choice[r]] += target_bytes(plan, run);
+    out.load_bytes[out.choice[r]] += plan.target_bytes(run);
   }
   return {};
 }

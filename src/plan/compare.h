@@ -8,7 +8,9 @@
 #include <span>
 #include <vector>
 
+#include "plan/block_grid.h"
 #include "plan/intersect.h"
+#include "plan/scale_places.h"
 #include "plan/source_index.h"
 #include "transfuse/layout.h"
 #include "transfuse/plan.h"
@@ -18,11 +20,21 @@ namespace transfuse {
 // Distinct by digest, sorted by digest.
 std::vector<Layout> distinct_sources(std::span<const Layout> sources);
 
+// A target tile and who holds what of it.
+struct ComparedTile {
+  const Tile& tile;
+  const Dims& shape;  // of the tensor, as the tile and the cells have it
+  const Intersection& cells;
+  // Set where the tile is quantised on its way: how, and the tile of scales that come with it.
+  const Quantization* quantization = nullptr;
+  const Tile* scales = nullptr;
+  bool dequantizes = false;  // every holder holds fp8 and its scales, and the tile does not
+};
+
 // Used from one thread.
 class Comparison {
  public:
-  // `shape`: of the tensor, as the tile and the cells have it.
-  using Visit = std::function<void(const Tile& tile, const Dims& shape, const Intersection& cells)>;
+  using Visit = std::function<void(const ComparedTile& tile)>;
 
   // The layouts must outlive it. Stops at `limit` findings.
   Comparison(const Layout& target, std::span<const Layout> sources, size_t limit);
@@ -36,6 +48,12 @@ class Comparison {
   void compare_tensor(uint32_t tensor, const Visit& visit);
   void prefetch_tiles(uint32_t tensor) const;
   void check_dtypes(const Tile& tile);
+  // Whether a holder's fp8 is dequantised for `tile`; false where that cannot be.
+  bool dequantizes(const Tile& tile, const HolderTile& holder) const;
+  // Says why not, where not every holder of a cell is of one kind or holds its scales.
+  bool check_dequantizing(const Tile& tile);
+  void check_quantizing(const Tile& tile, const Quantization& quantization);
+  void add_gap(const Tile& tile, const Cell& cell, const BlockGrid* grid);
   void add(FindingKind kind, const Tile& tile, const Bounds& bounds, std::string reason);
 
   const Layout& target_;
@@ -46,6 +64,7 @@ class Comparison {
   std::vector<uint8_t> conflicting_;  // per target tensor: no use in comparing boxes
   Intersection cells_;
   std::vector<Finding> findings_;
+  ScalePlaces scale_places_;
 };
 
 }  // namespace transfuse

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "plan/block_grid.h"
 #include "plan/bounds.h"
 #include "plan/compare.h"
 #include "plan/content.h"
@@ -24,6 +25,7 @@ namespace {
 // Boxes stay below this so that their element counts fit a Run's 32 bits; chunks of small boxes may
 // be larger.
 constexpr uint64_t kMaxBoxBytes = uint64_t{1} << 31;
+constexpr uint64_t kScaleBytes = 4;
 constexpr size_t kMaxFindings = 1000;
 constexpr size_t kListedFindings = 5;
 
@@ -32,7 +34,7 @@ constexpr size_t kListedFindings = 5;
 class ChunkCutter {
  public:
   ChunkCutter(const Layout& target, uint64_t chunk_bytes)
-      : parameters_(target.parameters()), chunk_bytes_(chunk_bytes) {
+      : target_(target), parameters_(target.parameters()), chunk_bytes_(chunk_bytes) {
     uint64_t boxes = 0;
     for (const Tile& tile : target.tiles()) {
       boxes += 1 + static_cast<uint64_t>(tile.box.element_count()) *
@@ -44,17 +46,22 @@ class ChunkCutter {
     chunks_.reserve(runs);
   }
 
-  void add(const Tile& tile, const Dims& shape, const Intersection& cells) {
+  void add(const ComparedTile& compared, std::span<const Layout> sources) {
+    const Tile& tile = compared.tile;
+    lowering_.begin_tile(tile, compared.shape);
+    if (compared.quantization != nullptr) return add_quantizing(compared);
+    const int rank = compared.cells.rank();
     const uint64_t element_bytes = dtype_size_bytes(parameters_[tile.parameter].dtype);
-    lowering_.begin_tile(tile, shape);
-    for_each_cut(to_bounds(tile.box), cells.rank(), element_bytes,
-                 std::min(chunk_bytes_, kMaxBoxBytes), [&](const Bounds& box) {
-                   const uint64_t bytes =
-                       static_cast<uint64_t>(volume(box, cells.rank())) * element_bytes;
-                   make_room(bytes);
-                   current_.size_bytes += bytes;
-                   cells.for_each_in(box, [&](const Cell& cell, const Bounds& piece) {
-                     lowering_.add(piece, cells.holders_of(cell));
+    for_each_cut(to_bounds(tile.box), rank, element_bytes, std::min(chunk_bytes_, kMaxBoxBytes),
+                 [&](const Bounds& box) {
+                   take(static_cast<uint64_t>(volume(box, rank)) * element_bytes);
+                   compared.cells.for_each_in(box, [&](const Cell& cell, const Bounds& piece) {
+                     const auto holders = compared.cells.holders_of(cell);
+                     if (compared.dequantizes) {
+                       lowering_.add_dequantizing(piece, holders, sources);
+                     } else {
+                       lowering_.add(piece, holders);
+                     }
                    });
                  });
   }
@@ -66,6 +73,27 @@ class ChunkCutter {
   std::vector<Chunk>& chunks() { return chunks_; }
 
  private:
+  // Cuts between blocks, never through one.
+  void add_quantizing(const ComparedTile& compared) {
+    const Quantization& quantization = *compared.quantization;
+    const BlockGrid grid(quantization, compared.shape);
+    const uint64_t block_bytes =
+        static_cast<uint64_t>(quantization.block_rows * quantization.block_columns) + kScaleBytes;
+    for_each_cut(grid.scales_of(to_bounds(compared.tile.box)), 2, block_bytes,
+                 std::min(chunk_bytes_, kMaxBoxBytes), [&](const Bounds& blocks) {
+                   const Bounds box = grid.elements_of(blocks);
+                   take(static_cast<uint64_t>(volume(box, 2)) +
+                        static_cast<uint64_t>(volume(blocks, 2)) * kScaleBytes);
+                   compared.cells.for_each_in(box, [&](const Cell& cell, const Bounds& piece) {
+                     lowering_.add_quantizing(piece, compared.cells.holders_of(cell), target_,
+                                              quantization, *compared.scales);
+                   });
+                 });
+  }
+  void take(uint64_t bytes) {
+    make_room(bytes);
+    current_.size_bytes += bytes;
+  }
   void make_room(uint64_t bytes) {
     if (current_.size_bytes > 0 &&
         bytes > chunk_bytes_ - std::min(chunk_bytes_, current_.size_bytes)) {
@@ -80,6 +108,7 @@ class ChunkCutter {
     lowering_.begin_chunk();
   }
 
+  const Layout& target_;
   std::span<const ParameterSpec> parameters_;
   uint64_t chunk_bytes_;
   Lowering lowering_;
@@ -126,9 +155,7 @@ class PlanCompiler {
     ChunkCutter cutter(content->target, options.chunk_bytes);
     Comparison comparison(content->target, content->sources, kMaxFindings);
     const std::vector<Finding> findings =
-        comparison.run([&cutter](const Tile& tile, const Dims& shape, const Intersection& cells) {
-          cutter.add(tile, shape, cells);
-        });
+        comparison.run([&](const ComparedTile& tile) { cutter.add(tile, content->sources); });
     if (!findings.empty()) return mismatch(findings);
     cutter.finish();
 
@@ -143,6 +170,7 @@ class PlanCompiler {
     content->runs = fitted(lowering.runs());
     content->holders = fitted(lowering.holders());
     content->patterns = fitted(lowering.patterns());
+    content->block_scales = fitted(lowering.block_scales());
     for (const Chunk& chunk : content->chunks) content->size_bytes += chunk.size_bytes;
     return Plan(std::move(content));
   }

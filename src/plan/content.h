@@ -19,6 +19,7 @@ struct Plan::Content {
   std::vector<Run> runs;
   std::vector<Holder> holders;
   std::vector<Strides3> patterns;
+  std::vector<ScaleRun> block_scales;
 };
 
 }  // namespace transfuse

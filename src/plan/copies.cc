@@ -29,6 +29,16 @@ ElementOp element_op(Dtype source, Dtype target) {
   return plain_copy(static_cast<uint32_t>(dtype_size_bytes(source)));
 }
 
+ElementOp quantizing_op(Dtype source) {
+  if (source == Dtype::kF32) return ElementOp::kF32ToE4M3;
+  return source == Dtype::kBF16 ? ElementOp::kBF16ToE4M3 : ElementOp::kF16ToE4M3;
+}
+
+ElementOp dequantizing_op(Dtype target) {
+  if (target == Dtype::kF32) return ElementOp::kE4M3ToF32;
+  return target == Dtype::kBF16 ? ElementOp::kE4M3ToBF16 : ElementOp::kE4M3ToF16;
+}
+
 }  // namespace
 
 CopyTable::CopyTable(Plan plan) : plan_(std::move(plan)) {
@@ -78,7 +88,9 @@ StridedCopy CopyTable::copy(const Run& run, const Holder& holder, uint64_t sourc
   if (target != nullptr) copy.target = target + run.target_offset * dtype_size_bytes(target_dtype);
   copy.linear_index = static_cast<uint64_t>(run.linear_index);
   copy.fingerprint_key = keys_[run.tensor];
-  copy.op = element_op(source_dtype, target_dtype);
+  copy.op = run.scales != 0      ? quantizing_op(source_dtype)
+            : holder.scales != 0 ? dequantizing_op(target_dtype)
+                                 : element_op(source_dtype, target_dtype);
   copy.fingerprint = fingerprint;
   const Strides3& source = plan_.pattern(holder.source_pattern);
   const Strides3& written = plan_.pattern(run.target_pattern);
@@ -92,10 +104,35 @@ StridedCopy CopyTable::copy(const Run& run, const Holder& holder, uint64_t sourc
   return copy;
 }
 
-uint64_t CopyTable::target_bytes(const Run& run) const {
-  return static_cast<uint64_t>(run.element_count()) *
-         dtype_size_bytes(target_dtypes_[run.parameter]);
+const ScaleRun* CopyTable::scale_run(const Run& run, const Holder& holder) const {
+  const uint32_t scales = run.scales != 0 ? run.scales : holder.scales;
+  return scales == 0 ? nullptr : &plan_.block_scales()[scales - 1];
 }
+
+BlockScales CopyTable::block_scales(const Run& run, const Holder& holder, std::byte* target,
+                                    int64_t source_distance_bytes) const {
+  constexpr auto kScaleBytes = static_cast<int64_t>(sizeof(float));
+  const ScaleRun* const at = scale_run(run, holder);
+  TRANSFUSE_CHECK(at != nullptr);
+  BlockScales scales;
+  for (int axis = 0; axis < 2; ++axis) {
+    scales.block[axis] = at->block[axis];
+    scales.phase[axis] = at->phase[axis];
+    scales.stride[axis] = at->stride[axis];
+    scales.index_stride[axis] = at->index_stride[axis];
+  }
+  if (run.scales != 0) {
+    if (target != nullptr) scales.target = target + at->offset * kScaleBytes;
+    scales.linear_index = static_cast<uint64_t>(at->linear_index);
+    scales.fingerprint_key = keys_[at->tensor];
+  } else {
+    scales.source_distance_bytes =
+        source_distance_bytes + at->offset * kScaleBytes - holder.source_offset;
+  }
+  return scales;
+}
+
+uint64_t CopyTable::target_bytes(const Run& run) const { return plan_.target_bytes(run); }
 
 uint64_t CopyTable::source_bytes(const Run& run, const Holder& holder) const {
   return static_cast<uint64_t>(run.element_count()) *

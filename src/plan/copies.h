@@ -1,10 +1,12 @@
 // From a run of a plan to the strided copy that a transport executes.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <vector>
 
+#include "copy/copy.h"
 #include "transfuse/copy.h"
 #include "transfuse/plan.h"
 
@@ -19,8 +21,33 @@ class CopyTable {
 
   // `source_offset_bytes` is where the holder's parameter starts in its region; `target` where the
   // run's parameter starts (null for a sum without a write).
+  // `scales` of it are null; where is_scaled() they are what block_scales() gives.
   StridedCopy copy(const Run& run, const Holder& holder, uint64_t source_offset_bytes,
                    std::byte* target, bool fingerprint) const;
+  // The scales that `run` writes, or else those that it reads at `holder`; null if neither.
+  const ScaleRun* scale_run(const Run& run, const Holder& holder) const;
+  // `target` is where the parameter of the scales starts (null for a sum without a write), as far
+  // as they are written; `source_distance_bytes`, as far as they are read, where that parameter
+  // starts at the source, counted from the start of the holder's.
+  BlockScales block_scales(const Run& run, const Holder& holder, std::byte* target,
+                           int64_t source_distance_bytes) const;
+  // The fingerprint of `run` as `holder` holds it; data(parameter) is where a parameter of the
+  // holder's layout starts in this process.
+  template <typename Data>
+  uint64_t sum(const Run& run, const Holder& holder, Data&& data) const {
+    const std::byte* const source = data(holder.parameter);
+    StridedCopy held = copy(run, holder, 0, nullptr, true);
+    BlockScales scales;
+    if (const ScaleRun* const at = scale_run(run, holder)) {
+      const int64_t distance =
+          run.scales != 0 ? 0
+                          : static_cast<int64_t>(reinterpret_cast<uintptr_t>(data(at->parameter)) -
+                                                 reinterpret_cast<uintptr_t>(source));
+      scales = block_scales(run, holder, nullptr, distance);
+      held.scales = &scales;
+    }
+    return sum_copy(held, source + held.source_offset_bytes);
+  }
   // The runs that source layout `source_layout` holds, rising.
   std::span<const uint32_t> held_runs(uint32_t source_layout) const;
   uint64_t target_bytes(const Run& run) const;

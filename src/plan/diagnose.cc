@@ -26,14 +26,15 @@ std::string_view finding_kind_name(FindingKind kind) {
       return "shape";
     case FindingKind::kUnknownTensor:
       return "unknown tensor";
+    case FindingKind::kBlock:
+      return "block";
   }
   check_failed(__FILE__, __LINE__, "a FindingKind outside the enum");
 }
 
 std::vector<Finding> diagnose(const Layout& target, std::span<const Layout> sources, size_t limit) {
   const std::vector<Layout> distinct = distinct_sources(sources);
-  return Comparison(target, distinct, limit).run([](const Tile&, const Dims&, const Intersection&) {
-  });
+  return Comparison(target, distinct, limit).run([](const ComparedTile&) {});
 }
 
 }  // namespace transfuse

@@ -8,6 +8,7 @@
 #include <span>
 #include <tuple>
 #include <vector>
+#include "plan/block_grid.h"
 #include "plan/bounds.h"
 #include "plan/source_index.h"
 #include "transfuse/layout.h"
@@ -54,14 +55,15 @@ void subtract(const Bounds& a, const Bounds& b, int rank, std::vector<Bounds>& o
   }
 }
 
-void Intersection::build(const Tile& target, std::span<const TileRange> ranges) {
+void Intersection::build(const Tile& target, std::span<const TileRange> ranges,
+                         const BlockGrid* grid) {
   rank_ = target.box.offset.rank();
   axis_ = 0;
   whole_ = to_bounds(target.box);
   cells_.clear();
   holders_.clear();
   clipped_.clear();
-  collect(target, ranges);
+  collect(target, ranges, grid);
   if (!clipped_.empty()) group_equal();
   if (cells_.size() > 1 && !disjoint()) {
     split_overlapping();
@@ -74,7 +76,8 @@ void Intersection::build(const Tile& target, std::span<const TileRange> ranges) 
   if (cells_.size() > 1) finish();
 }
 
-void Intersection::collect(const Tile& target, std::span<const TileRange> ranges) {
+void Intersection::collect(const Tile& target, std::span<const TileRange> ranges,
+                           const BlockGrid* grid) {
   const Box& box = target.box;
   for (const TileRange& range : ranges) {
     for (const Tile* tile = range.first; tile != range.first + range.count; ++tile) {
@@ -87,6 +90,10 @@ void Intersection::collect(const Tile& target, std::span<const TileRange> ranges
         bounds.high[d] =
             std::min(box.offset[d] + box.length[d], tile->box.offset[d] + tile->box.length[d]);
         empty = empty || bounds.low[d] >= bounds.high[d];
+      }
+      if (grid != nullptr && !empty) {
+        bounds = grid->shrunk(bounds);
+        empty = bounds.low[0] >= bounds.high[0] || bounds.low[1] >= bounds.high[1];
       }
       if (empty) clipped_.pop_back();
     }

@@ -5,6 +5,7 @@
 #include <span>
 #include <vector>
 
+#include "plan/block_grid.h"
 #include "plan/bounds.h"
 #include "plan/source_index.h"
 #include "transfuse/layout.h"
@@ -27,8 +28,10 @@ struct Cell {
 class Intersection {
  public:
   // Cuts `target` by the tiles in `ranges` (all of its tensor). Each source layout appears at most
-  // once among the holders of a cell, and in the order of `ranges`.
-  void build(const Tile& target, std::span<const TileRange> ranges);
+  // once among the holders of a cell, and in the order of `ranges`. With `grid`, a source holds
+  // only the blocks of which it holds all, and cells consist of whole blocks.
+  void build(const Tile& target, std::span<const TileRange> ranges,
+             const BlockGrid* grid = nullptr);
 
   // Disjoint; together exactly the target tile, gaps included; ordered by their low corner.
   std::span<const Cell> cells() const { return cells_; }
@@ -57,7 +60,7 @@ class Intersection {
     Bounds bounds;
     HolderTile holder;
   };
-  void collect(const Tile& target, std::span<const TileRange> ranges);
+  void collect(const Tile& target, std::span<const TileRange> ranges, const BlockGrid* grid);
   void group_equal();
   bool disjoint() const;
   void split_overlapping();

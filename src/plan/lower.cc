@@ -232,6 +232,10 @@ void Lowering::enumerate_outer(Run run) {
 
 void Lowering::emit(const Run& run) {
   if (runs_.size() > chunk_first_run_ && merge_into_last(run)) return;
+  append(run);
+}
+
+void Lowering::append(const Run& run) {
   runs_.push_back(run);
   runs_.back().first_holder = static_cast<uint32_t>(holders_.size());
   holders_.insert(holders_.end(), piece_holders_.begin(), piece_holders_.end());
@@ -241,12 +245,12 @@ void Lowering::emit(const Run& run) {
 bool Lowering::merge_into_last(const Run& added) {
   Run& last = runs_.back();
   if (last.tensor != added.tensor || last.parameter != added.parameter ||
-      last.holder_count != added.holder_count) {
+      last.holder_count != added.holder_count || last.scales != 0) {
     return false;
   }
   for (uint32_t h = 0; h < added.holder_count; ++h) {
     const Holder& mine = holders_[last.first_holder + h];
-    if (mine.source_layout != piece_holders_[h].source_layout ||
+    if (mine.source_layout != piece_holders_[h].source_layout || mine.scales != 0 ||
         mine.parameter != piece_holders_[h].parameter) {
       return false;
     }

@@ -36,11 +36,18 @@ class Lowering {
   void begin_tile(const Tile& target, const Dims& tensor_shape);
   // Adds `piece` (a box within the tile, at most 2^32 - 1 elements) that all of `holders` hold.
   void add(const Bounds& piece, std::span<const HolderTile> holders);
+  // Adds whole blocks that are quantised; `scales` is the target tile for their scales.
+  void add_quantizing(const Bounds& piece, std::span<const HolderTile> holders,
+                      const Layout& target, const Quantization& quantization, const Tile& scales);
+  // Adds a piece of fp8 that each of `holders` holds with its scales.
+  void add_dequantizing(const Bounds& piece, std::span<const HolderTile> holders,
+                        std::span<const Layout> sources);
 
   // Moved out by the compiler at the end.
   std::vector<Run>& runs() { return runs_; }
   std::vector<Holder>& holders() { return holders_; }
   std::vector<Strides3>& patterns() { return patterns_.patterns(); }
+  std::vector<ScaleRun>& block_scales() { return block_scales_; }
 
  private:
   // One dimension of a piece; the stride of holder h is holder_strides_[h * kMaxRank + slot].
@@ -57,13 +64,17 @@ class Lowering {
   void order_levels();
   void set_patterns(Run& run);
   void enumerate_outer(Run run);
+  void set_matrix(const Bounds& piece, std::span<const HolderTile> holders, Run& run);
+  uint32_t add_scales(const ScaleRun& scales);
   void emit(const Run& run);
+  void append(const Run& run);
   bool merge_into_last(const Run& added);
   bool join(Run& last, const Run& added, int level);
 
   std::vector<Run> runs_;
   std::vector<Holder> holders_;
   PatternTable patterns_;
+  std::vector<ScaleRun> block_scales_;
   size_t chunk_first_run_ = 0;
 
   const Tile* tile_ = nullptr;

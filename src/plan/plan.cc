@@ -41,6 +41,15 @@ const Strides3& Plan::pattern(uint32_t index) const {
   TRANSFUSE_CHECK(index < content_->patterns.size());
   return content_->patterns[index];
 }
+std::span<const ScaleRun> Plan::block_scales() const { return content_->block_scales; }
+uint64_t Plan::target_bytes(const Run& run) const {
+  const uint64_t elements = static_cast<uint64_t>(run.element_count()) *
+                            dtype_size_bytes(target().parameters()[run.parameter].dtype);
+  if (run.scales == 0) return elements;
+  const ScaleRun& scales = block_scales()[run.scales - 1];
+  return elements + scales.block_count(0, run.count[1]) * scales.block_count(1, run.count[2]) *
+                        dtype_size_bytes(Dtype::kF32);
+}
 const Layout& Plan::target() const { return content_->target; }
 std::span<const Layout> Plan::source_layouts() const { return content_->sources; }
 const PlanOptions& Plan::options() const { return content_->options; }
@@ -50,7 +59,7 @@ uint64_t Plan::size_bytes() const { return content_->size_bytes; }
 uint64_t Plan::memory_bytes() const {
   return sizeof(Content) + held_bytes(content_->sources) + held_bytes(content_->chunks) +
          held_bytes(content_->runs) + held_bytes(content_->holders) +
-         held_bytes(content_->patterns);
+         held_bytes(content_->patterns) + held_bytes(content_->block_scales);
 }
 
 Box Plan::box_of(const Run& run) const {

@@ -36,7 +36,7 @@ bool holds(const Layout& layout, const Finding& finding) {
   const auto tensor = layout.find_tensor(finding.tensor);
   if (!tensor) return false;
   if (finding.kind == FindingKind::kUnknownTensor) return !layout.tiles_of(*tensor).empty();
-  if (finding.kind != FindingKind::kGap) return false;
+  if (finding.kind != FindingKind::kGap && finding.kind != FindingKind::kBlock) return false;
   return std::ranges::any_of(layout.tiles_of(*tensor), [&](const Tile& tile) {
     return tile.box.length.rank() == finding.box.length.rank() &&
            intersect(tile.box, finding.box).has_value();

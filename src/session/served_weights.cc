@@ -467,19 +467,28 @@ Result<void> ServedWeights::sum_chunks(const Table& table, uint32_t slot,
   const uint32_t end = chunks.back().first_run + chunks.back().run_count;
   const auto first = std::ranges::lower_bound(held, chunks.front().first_run);
   std::vector<StridedCopy> on_device_copies;
+  std::vector<BlockScales> scales;  // of those of them that have some, in their order
   auto at = first;
   for (; at != held.end() && *at < end; ++at) {
     const Run& run = plan.runs()[*at];
     const Holder& holder =
         *std::ranges::find(plan.holders_of(run), table.own, &Holder::source_layout);
-    StridedCopy copy = table.copies.copy(run, holder, 0, nullptr, true);
-    std::byte* const source = data(slot, holder.parameter);
-    if (on_device()) {
-      copy.source_offset_bytes += reinterpret_cast<uintptr_t>(source);
-      on_device_copies.push_back(copy);
-    } else {
-      sums[at - held.begin()] = sum_copy(copy, source + copy.source_offset_bytes);
+    const auto of = [&](uint32_t parameter) { return data(slot, parameter); };
+    if (!on_device()) {
+      sums[at - held.begin()] = table.copies.sum(run, holder, of);
+      continue;
     }
+    StridedCopy copy = table.copies.copy(run, holder, 0, nullptr, true);
+    copy.source_offset_bytes += reinterpret_cast<uintptr_t>(of(holder.parameter));
+    if (const ScaleRun* const read = table.copies.scale_run(run, holder)) {
+      const int64_t distance = run.scales != 0 ? 0 : of(read->parameter) - of(holder.parameter);
+      scales.push_back(table.copies.block_scales(run, holder, nullptr, distance));
+    }
+    on_device_copies.push_back(copy);
+  }
+  auto next_scales = scales.begin();
+  for (StridedCopy& copy : on_device_copies) {
+    if (is_scaled(copy.op)) copy.scales = &*next_scales++;
   }
   return run_on_device(transport_, on_device_copies,
                        {sums + (first - held.begin()), on_device_copies.size()});

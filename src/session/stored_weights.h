@@ -37,7 +37,9 @@ inline void write_rank(const std::filesystem::path& path, Parameters& parameters
   for (size_t i = 0; i < shapes.size(); ++i) {
     const ParameterSpec& spec = parameters.layout().parameters()[i];
     const auto bytes = parameters.buffers()[i];
-    header[spec.name] = {{"dtype", spec.dtype == Dtype::kF32 ? "F32" : "BF16"},
+    header[spec.name] = {{"dtype", spec.dtype == Dtype::kF32      ? "F32"
+                                   : spec.dtype == Dtype::kF8E4M3 ? "F8_E4M3"
+                                                                  : "BF16"},
                          {"shape", shapes[i].values()},
                          {"data_offsets", {data.size(), data.size() + bytes.size()}}};
     data.append(reinterpret_cast<const char*>(bytes.data()), bytes.size());

@@ -49,14 +49,38 @@ void Transfer::fail_link(uint32_t link, Error error) {
   if (!failed(link)) failures_.push_back({link, std::move(error)});
 }
 
-void Transfer::add(const TransferOrder& order, Slot& slot, uint32_t run,
-                   const SourceLink::Where& where) {
-  const Run& of_plan = order.copies->plan().runs()[run];
-  const Holder& holder = order.copies->plan().holders()[order.holder[run]];
-  slot.copies.push_back(order.copies->copy(of_plan, holder, where.offset_bytes,
-                                           order.target[of_plan.parameter], order.fingerprint));
-  slot.runs.push_back(run);
-  slot.bytes += order.copies->target_bytes(of_plan);
+Result<void> Transfer::add(const TransferOrder& order, Slot& slot, uint32_t number,
+                           const SourceLink::Where& where, Deadline limit) {
+  const CopyTable& copies = *order.copies;
+  const Run& run = copies.plan().runs()[number];
+  const Holder& holder = copies.plan().holders()[order.holder[number]];
+  if (const ScaleRun* const scales = copies.scale_run(run, holder)) {
+    std::byte* target = nullptr;
+    int64_t distance = 0;
+    if (run.scales != 0) {
+      target = order.target[scales->parameter];
+    } else {
+      SourceLink& link = *order.links[order.link_of[number]];
+      TRANSFUSE_ASSIGN_OR_RETURN(
+          const SourceLink::Where other,
+          link.where(scales->parameter, order.slots[order.link_of[number]], limit));
+      if (other.region != where.region) {
+        return Error{
+            ErrorCode::kUnsupported,
+            fmt::format("source '{}' keeps tensor '{}', which is fp8, and its scales in two "
+                        "registered regions; one read reads one: let it keep both in one arena, "
+                        "or let the target take fp8 and scales as they are",
+                        link.info().name, copies.plan().target().tensors()[run.tensor].name)};
+      }
+      distance = static_cast<int64_t>(other.offset_bytes - where.offset_bytes);
+    }
+    slot.scales.push_back(copies.block_scales(run, holder, target, distance));
+  }
+  slot.copies.push_back(
+      copies.copy(run, holder, where.offset_bytes, order.target[run.parameter], order.fingerprint));
+  slot.runs.push_back(number);
+  slot.bytes += copies.target_bytes(run);
+  return {};
 }
 
 // All runs of the slot's link from next_ on that join, up to a request's worth.
@@ -79,7 +103,10 @@ void Transfer::gather(const TransferOrder& order, Slot& slot, Deadline limit) {
       break;
     }
     if (!where->region->joins_requests()) continue;
-    add(order, slot, run, *where);
+    if (auto added = add(order, slot, run, *where, limit); !added) {
+      fail_link(slot.link, std::move(added).error());
+      break;
+    }
     slot.regions.push_back(where->region);
   }
   gathered_to_[slot.link] = at;
@@ -91,6 +118,7 @@ bool Transfer::fill(const TransferOrder& order, Slot& slot) {
   const Plan& plan = order.copies->plan();
   const uint64_t ticket_bytes = plan.options().chunk_bytes;
   slot.copies.clear();
+  slot.scales.clear();
   slot.runs.clear();
   slot.regions.clear();
   slot.bytes = 0;
@@ -128,9 +156,12 @@ bool Transfer::fill(const TransferOrder& order, Slot& slot) {
     const uint64_t bytes = order.copies->target_bytes(run);
     // A run that would make the ticket half as large again goes to the next one.
     if (slot.bytes > 0 && slot.bytes + bytes > ticket_bytes + ticket_bytes / 2) break;
+    if (auto added = add(order, slot, number, *where, limit); !added) {
+      fail_link(link, std::move(added).error());
+      continue;
+    }
     region = where->region;
     slot.link = link;
-    add(order, slot, number, *where);
     ++next_;
   }
   if (region == nullptr) return false;
@@ -147,6 +178,10 @@ bool Transfer::fill(const TransferOrder& order, Slot& slot) {
 }
 
 void Transfer::submit(const TransferOrder& order, Slot& slot, const RemoteRegion& region) {
+  auto scales = slot.scales.begin();  // they do not move any more
+  for (StridedCopy& copy : slot.copies) {
+    if (is_scaled(copy.op)) copy.scales = &*scales++;
+  }
   auto ticket = transport_.submit({.region = &region,
                                    .copies = slot.copies,
                                    .fingerprints = slot.sums,

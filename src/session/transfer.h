@@ -60,6 +60,7 @@ class Transfer {
     TimePoint submitted_at{};
     TimePoint cancelled_at{};  // epoch: not cancelled
     std::vector<StridedCopy> copies;
+    std::vector<BlockScales> scales;  // of those copies that have some, in their order
     std::vector<uint64_t> sums;
     std::vector<uint32_t> runs;
     std::vector<const RemoteRegion*> regions;  // per copy; empty: all read one
@@ -68,7 +69,9 @@ class Transfer {
   bool held_back(const TransferOrder& order) const;
   bool fill(const TransferOrder& order, Slot& slot);
   void gather(const TransferOrder& order, Slot& slot, Deadline limit);
-  void add(const TransferOrder& order, Slot& slot, uint32_t run, const SourceLink::Where& where);
+  // Appends the copy of a run that lies at `where` in its source.
+  Result<void> add(const TransferOrder& order, Slot& slot, uint32_t number,
+                   const SourceLink::Where& where, Deadline limit);
   void submit(const TransferOrder& order, Slot& slot, const RemoteRegion& region);
   bool reap(const TransferOrder& order, Slot& slot, std::span<uint8_t> landed,
             std::span<uint64_t> sums);

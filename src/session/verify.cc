@@ -46,7 +46,26 @@ Result<Layout> probe_layout(const Layout& layout) {
     builder.tile(builder.tensor(tensor), tile.box, parameter, 0);
     seen.push_back(std::move(name));
   }
+  for (const Quantization& q : layout.quantizations()) {
+    if (layout.tiles_of(q.tensor).empty() || layout.tiles_of(q.scales).empty()) continue;
+    builder.quantization(builder.tensor(layout.tensors()[q.tensor]),
+                         builder.tensor(layout.tensors()[q.scales]), q.block_rows, q.block_columns);
+  }
   return builder.build();
+}
+
+// Where a source computes the scales of fp8 tensors, their sums are in those of the tensors: such a
+// pair is compared as one, by the sum of both at the tensor's first box.
+void join_scales(const Layout& probe, std::vector<uint64_t>& sums) {
+  for (const Quantization& q : probe.quantizations()) {
+    const uint32_t first = probe.tiles_of(q.tensor).front().parameter;
+    for (const uint32_t tensor : {q.tensor, q.scales}) {
+      for (const Tile& tile : probe.tiles_of(tensor)) {
+        const uint64_t sum = std::exchange(sums[tile.parameter], 0);
+        sums[first] += sum;
+      }
+    }
+  }
 }
 
 class Verification {
@@ -141,13 +160,15 @@ Result<void> Verification::compare(const MemberInfo& target, TargetVerdict& verd
 
   MemberInfo now = target;
   now.generation = {};
-  TRANSFUSE_ASSIGN_OR_RETURN(const auto held, fingerprints(probe, {now}));
+  TRANSFUSE_ASSIGN_OR_RETURN(auto held, fingerprints(probe, {now}));
   TRANSFUSE_ASSIGN_OR_RETURN(const auto members, control_.members(target.model));
   const auto still = std::ranges::find(members, target.id, &MemberInfo::id);
   if (still == members.end() || still->version != target.version) {
     return Error{ErrorCode::kTornRead, fmt::format("'{}' left version {} while it was compared",
                                                    target.name, target.version)};
   }
+  join_scales(probe, *expected);
+  join_scales(probe, held);
   for (uint32_t i = 0; i < probe.parameters().size(); ++i) {
     ++verdict.box_count;
     verdict.size_bytes += static_cast<uint64_t>(probe.parameters()[i].element_count) *

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <set>
@@ -17,6 +18,7 @@
 #include "conformance/conformance_fixture.h"
 #include "conformance/peer_commands.h"
 #include "conformance/peer_group.h"
+#include "copy/copy.h"
 #include "copy/slow_copy.h"
 #include "transfuse/copy.h"
 #include "transfuse/deadline.h"
@@ -136,6 +138,79 @@ TEST_P(TransportTest, StridesCastsAndFingerprintsAreThoseOfTheSlowModel) {
     ASSERT_TRUE(outcome) << outcome.error().to_string();
     ASSERT_TRUE(target == expected);
     ASSERT_EQ(sums, expected_sums);
+  }
+}
+
+// A copy to or from fp8 inside [0, source_bytes), its scales, and what it writes.
+struct ScaledRead {
+  StridedCopy copy;
+  BlockScales scales;
+  std::vector<std::byte> target;
+  std::vector<float> written_scales;
+};
+
+void random_scaled_read(Random& random, uint64_t source_bytes, ScaledRead& made) {
+  StridedCopy& copy = made.copy;
+  do {
+    made.scales = {};
+    copy = {};
+    copy.op = static_cast<ElementOp>(kElementOpCount + static_cast<int>(random.below(6)));
+    copy.fingerprint = random.chance(0.6);
+    copy.fingerprint_key = random.next();
+    for (int axis = 0; axis < 2; ++axis) {
+      copy.count[axis + 1] = 1 + static_cast<uint32_t>(random.below(60));
+      copy.source_stride[axis + 1] = 1 + static_cast<int64_t>(random.below(axis == 0 ? 900 : 3));
+      copy.index_stride[axis + 1] = static_cast<int64_t>(random.below(1000));
+      made.scales.block[axis] = 1 + static_cast<uint32_t>(random.below(9));
+      made.scales.stride[axis] = 1 + static_cast<int64_t>(random.below(9));
+      made.scales.index_stride[axis] = static_cast<int64_t>(random.below(9));
+      if (!quantizes(copy.op)) {
+        made.scales.phase[axis] = static_cast<uint32_t>(random.below(made.scales.block[axis]));
+      }
+    }
+    copy.target_stride[1] = copy.count[2];
+    copy.target_stride[2] = 1;
+    copy.scales = &made.scales;
+    if (quantizes(copy.op)) {
+      made.scales.stride[0] = static_cast<int64_t>(copy.block_count(1));
+      made.scales.stride[1] = 1;
+    }
+    copy.source_offset_bytes = random.below(source_bytes);
+    made.scales.source_distance_bytes = static_cast<int64_t>(random.below(source_bytes)) -
+                                        static_cast<int64_t>(copy.source_offset_bytes);
+  } while (!check_copy(copy, source_bytes));
+  made.target.assign(copy.element_count() * target_element_bytes(copy.op), std::byte{0x5A});
+  made.written_scales.assign(copy.block_count(0) * copy.block_count(1), 0.0F);
+  copy.target = made.target.data();
+  made.scales.target = reinterpret_cast<std::byte*>(made.written_scales.data());
+}
+
+TEST_P(TransportTest, Fp8BlocksAndTheirScalesAreThoseOfTheSlowModel) {
+  constexpr uint64_t kSize = 200000;
+  const auto peer = make_peer();
+  const auto connection = connect(*peer);
+  const auto mapped = connection->open_region(peer->allocate(kSize, 21), soon()).value();
+  const auto owned = connection->open_region(peer->register_memory(kSize, 22), soon()).value();
+  for (uint64_t seed = 1; seed <= 60; ++seed) {
+    SCOPED_TRACE("seed " + std::to_string(seed));
+    Random random(seed);
+    const bool use_mapped = seed % 2 == 0;
+    const auto bytes = pattern(kSize, use_mapped ? 21 : 22);
+    ScaledRead made;
+    random_scaled_read(random, kSize, made);
+    std::vector<std::byte> expected = made.target;
+    std::vector<float> expected_scales = made.written_scales;
+    const uint64_t sum =
+        slow_scaled_copy(made.copy, bytes.data() + made.copy.source_offset_bytes, expected.data(),
+                         reinterpret_cast<std::byte*>(expected_scales.data()));
+    uint64_t found = 1;
+    const auto outcome = read(use_mapped ? *mapped : *owned, {&made.copy, 1}, {&found, 1});
+    ASSERT_TRUE(outcome) << outcome.error().to_string();
+    ASSERT_TRUE(made.target == expected);
+    EXPECT_EQ(std::memcmp(made.written_scales.data(), expected_scales.data(),
+                          expected_scales.size() * sizeof(float)),
+              0);
+    ASSERT_EQ(found, made.copy.fingerprint ? sum : 1);
   }
 }
 

@@ -72,7 +72,7 @@ Result<std::unique_ptr<Liar>> Liar::open(Transport& transport, Control& control,
   TRANSFUSE_ASSIGN_OR_RETURN(liar->weights_, Weights::open(transport, layout, "arena"));
   TRANSFUSE_ASSIGN_OR_RETURN(
       BoundMemory bound, BoundMemory::open(transport, layout, liar->weights_->parameters().memory(),
-                                           liar->weights_->arenas()));
+                                           liar->weights_->arenas(), BoundMemory::Use::kSource));
   liar->bound_ = std::make_unique<BoundMemory>(std::move(bound));
   TRANSFUSE_ASSIGN_OR_RETURN(liar->words_, transport.allocate(sizeof(GenerationWords)));
   void* const hole =

@@ -61,12 +61,18 @@ Result<PreparedCopies> PreparedCopies::make(const Device& device,
   prepared.device_ = &device;
   DeviceTableBuilder builder(options.table);
   DeviceTableBuilder engine_builder(options.table);
+  ScaledTable scaled;
   const bool engines = options.engines.copy_engines && device.driver().batch_copy != nullptr;
   for (uint32_t i = 0; i < copies.size(); ++i) {
     const StridedCopy& copy = copies[i];
     TRANSFUSE_CHECK(sources[i] < source_count);
     prepared.target_bytes_ += copy.target_bytes();
     prepared.source_bytes_ += copy.element_count() * source_bytes_of(copy.op);
+    if (is_scaled(copy.op)) {
+      TRANSFUSE_RETURN_IF_ERROR(
+          add_scaled(copy, sources[i], i, options.table.base_alignment, scaled));
+      continue;
+    }
     const uint64_t piece = engines ? contiguous_bytes(copy) : 0;
     const bool by_engine = piece > 0 && piece >= options.engines.piece_bytes;
     TRANSFUSE_RETURN_IF_ERROR((by_engine ? engine_builder : builder).add(copy, sources[i], i));
@@ -93,6 +99,7 @@ Result<PreparedCopies> PreparedCopies::make(const Device& device,
     }
   }
   prepared.known_bases_.resize(source_count);
+  TRANSFUSE_ASSIGN_OR_RETURN(prepared.scaled_, ScaledCopies::make(device, scaled));
   DeviceTable table = builder.build(options.spread);
   prepared.kernel_item_count_ = static_cast<uint32_t>(table.items.size());
   TRANSFUSE_RETURN_IF_ERROR(table.append(engine_builder.build(options.spread)));
@@ -189,7 +196,7 @@ Result<void> PreparedCopies::launch(std::span<const CUdeviceptr> bases, const La
 
 Result<void> PreparedCopies::launch_kernel(const Launch& launch, uint32_t item_count) {
   TRANSFUSE_ASSIGN_OR_RETURN(const double ns_per_byte, pace_of(launch.gigabytes_per_second));
-  if (item_count == 0) return {};
+  if (item_count == 0 && scaled_.item_count() == 0) return {};
   const Driver& driver = device_->driver();
   TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(driver, cuMemsetD8Async, work_.address(), 0,
                                            work_.size_bytes(), launch.stream));
@@ -208,9 +215,18 @@ Result<void> PreparedCopies::launch_kernel(const Launch& launch, uint32_t item_c
   const bool any = stage_bytes_ > 0 || ns_per_byte > 0;
   const CUfunction kernel = sum_count_ > 0 ? (any ? kernels.copy_any_and_sum : kernels.copy_and_sum)
                                            : (any ? kernels.copy_any : kernels.copy);
-  TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(driver, cuLaunchKernel, kernel, blocks, 1, 1,
-                                           kCopyThreads, 1, 1, stage_bytes_, launch.stream,
-                                           pointers.data(), nullptr));
+  if (item_count > 0) {
+    TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(driver, cuLaunchKernel, kernel, blocks, 1, 1,
+                                             kCopyThreads, 1, 1, stage_bytes_, launch.stream,
+                                             pointers.data(), nullptr));
+  }
+  TRANSFUSE_RETURN_IF_ERROR(scaled_.launch(
+      {.stream = launch.stream,
+       .multiprocessors = launch.multiprocessors == 0
+                              ? device_->multiprocessors()
+                              : std::min(launch.multiprocessors, device_->multiprocessors()),
+       .bases = bases_.as<uint64_t>(),
+       .sums = work_.as<uint64_t>()}));
   if (sum_count_ == 0) return {};
   return TRANSFUSE_CUDA(driver, cuMemcpyAsync, host_sums_.address(), work_.address(),
                         host_sums_.size_bytes(), launch.stream);
@@ -245,7 +261,8 @@ std::span<const uint64_t> PreparedCopies::sums() const {
 }
 
 uint64_t PreparedCopies::memory_bytes() const {
-  return runs_.size_bytes() + items_.size_bytes() + bases_.size_bytes() + work_.size_bytes();
+  return runs_.size_bytes() + items_.size_bytes() + bases_.size_bytes() + work_.size_bytes() +
+         scaled_.memory_bytes();
 }
 
 }  // namespace transfuse::cuda

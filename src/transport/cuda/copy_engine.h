@@ -9,6 +9,7 @@
 #include "transfuse/result.h"
 #include "transport/cuda/device.h"
 #include "transport/cuda/device_table.h"
+#include "transport/cuda/scaled_copies.h"
 
 namespace transfuse::cuda {
 
@@ -96,6 +97,7 @@ class PreparedCopies {
   Memory work_;        // sums, then CopyProgress
   Memory host_sums_;   // pinned
   Memory host_bases_;  // pinned
+  ScaledCopies scaled_;
   std::vector<CUdeviceptr> known_bases_;
   std::vector<Piece> pieces_;  // longest first, dealt to the streams
   std::vector<CUdeviceptr> piece_targets_;

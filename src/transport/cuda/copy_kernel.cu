@@ -5,6 +5,7 @@
 #include "transport/cuda/device_copy.h"
 #include "transport/cuda/device_stage.h"
 #include "transport/cuda/pace.h"
+#include "transport/cuda/scaled_kernel.h"  // another kernel of the same image
 
 namespace transfuse {
 namespace {

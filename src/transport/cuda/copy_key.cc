@@ -51,6 +51,22 @@ CopyKey key_of(std::span<const StridedCopy> copies, std::span<const uint32_t> so
     const XXH128_hash_t part = XXH3_128bits_withSeed(rows.data(), count * sizeof(Row), hash.low64);
     hash = {.low64 = part.low64, .high64 = part.high64 ^ (hash.high64 * 0x9E3779B97F4A7C15U + 1)};
   }
+  for (const StridedCopy& copy : copies) {
+    if (copy.scales == nullptr) continue;
+    const BlockScales& scales = *copy.scales;
+    const Row row = {reinterpret_cast<uintptr_t>(scales.target),
+                     static_cast<uint64_t>(scales.source_distance_bytes),
+                     scales.linear_index,
+                     scales.fingerprint_key,
+                     uint64_t{scales.block[0]} << 32 | scales.block[1],
+                     uint64_t{scales.phase[0]} << 32 | scales.phase[1],
+                     static_cast<uint64_t>(scales.stride[0]),
+                     static_cast<uint64_t>(scales.stride[1]),
+                     static_cast<uint64_t>(scales.index_stride[0]),
+                     static_cast<uint64_t>(scales.index_stride[1])};
+    const XXH128_hash_t part = XXH3_128bits_withSeed(row.data(), sizeof(Row), hash.low64);
+    hash = {.low64 = part.low64, .high64 = part.high64 ^ (hash.high64 * 0x9E3779B97F4A7C15U + 1)};
+  }
   return {.low = hash.low64, .high = hash.high64};
 }
 

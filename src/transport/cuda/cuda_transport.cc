@@ -367,6 +367,11 @@ Result<TicketId> CudaTransport::submit_on_device(const ReadRequest& request) {
 }
 
 Result<TicketId> CudaTransport::submit_staged(const ReadRequest& request) {
+  if (std::ranges::any_of(request.copies, is_scaled, &StridedCopy::op)) {
+    return Error{ErrorCode::kUnsupported,
+                 "fp8 with block scales is not made or read on the way between host and device: "
+                 "let both sides keep their weights on GPUs, or both in memory of the host"};
+  }
   auto read = std::make_unique<StagedRead>();
   read->copies = request.copies;
   read->fingerprints = request.fingerprints;

@@ -287,6 +287,8 @@ TRANSFUSE_NOINLINE TRANSFUSE_HOST_DEVICE uint64_t write_staged_item(const ItemVi
       return write_staged<BF16ToF32Cast, kSums>(view, lane, stage);
     case ElementOp::kF16ToF32:
       return write_staged<F16ToF32Cast, kSums>(view, lane, stage);
+    default:  // those with scales are in a table of their own
+      break;
   }
   return 0;
 }

@@ -119,7 +119,7 @@ class DeviceTableBuilder {
 
   // Copy of the region whose base is bases[source]; its elements add to sums[sum] if
   // copy.fingerprint. kResourceExhausted beyond 2^32 - 1 runs or items. The copy's bounds are
-  // checked already (check_copy).
+  // checked already (check_copy), and it has no scales (add_scaled()).
   Result<void> add(const StridedCopy& copy, uint32_t source, uint32_t sum);
   // Items of different sources take turns, each in proportion to its bytes, so that no source's
   // link waits for another's; `spread` rotates where each begins, so that several targets do not

@@ -39,6 +39,7 @@ StridedCopy at_target(const StridedCopy& copy) {
   static constexpr std::array<ElementOp, 4> kOps = {ElementOp::kCopy1, ElementOp::kCopy2,
                                                     ElementOp::kCopy4, ElementOp::kCopy8};
   StridedCopy result = copy;
+  result.scales = nullptr;
   const uint32_t bytes = target_element_bytes(copy.op);
   result.op = *std::find_if(kOps.begin(), kOps.end(),
                             [&](ElementOp op) { return target_element_bytes(op) == bytes; });
@@ -47,14 +48,38 @@ StridedCopy at_target(const StridedCopy& copy) {
   return result;
 }
 
-uint64_t target_extent(const StridedCopy& copy) {
-  StridedCopy extent = at_target(copy);
-  extent.source_offset_bytes = 0;
-  return extent.source_end_bytes();
+// The scales that a quantising copy writes, as a copy that can be summed; of none otherwise.
+StridedCopy scales_at_target(const StridedCopy& copy) {
+  StridedCopy result;
+  result.op = ElementOp::kCopy4;
+  result.count[2] = 0;
+  if (!quantizes(copy.op) || copy.element_count() == 0) return result;
+  const BlockScales& scales = *copy.scales;
+  result.target = scales.target;
+  result.linear_index = scales.linear_index;
+  result.fingerprint_key = scales.fingerprint_key;
+  for (int axis = 0; axis < 2; ++axis) {
+    result.count[axis + 1] = static_cast<uint32_t>(copy.block_count(axis));
+    result.source_stride[axis + 1] = result.target_stride[axis + 1] = scales.stride[axis];
+    result.index_stride[axis + 1] = scales.index_stride[axis];
+  }
+  return result;
+}
+
+bool extents_overlap(const StridedCopy& a, const StridedCopy& b) {
+  const auto end = [](const StridedCopy& copy) {
+    StridedCopy extent = at_target(copy);
+    extent.source_offset_bytes = 0;
+    return copy.target + extent.source_end_bytes();
+  };
+  return a.target < end(b) && b.target < end(a);
 }
 
 bool overlap(const StridedCopy& a, const StridedCopy& b) {
-  return a.target < b.target + target_extent(b) && b.target < a.target + target_extent(a);
+  const StridedCopy of_a = scales_at_target(a);
+  const StridedCopy of_b = scales_at_target(b);
+  return extents_overlap(a, b) || extents_overlap(a, of_b) || extents_overlap(of_a, b) ||
+         extents_overlap(of_a, of_b);
 }
 
 // One of the copies alone, or the first half of several.
@@ -228,7 +253,9 @@ class FaultyWrapper final : public FaultyTransport {
   }
   static void sum_target(const FaultyTicket& ticket, size_t i) {
     if (ticket.fingerprints.empty() || !ticket.copies[i].fingerprint) return;
-    ticket.fingerprints[i] = sum_copy(at_target(ticket.copies[i]), ticket.copies[i].target);
+    const StridedCopy scales = scales_at_target(ticket.copies[i]);
+    ticket.fingerprints[i] = sum_copy(at_target(ticket.copies[i]), ticket.copies[i].target) +
+                             sum_copy(scales, scales.target);
   }
   FaultyTicket& at(TicketId id) REQUIRES(mutex_) {
     const auto found = tickets_.find(id);

@@ -8,9 +8,11 @@
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 
 #include "copy/copy.h"
+#include "copy/scaled_copy.h"
 #include "transfuse/copy.h"
 #include "transfuse/result.h"
 #include "transport/shm/connection.h"
@@ -94,7 +96,20 @@ Error read_error(int number, const Connection& process, const iovec& remote) {
 
 Result<void> VmBatch::add(const StridedCopy& copy, uint64_t* sum) {
   if (copy.element_count() == 0) return {};
+  if (is_scaled(copy.op)) return add_scaled(copy, sum);
   return sum == nullptr && goes_direct(copy) ? add_rows(copy) : add_buffered(copy, sum);
+}
+
+// The buffer is for blocks now, so that what waits in it goes first.
+Result<void> VmBatch::add_scaled(const StridedCopy& copy, uint64_t* sum) {
+  TRANSFUSE_RETURN_IF_ERROR(flush());
+  return run_staged_scaled_copy(
+      copy, scratch_, true, sum,
+      [this](const StridedCopy& plain, std::span<std::byte> rest) -> Result<void> {
+        VmBatch batch(process_, address_, rest);
+        TRANSFUSE_RETURN_IF_ERROR(batch.add(plain, nullptr));
+        return batch.flush();
+      });
 }
 
 Result<void> VmBatch::add_rows(const StridedCopy& copy) {

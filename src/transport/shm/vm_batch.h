@@ -48,6 +48,7 @@ class VmBatch {
   };
 
   Result<void> add_rows(const StridedCopy& copy);
+  Result<void> add_scaled(const StridedCopy& copy, uint64_t* sum);
   Result<void> add_buffered(const StridedCopy& copy, uint64_t* sum);
   // Chooses `step` and `buffer_stride_bytes`; returns how many of the axes lie in one piece.
   int shape_blocks(std::array<Axis, 3>& axes, uint64_t element_bytes) const;
