@@ -265,7 +265,7 @@ class Bench:
         self._add(self._goal, workload, "open a publisher", "ms", opened)
         read = {}
         rates = {}
-        # A source that was asked for fingerprints once sums every version: without them comes first.
+        # A source that was asked for fingerprints once sums every version: first without them.
         for fingerprints in (False, True):
             opened = together(targets, "open_receiver", fingerprints=fingerprints)
             self._add(self._goal, workload, _named("open a receiver", fingerprints), "ms", opened)

@@ -468,8 +468,8 @@ class Receiver:
         """Begins to bring a version into the shadow while the engine serves; returns at once.
 
         One that is ready and was not committed is replaced; AlreadyExistsError while one moves.
-        `max_gigabytes_per_second` (of bytes written) and, on a GPU, `max_multiprocessors` leave room
-        for what runs beside it; 0: as fast as possible.
+        `max_gigabytes_per_second` (of bytes written) and, on a GPU, `max_multiprocessors` leave
+        room for what runs beside it; 0: as fast as possible.
         """
         self._native.stage(
             exactly=exactly,

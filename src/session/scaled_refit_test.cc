@@ -225,10 +225,22 @@ TEST_F(ScaledRefit, AnEngineInFp8FillsOthersInFp8AsTheyAreAndInBf16) {
 }
 
 TEST_F(ScaledRefit, Fp8AndScalesInTwoRegionsAreRefusedForATargetInBf16) {
-  Trainer source(*transport_, *control_, engine_layout(), "fp8", 1);
-  ASSERT_TRUE(source.publisher->begin_write(1));
-  source.parameters.poison(std::byte{0});
-  ASSERT_TRUE(source.publisher->publish(1));
+  std::vector<std::unique_ptr<LocalRegion>> regions;  // one for each parameter
+  std::vector<ParameterMemory> memory;
+  PublisherOptions options;
+  options.name = "fp8";
+  const Layout layout = engine_layout();
+  for (const ParameterSpec& spec : layout.parameters()) {
+    const uint64_t size = static_cast<uint64_t>(spec.element_count) * dtype_size_bytes(spec.dtype);
+    regions.push_back(value_or_fail(transport_->allocate(size), "region"));
+    options.arenas.push_back(regions.back().get());
+    memory.push_back(
+        {.name = spec.name, .data = regions.back()->bytes().data(), .size_bytes = size});
+  }
+  const auto source =
+      value_or_fail(Publisher::open(*transport_, *control_, layout, memory, options), "publisher");
+  ASSERT_TRUE(source->begin_write(1));
+  ASSERT_TRUE(source->publish(1));
   Engine wide(*transport_, *control_, trainer_layout({}), "wide");
   const auto report = wide.refit({}, 2000);
   ASSERT_FALSE(report);

@@ -216,10 +216,15 @@ TEST_F(MappedMemoryTest, MemoryOfThisProcessIsReadToo) {
           CUDA_SUCCESS);
       ASSERT_EQ(driver->cuStreamSynchronize(stream.get()), CUDA_SUCCESS);
     }
+    // A transport of the device that the memory lies on, in the same process.
+    const std::string folder = fmt::format("{}/own{}", folder_, ordinal);
+    ASSERT_TRUE(std::filesystem::create_directory(folder));
+    std::filesystem::permissions(folder, std::filesystem::perms::owner_all);
+    const auto own = open_cuda_transport(open_shm_transport(folder).value(), ordinal).value();
     const auto offered =
-        transport_->register_memory({reinterpret_cast<std::byte*>(memory->address()), size});
+        own->register_memory({reinterpret_cast<std::byte*>(memory->address()), size});
     ASSERT_TRUE(offered.has_value()) << offered.error().to_string();
-    const auto self = transport_->connect(transport_->endpoint().value(), "", soon()).value();
+    const auto self = transport_->connect(own->endpoint().value(), "", soon()).value();
     const auto region = self->open_region((*offered)->descriptor(), soon());
     ASSERT_TRUE(region.has_value()) << region.error().to_string();
     expect_pattern(**region, 3);

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transfuse
 from gpu_worker import CONFIG, layouts_of, queue_late_writes, values, zeros
-from transfuse import _device
+from transfuse import _device, hf
 from transfuse.engine import Architecture, Engine, Request, Weights
 from transfuse.guard import PointerGuard, PointerMovedError
 
@@ -263,7 +263,7 @@ def test_a_receiver_gives_back_what_it_took(job, sources):
     assert max(lost) < 4 * MIB, f"bytes lost by device over ten receivers: {lost}"
 
 
-def test_a_source_killed_midway_is_a_typed_error_and_leaves_the_version(job, sources):
+def test_a_source_killed_midway_leaves_a_whole_version(job, sources):
     elements = 32 * MIB  # 64 MiB
     (source,) = sources(elements=elements, place=other_gpu())
     layout = layouts_of("", elements)[0]
@@ -280,18 +280,22 @@ def test_a_source_killed_midway_is_a_typed_error_and_leaves_the_version(job, sou
         assert stage.progress.state == transfuse.StageState.MOVING
         source.process.kill()
         source.process.wait()
-        with pytest.raises(
-            (
-                transfuse.VersionGoneError,
-                transfuse.UnavailableError,
-                transfuse.NoFittingSourceError,
-                transfuse.DeadlineExceededError,
-            )
-        ) as failure:
+        # What is mapped here stays readable: version 2 may still arrive and be proved, or not.
+        try:
             stage.wait(60)
-        sys.stdout.write(f"killed midway: {type(failure.value).__name__}: {failure.value}\n")
-        assert engine.version == 1
-        assert torch.equal(parameters["w"], first)
+        except (
+            transfuse.VersionGoneError,
+            transfuse.UnavailableError,
+            transfuse.NoFittingSourceError,
+            transfuse.DeadlineExceededError,
+        ) as failure:
+            sys.stdout.write(f"killed midway: {type(failure).__name__}: {failure}\n")
+        else:
+            engine.commit()
+            assert engine.version == 2
+            assert same(parameters, values(layout, 2))
+        if engine.version == 1:
+            assert torch.equal(parameters["w"], first)
         (another,) = sources(elements=elements, place=other_gpu())
         publish([another], 3)
         engine.refit(exactly=3, timeout_s=60)
@@ -369,7 +373,7 @@ def test_an_arena_of_the_device_is_memory_of_both_ends(job, sources):
 def test_a_module_moves_to_an_arena_of_its_gpu(job):
     module = torch.nn.Linear(64, 32).to(HERE)
     before = [p.detach().clone() for p in module.parameters()]
-    arena = transfuse.hf.move_to_arena(module, job=job)
+    arena = hf.move_to_arena(module, job=job)
     assert arena.device == 0
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
 

@@ -89,8 +89,16 @@ Result<Memory> Memory::allocate(const Device& device, MemoryKind kind, uint64_t 
   if (size_bytes == 0) return memory;
   const Current current = device.use();
   if (kind == MemoryKind::kDevice) {
-    TRANSFUSE_RETURN_IF_ERROR(
-        TRANSFUSE_CUDA(device.driver(), cuMemAlloc, &memory.address_, size_bytes));
+    const CUresult allocated = device.driver().cuMemAlloc(&memory.address_, size_bytes);
+    if (allocated == CUDA_ERROR_OUT_OF_MEMORY) {
+      size_t free = 0;
+      size_t total = 0;
+      (void)device.driver().cuMemGetInfo(&free, &total);  // 0 says as much
+      return Error{ErrorCode::kResourceExhausted,
+                   fmt::format("{} bytes on device {} ({}): {} of {} are free", size_bytes,
+                               device.ordinal(), device.name(), free, total)};
+    }
+    TRANSFUSE_RETURN_IF_ERROR(device.driver().check(allocated, "cuMemAlloc"));
   } else {
     void* pointer = nullptr;
     TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(device.driver(), cuMemHostAlloc, &pointer, size_bytes,

@@ -78,8 +78,7 @@ class Trainer:
             if isinstance(module, torch.distributed.fsdp.FSDPModule):
                 module.reshard()
         for name, parameter in self.model.named_parameters():
-            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            gathered[name] = whole.detach().to(torch.bfloat16).cpu()
+            gathered[name] = _whole(parameter.detach()).to(torch.bfloat16)
         return gathered
 
     def _set_learning_rate(self) -> None:
@@ -89,6 +88,19 @@ class Trainer:
             group["lr"] = (
                 self.settings.learning_rate * warm * (0.55 + 0.45 * math.cos(progress * 3))
             )
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    """Of a DTensor the parts of all ranks, in memory of the host: gloo gathers no GPU's."""
+    if not isinstance(parameter, DTensor):
+        return parameter.cpu()
+    (placement,) = parameter.placements
+    part = parameter.to_local().cpu()
+    if not placement.is_shard():
+        return part
+    parts: list[torch.Tensor] = [torch.empty(0)] * TRAINERS
+    dist.all_gather_object(parts, part)
+    return torch.cat([each for each in parts if each.numel() > 0], dim=placement.dim)
 
 
 def train(trainer: Trainer, publisher: transfuse.Publisher) -> None:
