@@ -28,7 +28,7 @@ struct ReceiverOptions {
   std::string model = "model";
   std::string name;  // of this target, unique in the model: "engine0"
   Verify verify = Verify::kFull;
-  PlanOptions plan;
+  PlanOptions plan;  // chunks of at least 64 MiB where the parameters lie on a device
   std::vector<const LocalRegion*> arenas;  // outlive the receiver; see ParameterMemory
   std::string token;                       // TransportOptions::token of `transport`
   uint64_t spread = 0;  // this target's number among its peers: spreads readers over replicas

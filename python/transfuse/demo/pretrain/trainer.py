@@ -16,7 +16,7 @@ import torch.distributed as dist
 import transformers
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 import transfuse
 from transfuse import fsdp2, torch_optimizer
@@ -96,7 +96,7 @@ def _whole(parameter: torch.Tensor) -> torch.Tensor:
         return parameter.cpu()
     (placement,) = parameter.placements
     part = parameter.to_local().cpu()
-    if not placement.is_shard():
+    if not isinstance(placement, Shard):
         return part
     parts: list[torch.Tensor] = [torch.empty(0)] * TRAINERS
     dist.all_gather_object(parts, part)
