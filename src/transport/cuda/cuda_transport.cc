@@ -290,8 +290,9 @@ Result<void> CudaTransport::check_copies(const ReadRequest& request) const {
 // What was kept for the same copies, or copies made ready now.
 Result<CudaTransport::Prepared*> CudaTransport::prepare(const ReadRequest& request) {
   const bool sums = !request.fingerprints.empty();
-  const bool engines =
-      std::ranges::none_of(distinct_, [](const auto* region) { return region->same_device(); });
+  const bool engines = std::ranges::none_of(distinct_, [](const auto* region) {
+    return region->link() == cuda::DeviceLink::kSameDevice;
+  });
   CopyKey key = cuda::key_of(request.copies, sources_, sums);
   key.high ^= engines ? 1 : 0;
   const auto found = std::ranges::find_if(

@@ -66,6 +66,15 @@ Device::~Device() {
   (void)driver_.cuDevicePrimaryCtxRelease(handle_);
 }
 
+DeviceLink Device::link_to(const Device& other) const {
+  if (other.handle_ == handle_) return DeviceLink::kSameDevice;
+  int atomics = 0;
+  const bool known =
+      driver_.cuDeviceGetP2PAttribute(&atomics, CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED,
+                                      handle_, other.handle_) == CUDA_SUCCESS;
+  return known && atomics != 0 ? DeviceLink::kNvlink : DeviceLink::kPcie;
+}
+
 Result<void> Device::enable_peer(const Device& other) const {
   if (other.handle_ == handle_) return {};
   int possible = 0;

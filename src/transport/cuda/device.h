@@ -36,6 +36,9 @@ class Current {
 using DeviceUuid = std::array<uint8_t, 16>;
 std::string to_string(const DeviceUuid& uuid);  // "GPU-a12db37d-..."
 
+// Between two GPUs; NVLink is told from PCIe by atomics that reach the other's memory.
+enum class DeviceLink : uint8_t { kSameDevice, kNvlink, kPcie };
+
 // Safe to call from any thread. Outlives all that is made on it.
 class Device {
  public:
@@ -61,6 +64,8 @@ class Device {
   };
   const Kernels& kernels() const { return kernels_; }
 
+  // How memory of `other` is reached.
+  DeviceLink link_to(const Device& other) const;
   // Lets kernels of this device read memory of `other`. kUnsupported where the hardware cannot.
   Result<void> enable_peer(const Device& other) const;
 

@@ -118,7 +118,7 @@ Result<std::optional<CUdeviceptr>> Devices::own_address(const MemoryOffer& offer
                                                         const Device& owner,
                                                         OpenedMemory::Way way) {
   // Peer access between contexts reaches what cudaMalloc gave; mapped memory has its own rights.
-  if (!way.same_device && way.by_handles) return std::optional<CUdeviceptr>();
+  if (way.link != DeviceLink::kSameDevice && way.by_handles) return std::optional<CUdeviceptr>();
   // Anybody can write down the number of this process.
   const std::span<const std::byte> memory(
       reinterpret_cast<const std::byte*>(offer.address),  // NOLINT: an address of this process
@@ -155,7 +155,7 @@ Result<OpenedMemory> Devices::open(const MemoryOffer& offer,
   {
     const MutexLock lock(mutex_);
     TRANSFUSE_ASSIGN_OR_RETURN(owner, find_locked(offer.device));
-    way.same_device = owner->ordinal() == reader.ordinal();
+    way.link = reader.link_to(*owner);
     const auto known = mappings_.find(key);
     if (known != mappings_.end()) return use_mapping(known->second, offer, key, way);
   }

@@ -26,7 +26,7 @@ class Devices;
 class OpenedMemory {
  public:
   struct Way {
-    bool same_device = false;
+    DeviceLink link = DeviceLink::kSameDevice;
     bool by_handles = false;  // of virtual memory mapping, not CUDA IPC
   };
   OpenedMemory(OpenedMemory&& other) noexcept
@@ -38,7 +38,7 @@ class OpenedMemory {
   ~OpenedMemory();
 
   CUdeviceptr address() const { return address_; }  // of the region
-  bool same_device() const { return way_.same_device; }
+  DeviceLink link() const { return way_.link; }
   bool by_handles() const { return way_.by_handles; }
 
  private:

@@ -136,10 +136,16 @@ CudaRemoteRegion::~CudaRemoteRegion() {
 
 std::string_view CudaRemoteRegion::route() const {
   if (host_ != nullptr) return host_->route();
-  if (memory_ && memory_->by_handles()) {
-    return same_device() ? "cuda_vmm, one GPU" : "cuda_vmm, peer GPU";
+  const bool by_handles = memory_ && memory_->by_handles();
+  switch (link()) {
+    case DeviceLink::kSameDevice:
+      return by_handles ? "cuda_vmm, one GPU" : "cuda_ipc, one GPU";
+    case DeviceLink::kNvlink:
+      return by_handles ? "cuda_vmm, NVLink" : "cuda_ipc, NVLink";
+    case DeviceLink::kPcie:
+      return by_handles ? "cuda_vmm, PCIe" : "cuda_ipc, PCIe";
   }
-  return same_device() ? "cuda_ipc, one GPU" : "cuda_ipc, peer GPU";
+  return "";
 }
 
 bool CudaRemoteRegion::current() const {

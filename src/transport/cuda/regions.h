@@ -82,7 +82,7 @@ class CudaRemoteRegion final : public RemoteRegion {
 
   const RemoteRegion* host() const { return host_.get(); }  // null: of a device
   CUdeviceptr address() const { return memory_ ? memory_->address() : 0; }
-  bool same_device() const { return !memory_ || memory_->same_device(); }
+  DeviceLink link() const { return memory_ ? memory_->link() : DeviceLink::kSameDevice; }
 
   // Of the transport, under its mutex: its number in the request that is being submitted.
   mutable uint64_t request = 0;
