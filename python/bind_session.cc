@@ -240,6 +240,9 @@ void bind_publisher(nb::module_& m) {
       .value("WAIT", WhenLeased::kWait)
       .value("REVOKE", WhenLeased::kRevoke)
       .value("SKIP", WhenLeased::kSkip);
+  nb::enum_<SnapshotPlace>(m, "SnapshotPlace")
+      .value("WITH_WEIGHTS", SnapshotPlace::kWithWeights)
+      .value("HOST", SnapshotPlace::kHost);
   m.def("snapshot_bytes", &snapshot_bytes, "layout"_a, "slots"_a,
         "Memory that so many snapshots of a layout need, beside the weights.");
   nb::class_<PythonPublisher>(m, "NativePublisher", "See transfuse.Publisher.")
@@ -247,7 +250,8 @@ void bind_publisher(nb::module_& m) {
           "__init__",
           [](PythonPublisher* self, const Layout& layout, const Parameters& parameters,
              std::string name, std::string model, uint32_t source_count, int64_t drain_ms,
-             Retention retention, uint32_t snapshot_slots, WhenLeased when_leased,
+             Retention retention, uint32_t snapshot_slots, SnapshotPlace snapshot_place,
+             double snapshot_gigabytes_per_second, WhenLeased when_leased,
              uint32_t fingerprint_threads, Metadata metadata, bool compute_revision,
              std::string job, std::optional<std::string> address, std::optional<std::string> token,
              std::optional<uint32_t> threads, std::optional<bool> allow_any_tracer,
@@ -261,6 +265,8 @@ void bind_publisher(nb::module_& m) {
             options.drain_ms = drain_ms;
             options.retention = retention;
             options.snapshot_slots = snapshot_slots;
+            options.snapshot_place = snapshot_place;
+            options.snapshot_gigabytes_per_second = snapshot_gigabytes_per_second;
             options.when_leased = when_leased;
             options.fingerprint_threads = fingerprint_threads;
             new (self) PythonPublisher(
@@ -269,9 +275,10 @@ void bind_publisher(nb::module_& m) {
                 layout, parameters, false, std::move(options));
           },
           "layout"_a, "parameters"_a, nb::kw_only(), "name"_a, "model"_a, "source_count"_a,
-          "drain_ms"_a, "retention"_a, "snapshot_slots"_a, "when_leased"_a, "fingerprint_threads"_a,
-          "metadata"_a, "compute_revision"_a, "job"_a, "address"_a.none(), "token"_a.none(),
-          "threads"_a.none(), "allow_any_tracer"_a.none(), "device"_a.none())
+          "drain_ms"_a, "retention"_a, "snapshot_slots"_a, "snapshot_place"_a,
+          "snapshot_gigabytes_per_second"_a, "when_leased"_a, "fingerprint_threads"_a, "metadata"_a,
+          "compute_revision"_a, "job"_a, "address"_a.none(), "token"_a.none(), "threads"_a.none(),
+          "allow_any_tracer"_a.none(), "device"_a.none())
       .def("begin_write", &PythonPublisher::begin_write, "version"_a)
       .def("publish", &PythonPublisher::publish, "version"_a, "metadata"_a, "revision"_a.none())
       .def("abort_write", &PythonPublisher::abort_write, "reason"_a)

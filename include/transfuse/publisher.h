@@ -30,6 +30,12 @@ enum class Retention : uint8_t {
               // once
 };
 
+// Where snapshots of weights lie that are on a device.
+enum class SnapshotPlace : uint8_t {
+  kWithWeights,  // on the device: copied at the speed of its memory
+  kHost,         // takes none of the device's memory; copied and read over PCIe
+};
+
 struct PublisherOptions {
   std::string model = "model";
   std::string name;                        // of this source, unique in the model: "trainer0"
@@ -41,6 +47,8 @@ struct PublisherOptions {
   // Copies in memory that the transport allocates when the publisher is opened, each of the bytes
   // of all parameters (snapshot_bytes()). 0: only kInPlace.
   uint32_t snapshot_slots = 0;
+  SnapshotPlace snapshot_place = SnapshotPlace::kWithWeights;
+  double snapshot_gigabytes_per_second = 0;  // of kHost; 0: as fast as possible
   Retention retention = Retention::kInPlace;
   // kSnapshot: if readers hold a lease on every slot. kRevokeAtDeadline waits drain_ms first.
   WhenLeased when_leased = WhenLeased::kRevokeAtDeadline;

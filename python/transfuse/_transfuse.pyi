@@ -1284,13 +1284,18 @@ class WhenLeased(enum.Enum):
 
     SKIP = 3
 
+class SnapshotPlace(enum.Enum):
+    WITH_WEIGHTS = 0
+
+    HOST = 1
+
 def snapshot_bytes(layout: Layout, slots: int) -> int:
     """Memory that so many snapshots of a layout need, beside the weights."""
 
 class NativePublisher:
     """See transfuse.Publisher."""
 
-    def __init__(self, layout: Layout, parameters: dict[str, object], *, name: str, model: str, source_count: int, drain_ms: int, retention: Retention, snapshot_slots: int, when_leased: WhenLeased, fingerprint_threads: int, metadata: Mapping[str, str], compute_revision: bool, job: str, address: str | None, token: str | None, threads: int | None, allow_any_tracer: bool | None, device: int | None) -> None: ...
+    def __init__(self, layout: Layout, parameters: dict[str, object], *, name: str, model: str, source_count: int, drain_ms: int, retention: Retention, snapshot_slots: int, snapshot_place: SnapshotPlace, snapshot_gigabytes_per_second: float, when_leased: WhenLeased, fingerprint_threads: int, metadata: Mapping[str, str], compute_revision: bool, job: str, address: str | None, token: str | None, threads: int | None, allow_any_tracer: bool | None, device: int | None) -> None: ...
 
     def begin_write(self, version: int) -> WriteTiming: ...
 

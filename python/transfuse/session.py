@@ -24,6 +24,7 @@ from transfuse._transfuse import (
     ReceiveInto,
     RefitReport,
     Retention,
+    SnapshotPlace,
     StageProgress,
     Verify,
     VerifyReport,
@@ -48,6 +49,7 @@ _FOREVER_MS = 1 << 40
 _DEFAULT_SLOTS = 2  # one is read while the next is written
 _T = TypeVar("_T")
 _RETENTIONS = {"in_place": Retention.IN_PLACE, "snapshot": Retention.SNAPSHOT}
+_SNAPSHOT_PLACES = {"with_weights": SnapshotPlace.WITH_WEIGHTS, "host": SnapshotPlace.HOST}
 _INTO = {"in_place": ReceiveInto.IN_PLACE, "shadow": ReceiveInto.SHADOW}
 _WHEN_LEASED = {
     "revoke_at_deadline": WhenLeased.REVOKE_AT_DEADLINE,
@@ -101,7 +103,9 @@ class Publisher:
     and the caller may write at any other time; a leased copy is never overwritten. If readers hold
     every slot, `when_leased` says what publish() does: "revoke_at_deadline" (wait drain_s, then
     revoke the readers of the oldest), "wait" (DeadlineExceededError after drain_s, readers are left
-    alone), "revoke" (at once) or "skip" (readers never see this version).
+    alone), "revoke" (at once) or "skip" (readers never see this version). `snapshot_place` of
+    weights on a GPU: "with_weights", or "host", which takes no memory of the GPU and copies over
+    PCIe, at most `snapshot_gigabytes_per_second` (0: as fast as possible).
 
     `kind` says for which consumer the values were made ("hf_raw", "vllm_fused", "deepgemm_fp8",
     "cutlass_fp8", "trtllm", or a word of yours; None: what the layout says), `metadata` whatever
@@ -125,6 +129,8 @@ class Publisher:
         drain_s: float = 30.0,
         retention: Retention | str = Retention.IN_PLACE,
         snapshot_slots: int | None = None,
+        snapshot_place: SnapshotPlace | str = SnapshotPlace.WITH_WEIGHTS,
+        snapshot_gigabytes_per_second: float = 0.0,
         when_leased: WhenLeased | str = WhenLeased.REVOKE_AT_DEADLINE,
         fingerprint_threads: int = 0,
         kind: str | None = None,
@@ -149,6 +155,8 @@ class Publisher:
             drain_ms=_milliseconds(drain_s),
             retention=kept,
             snapshot_slots=snapshot_slots,
+            snapshot_place=_choice("snapshot_place", snapshot_place, _SNAPSHOT_PLACES),
+            snapshot_gigabytes_per_second=snapshot_gigabytes_per_second,
             when_leased=_choice("when_leased", when_leased, _WHEN_LEASED),
             fingerprint_threads=fingerprint_threads,
             metadata=metadata_of(metadata),

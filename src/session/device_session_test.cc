@@ -89,6 +89,24 @@ TEST_F(DeviceSession, VersionsFollowOneAnotherInPlaceAndInSnapshots) {
   EXPECT_GT(device_.own_requests(), 0U);
 }
 
+TEST_F(DeviceSession, SnapshotsMayLieInTheHostAndTakeNothingOfTheDevice) {
+  device_.set_room(0);
+  PublisherOptions options;
+  options.name = "trainer0";
+  options.retention = Retention::kSnapshot;
+  options.snapshot_slots = 2;
+  options.snapshot_place = SnapshotPlace::kHost;
+  Trainer trainer(device_, *control_, layouts("hf")[0], options);
+  // Whoever reads such a snapshot needs no device.
+  Engine on_host(*host_, *control_, layouts("vllm:tp=2")[1], "on_host");
+  Engine on_device(device_, *control_, layouts("vllm:tp=2")[0], "on_device");
+  for (uint64_t version = 1; version <= 4; ++version) {
+    trainer.publish(version);
+    expect_refit(on_host, version);
+    expect_refit(on_device, version);
+  }
+}
+
 TEST_F(DeviceSession, ShadowCommitsAndRollsBackOnTheDevice) {
   start_trainers(device_, "fsdp:dp=2,dtype=f32", 2);
   for (const bool keep_previous : {false, true}) {

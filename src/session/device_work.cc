@@ -2,9 +2,11 @@
 #include "session/device_work.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <thread>
 #include <vector>
 
 #include "transfuse/copy.h"
@@ -17,21 +19,34 @@ namespace {
 
 // Far beyond what any copy within a device takes: only a device that hangs reaches it.
 constexpr int64_t kLongestMs = 60000;
+constexpr int64_t kSliceMs = 1000;
+constexpr int64_t kGraceMs = 10000;
 constexpr uint64_t kPieceBytes = uint64_t{1} << 30;  // counts are of 32 bits
 
 }  // namespace
 
 Result<void> run_on_device(Transport& transport, std::span<const StridedCopy> copies,
-                           std::span<uint64_t> sums) {
+                           std::span<uint64_t> sums, const CopyLimits& limits) {
   if (copies.empty()) return {};
   TRANSFUSE_ASSIGN_OR_RETURN(const RemoteRegion* own, transport.own_memory());
   TRANSFUSE_ASSIGN_OR_RETURN(
       const TicketId ticket,
-      transport.submit({.region = own, .copies = copies, .fingerprints = sums}));
-  if (!transport.wait_any({&ticket, 1}, Deadline::after_ms(kLongestMs))) {
+      transport.submit({.region = own, .copies = copies, .fingerprints = sums, .limits = limits}));
+  uint64_t progress = 0;
+  Deadline limit = Deadline::after_ms(kLongestMs);
+  while (!transport.wait_any({&ticket, 1}, limit.earlier(Deadline::after_ms(kSliceMs)))) {
+    const uint64_t now = transport.progress_bytes(ticket);
+    if (now != progress) limit = Deadline::after_ms(kLongestMs);
+    progress = now;
+    if (!limit.passed()) continue;
+    // What is staged ends soon, and reads `copies` until then; a launch does not read them.
     transport.cancel(ticket);
+    const Deadline grace = Deadline::after_ms(kGraceMs);
+    while (transport.poll(ticket) == TicketState::kPoisoned && !grace.passed()) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
     return Error{ErrorCode::kDeadlineExceeded,
-                 "a copy within the device did not end in a minute: the device hangs"};
+                 "a copy of the device has not moved for a minute: the device hangs"};
   }
   return transport.finish(ticket);
 }

@@ -12,11 +12,12 @@
 
 namespace transfuse {
 
-// Runs `copies`, whose source_offset_bytes are addresses, and waits. sums[i] is the fingerprint of
-// copies[i] where that wants one; empty: none does. kDeadlineExceeded: the device has not done it
-// in a minute, and may still write.
+// Runs `copies` from the device, whose source_offset_bytes are addresses, and waits. All targets
+// lie on the device, or all in the host. sums[i] is the fingerprint of copies[i] where that wants
+// one; empty: none does. kDeadlineExceeded: nothing has moved for a minute; the device may still
+// write.
 Result<void> run_on_device(Transport& transport, std::span<const StridedCopy> copies,
-                           std::span<uint64_t> sums);
+                           std::span<uint64_t> sums, const CopyLimits& limits = {});
 
 // Adds what copies `size_bytes` from one address to another.
 void add_plain(std::vector<StridedCopy>& copies, std::byte* target, const std::byte* source,

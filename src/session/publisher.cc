@@ -253,7 +253,7 @@ class SlotPublisher final : public Publisher {
           offer_.revision,
           revision_->of(
               [this](uint32_t parameter) { return weights_->data(offer_.slot, parameter); },
-              weights_->on_device() ? &transport_ : nullptr));
+              weights_->on_device(offer_.slot) ? &transport_ : nullptr));
     }
     if (words.revision == Digest{} || words.revision == offer_.revision) return {};
     return Error{ErrorCode::kFingerprintMismatch,
@@ -357,10 +357,14 @@ Result<std::unique_ptr<Publisher>> Publisher::open(Transport& transport, Control
       BoundMemory bound,
       BoundMemory::open(transport, layout, memory, options.arenas, BoundMemory::Use::kSource));
   TRANSFUSE_ASSIGN_OR_RETURN(
-      auto weights, ServedWeights::open(transport, control, layout, std::move(bound),
-                                        {.fingerprint_threads = options.fingerprint_threads,
-                                         .keep_tables_fresh = true,
-                                         .snapshot_slots = options.snapshot_slots}));
+      auto weights,
+      ServedWeights::open(
+          transport, control, layout, std::move(bound),
+          {.fingerprint_threads = options.fingerprint_threads,
+           .keep_tables_fresh = true,
+           .snapshot_slots = options.snapshot_slots,
+           .snapshot_place = options.snapshot_place,
+           .snapshot_limits = {.gigabytes_per_second = options.snapshot_gigabytes_per_second}}));
   TRANSFUSE_RETURN_IF_ERROR(control.put_layout(layout));
   Registration registration;
   registration.role = MemberRole::kSource;

@@ -88,7 +88,10 @@ Result<std::unique_ptr<ServedWeights>> ServedWeights::open(Transport& transport,
       new ServedWeights(transport, control, layout, std::move(memory), options));
   TRANSFUSE_ASSIGN_OR_RETURN(
       weights->snapshots_,
-      Snapshots::open(transport, layout, weights->memory_, options.snapshot_slots));
+      Snapshots::open(transport, layout,
+                      options.snapshot_place == SnapshotPlace::kHost ? MemoryPlace::kHost
+                                                                     : weights->memory_.place(),
+                      options.snapshot_slots));
   const uint32_t slot_count = weights->slot_count();
   TRANSFUSE_ASSIGN_OR_RETURN(weights->control_region_,
                              transport.allocate(slot_count * kGenerationStrideBytes));
@@ -180,7 +183,10 @@ void ServedWeights::begin_write(uint32_t slot) {
 
 Result<void> ServedWeights::copy_weights(uint32_t slot) {
   TRANSFUSE_CHECK(slot > 0 && slot < slot_count());
-  if (on_device()) return snapshots_.copy_on_device(transport_, memory_, slot - 1);
+  if (on_device(0)) {
+    return snapshots_.copy_from_device(transport_, memory_, slot - 1,
+                                       on_device(slot) ? CopyLimits{} : options_.snapshot_limits);
+  }
   const MutexLock lock(mutex_);
   TRANSFUSE_CHECK(slots_[slot].writing && !copy_work_);
   copy_work_ = CopyWork{.slot = slot};
@@ -419,7 +425,7 @@ bool ServedWeights::sum_a_chunk() {
   Table* const table = next_table(slot);
   if (table == nullptr) return false;
   Sums& sums = table->sums[slot];
-  const std::span<const Chunk> chunks = chunks_at(*table, sums.next_chunk);
+  const std::span<const Chunk> chunks = chunks_at(*table, slot, sums.next_chunk);
   sums.next_chunk += static_cast<uint32_t>(chunks.size());
   ++sums.in_flight;
   ++slots_[slot].sums_in_flight;
@@ -454,9 +460,10 @@ bool ServedWeights::sum_a_chunk() {
 }
 
 // Threads take turns at chunks; a device sums a table in one launch.
-std::span<const Chunk> ServedWeights::chunks_at(const Table& table, uint32_t first) const {
+std::span<const Chunk> ServedWeights::chunks_at(const Table& table, uint32_t slot,
+                                                uint32_t first) const {
   const std::span<const Chunk> chunks = table.copies.plan().chunks();
-  return chunks.subspan(first, on_device() ? chunks.size() - first : 1);
+  return chunks.subspan(first, on_device(slot) ? chunks.size() - first : 1);
 }
 
 Result<void> ServedWeights::sum_chunks(const Table& table, uint32_t slot,
@@ -474,7 +481,7 @@ Result<void> ServedWeights::sum_chunks(const Table& table, uint32_t slot,
     const Holder& holder =
         *std::ranges::find(plan.holders_of(run), table.own, &Holder::source_layout);
     const auto of = [&](uint32_t parameter) { return data(slot, parameter); };
-    if (!on_device()) {
+    if (!on_device(slot)) {
       sums[at - held.begin()] = table.copies.sum(run, holder, of);
       continue;
     }

@@ -46,6 +46,8 @@ struct ServedWeightsOptions {
   // False: only when asked.
   bool keep_tables_fresh = true;
   uint32_t snapshot_slots = 0;
+  SnapshotPlace snapshot_place = SnapshotPlace::kWithWeights;
+  CopyLimits snapshot_limits{};  // of copies from a device into the host
 };
 
 // Slot 0 is the weights themselves, slots 1 to snapshot_slots are snapshots; each has its own
@@ -64,7 +66,9 @@ class ServedWeights {
 
   uint64_t incarnation() const { return incarnation_; }
   const BoundMemory& memory() const { return memory_; }
-  bool on_device() const { return memory_.place() == MemoryPlace::kDevice; }
+  bool on_device(uint32_t slot) const {
+    return (slot == 0 ? memory_.place() : snapshots_.place()) == MemoryPlace::kDevice;
+  }
   uint32_t slot_count() const { return 1 + snapshots_.count(); }
   Result<std::string> descriptor(const std::string& token);  // encoded MemberDescriptor
 
@@ -131,7 +135,7 @@ class ServedWeights {
   bool sum_a_chunk() REQUIRES(mutex_);
   Table* next_table(uint32_t& slot) REQUIRES(mutex_);
   // The chunks that are summed at once, from `first` on.
-  std::span<const Chunk> chunks_at(const Table& table, uint32_t first) const;
+  std::span<const Chunk> chunks_at(const Table& table, uint32_t slot, uint32_t first) const;
   Result<void> sum_chunks(const Table& table, uint32_t slot, std::span<const Chunk> chunks) const;
   void drop_stale_tables() REQUIRES(mutex_);
   static void mark_dropped(const Table& table);

@@ -54,11 +54,12 @@ uint64_t snapshot_bytes(const Layout& layout, uint32_t slots) {
   return one_snapshot_bytes(layout) * slots;
 }
 
-Result<Snapshots> Snapshots::open(Transport& transport, const Layout& layout,
-                                  const BoundMemory& parameters, uint32_t count) {
+Result<Snapshots> Snapshots::open(Transport& transport, const Layout& layout, MemoryPlace place,
+                                  uint32_t count) {
   Snapshots snapshots;
+  snapshots.place_ = place;
   if (count == 0) return snapshots;
-  const bool on_device = parameters.place() == MemoryPlace::kDevice;
+  const bool on_device = place == MemoryPlace::kDevice;
   if (!on_device) TRANSFUSE_RETURN_IF_ERROR(check_room(layout, count));
   uint64_t begin = 0;
   for (uint32_t i = 0; i < layout.parameters().size(); ++i) {
@@ -91,13 +92,13 @@ void Snapshots::copy(const BoundMemory& from, uint32_t snapshot, const SnapshotC
   run_copy(copy, from.data(chunk.parameter) + chunk.offset_bytes);
 }
 
-Result<void> Snapshots::copy_on_device(Transport& transport, const BoundMemory& from,
-                                       uint32_t snapshot) const {
+Result<void> Snapshots::copy_from_device(Transport& transport, const BoundMemory& from,
+                                         uint32_t snapshot, const CopyLimits& limits) const {
   std::vector<StridedCopy> copies;
   for (uint32_t i = 0; i < offsets_.size(); ++i) {
     add_plain(copies, data(snapshot, i), from.data(i), sizes_bytes_[i]);
   }
-  return run_on_device(transport, copies, {});
+  return run_on_device(transport, copies, {}, limits);
 }
 
 }  // namespace transfuse

@@ -26,10 +26,12 @@ struct SnapshotChunk {
 class Snapshots {
  public:
   Snapshots() = default;  // none
-  // In the place of `parameters`. kResourceExhausted, with what is needed and what the choices are,
-  // before anything is allocated (on a device: nothing is left allocated).
-  static Result<Snapshots> open(Transport& transport, const Layout& layout,
-                                const BoundMemory& parameters, uint32_t count);
+  // kResourceExhausted, with what is needed and what the choices are, before anything is allocated
+  // (on a device: nothing is left allocated).
+  static Result<Snapshots> open(Transport& transport, const Layout& layout, MemoryPlace place,
+                                uint32_t count);
+
+  MemoryPlace place() const { return place_; }
 
   uint32_t count() const { return static_cast<uint32_t>(regions_.size()); }
   std::span<const SnapshotChunk> chunks() const { return chunks_; }
@@ -41,15 +43,16 @@ class Snapshots {
 
   // Call copy_fence() after the last chunk of a thread.
   void copy(const BoundMemory& from, uint32_t snapshot, const SnapshotChunk& chunk) const;
-  // All of it, where both lie on the device.
-  Result<void> copy_on_device(Transport& transport, const BoundMemory& from,
-                              uint32_t snapshot) const;
+  // All of it, where the weights lie on the device.
+  Result<void> copy_from_device(Transport& transport, const BoundMemory& from, uint32_t snapshot,
+                                const CopyLimits& limits) const;
 
  private:
   std::vector<std::unique_ptr<LocalRegion>> regions_;
   std::vector<uint64_t> offsets_;      // per parameter, the same in each region
   std::vector<uint64_t> sizes_bytes_;  // per parameter
   std::vector<SnapshotChunk> chunks_;
+  MemoryPlace place_ = MemoryPlace::kHost;
 };
 
 }  // namespace transfuse

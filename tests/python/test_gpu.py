@@ -109,6 +109,7 @@ PLACES = {
     "host to GPU": ("cpu", HERE, {}),
     "host with a device to GPU": ("cpu", HERE, {"device": HERE}),
     "GPU to host": (HERE, "cpu", {}),
+    "snapshots in the host": (HERE, HERE, {"retention": "snapshot", "snapshot_place": "host"}),
 }
 
 
