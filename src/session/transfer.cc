@@ -8,6 +8,9 @@
 #include <span>
 #include <thread>
 #include <utility>
+#include "plan/copies.h"
+#include "session/source_link.h"
+#include "transfuse/copy.h"
 #include "transfuse/deadline.h"
 #include "transfuse/plan.h"
 #include "transfuse/result.h"

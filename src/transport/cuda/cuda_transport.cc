@@ -1,5 +1,6 @@
 // Device memory by CUDA IPC, read by one launch a request; what lies in the host is the host
 // transport's, and what goes from one to the other is staged.
+#include <cuda.h>
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -27,6 +28,7 @@
 #include "transport/cuda/copy_key.h"
 #include "transport/cuda/device.h"
 #include "transport/cuda/devices.h"
+#include "transport/cuda/driver.h"
 #include "transport/cuda/offer_board.h"
 #include "transport/cuda/regions.h"
 #include "transport/cuda/staged_reads.h"
@@ -165,6 +167,8 @@ class CudaTransport final : public Transport, private CudaTickets {
   Result<void> check_copies(const ReadRequest& request) const REQUIRES(mutex_);
   Result<Prepared*> prepare(const ReadRequest& request) REQUIRES(mutex_);
   Result<TicketId> submit_on_device(const ReadRequest& request) REQUIRES(mutex_);
+  // Puts what is prepared for the ticket on the stream.
+  Result<void> start(Ticket& ticket, const CopyLimits& limits) REQUIRES(mutex_);
   Result<TicketId> submit_staged(const ReadRequest& request) REQUIRES(mutex_);
   // Asks the device, or the staging thread, whether it has ended.
   void settle(Ticket& ticket) REQUIRES(mutex_);
@@ -348,23 +352,24 @@ Result<TicketId> CudaTransport::submit_on_device(const ReadRequest& request) {
   TRANSFUSE_ASSIGN_OR_RETURN(Prepared * prepared, prepare(request));
   Ticket& ticket = new_ticket(request);
   ticket.prepared = prepared;
-  const auto start = [&]() -> Result<void> {
-    if (ticket.done.get() == nullptr) {
-      TRANSFUSE_ASSIGN_OR_RETURN(ticket.done, Event::create(*core_->device, EventKind::kOrder));
-    }
-    TRANSFUSE_RETURN_IF_ERROR(prepared->copies.launch(
-        bases_, {.stream = stream_.get(),
-                 .multiprocessors = multiprocessors_for(request.limits),
-                 .gigabytes_per_second = request.limits.gigabytes_per_second}));
-    const Current current = core_->device->use();
-    return TRANSFUSE_CUDA(core_->device->driver(), cuEventRecord, ticket.done.get(), stream_.get());
-  };
-  if (auto started = start(); !started) {
+  if (auto started = start(ticket, request.limits); !started) {
     ticket.id = 0;
     return Unexpected{std::move(started).error()};
   }
   prepared->busy = true;
   return TicketId{ticket.id};
+}
+
+Result<void> CudaTransport::start(Ticket& ticket, const CopyLimits& limits) {
+  if (ticket.done.get() == nullptr) {
+    TRANSFUSE_ASSIGN_OR_RETURN(ticket.done, Event::create(*core_->device, EventKind::kOrder));
+  }
+  TRANSFUSE_RETURN_IF_ERROR(ticket.prepared->copies.launch(
+      bases_, {.stream = stream_.get(),
+               .multiprocessors = multiprocessors_for(limits),
+               .gigabytes_per_second = limits.gigabytes_per_second}));
+  const Current current = core_->device->use();
+  return TRANSFUSE_CUDA(core_->device->driver(), cuEventRecord, ticket.done.get(), stream_.get());
 }
 
 Result<TicketId> CudaTransport::submit_staged(const ReadRequest& request) {

@@ -76,7 +76,7 @@ namespace transfuse::cuda {
 // Immutable after load().
 struct Driver {
 #define TRANSFUSE_CUDA_MEMBER(name) decltype(&::name) name = nullptr;
-  TRANSFUSE_CUDA_FUNCTIONS(TRANSFUSE_CUDA_MEMBER)
+  TRANSFUSE_CUDA_FUNCTIONS(TRANSFUSE_CUDA_MEMBER)  // NOLINT(readability-identifier-naming)
 #undef TRANSFUSE_CUDA_MEMBER
   // Of drivers for CUDA 13 and later; null in older ones.
   decltype(&::cuMemcpyBatchAsync) batch_copy = nullptr;
