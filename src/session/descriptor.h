@@ -18,7 +18,7 @@ inline constexpr uint32_t kMaxSlots = 64;
 inline constexpr uint64_t kGenerationStrideBytes = 64;
 
 struct MemberDescriptor {
-  std::string transport;  // kind
+  std::string transport;  // Transport::endpoint_kind()
   std::string endpoint;
   std::string token;         // what the endpoint asks for; the coordinator shows it to members only
   RegionDescriptor control;  // the Generation of slot i lies at i * kGenerationStrideBytes

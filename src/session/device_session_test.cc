@@ -2,8 +2,10 @@
 // the transport.
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -104,6 +106,19 @@ TEST_F(DeviceSession, SnapshotsMayLieInTheHostAndTakeNothingOfTheDevice) {
     trainer.publish(version);
     expect_refit(on_host, version);
     expect_refit(on_device, version);
+  }
+}
+
+TEST_F(DeviceSession, ARateThatIsNoneIsRefused) {
+  testing::Parameters parameters(layouts("hf")[0]);
+  PublisherOptions options;
+  options.name = "trainer0";
+  for (const double rate : {-1.0, std::nan(""), std::numeric_limits<double>::infinity()}) {
+    options.snapshot_gigabytes_per_second = rate;
+    const auto refused =
+        Publisher::open(device_, *control_, layouts("hf")[0], parameters.memory(), options);
+    ASSERT_FALSE(refused);
+    EXPECT_EQ(refused.error().code, ErrorCode::kInvalidArgument);
   }
 }
 

@@ -45,6 +45,7 @@ Result<void> run_on_device(Transport& transport, std::span<const StridedCopy> co
     while (transport.poll(ticket) == TicketState::kPoisoned && !grace.passed()) {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
+    if (transport.poll(ticket) != TicketState::kPoisoned) (void)transport.finish(ticket);
     return Error{ErrorCode::kDeadlineExceeded,
                  "a copy of the device has not moved for a minute: the device hangs"};
   }

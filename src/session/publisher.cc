@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -336,6 +337,13 @@ Result<void> check_options(const PublisherOptions& options) {
                  fmt::format("publisher '{}': retention snapshot needs snapshot_slots of at least "
                              "1, found 0",
                              options.name)};
+  }
+  const double rate = options.snapshot_gigabytes_per_second;
+  if (!std::isfinite(rate) || rate < 0) {
+    return Error{ErrorCode::kInvalidArgument,
+                 fmt::format("publisher '{}': expected snapshot_gigabytes_per_second of 0 or more, "
+                             "found {}",
+                             options.name, rate)};
   }
   return check_metadata(fmt::format("publisher '{}'", options.name), options.metadata);
 }
