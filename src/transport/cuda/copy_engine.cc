@@ -20,14 +20,15 @@
 #include "transport/cuda/device.h"
 #include "transport/cuda/device_table.h"
 #include "transport/cuda/driver.h"
+#include "transport/cuda/engine_pieces.h"
 
 namespace transfuse::cuda {
 namespace {
 
-// The bytes that `copy` moves if they are one piece on both sides and nobody asks for more than the
-// move; else 0.
+// The bytes that `copy` moves if they are one piece on both sides and are not changed on the way;
+// else 0.
 uint64_t contiguous_bytes(const StridedCopy& copy) {
-  if (copy.fingerprint || source_bytes_of(copy.op) != target_bytes_of(copy.op)) return 0;
+  if (copy.target == nullptr || source_bytes_of(copy.op) != target_bytes_of(copy.op)) return 0;
   int64_t span = 1;
   for (int i = 2; i >= 0; --i) {
     if (copy.count[i] == 1) continue;
@@ -35,6 +36,14 @@ uint64_t contiguous_bytes(const StridedCopy& copy) {
     span *= copy.count[i];
   }
   return copy.target_bytes();
+}
+
+// The sum of what `copy`, one piece, has written. Its source is address 0.
+StridedCopy sum_of_landed(const StridedCopy& copy) {
+  StridedCopy sum = copy;
+  sum.source_offset_bytes = reinterpret_cast<uint64_t>(copy.target);
+  sum.target = nullptr;
+  return sum;
 }
 
 constexpr double kSlowest = 0.001;
@@ -63,6 +72,8 @@ Result<PreparedCopies> PreparedCopies::make(const Device& device,
   DeviceTableBuilder engine_builder(options.table);
   ScaledTable scaled;
   const bool engines = options.engines.copy_engines && device.driver().batch_copy != nullptr;
+  std::vector<EnginePiece> pieces;
+  bool landed_sums = false;
   for (uint32_t i = 0; i < copies.size(); ++i) {
     const StridedCopy& copy = copies[i];
     TRANSFUSE_CHECK(sources[i] < source_count);
@@ -78,51 +89,69 @@ Result<PreparedCopies> PreparedCopies::make(const Device& device,
     TRANSFUSE_RETURN_IF_ERROR((by_engine ? engine_builder : builder).add(copy, sources[i], i));
     if (by_engine) {
       prepared.engine_bytes_ += piece;
-      prepared.pieces_.push_back({.source_offset = copy.source_offset_bytes,
-                                  .target = reinterpret_cast<uint64_t>(copy.target),
-                                  .size_bytes = piece,
-                                  .source = sources[i]});
+      landed_sums = landed_sums || copy.fingerprint;
+      pieces.push_back({.source_offset = copy.source_offset_bytes,
+                        .target = reinterpret_cast<uint64_t>(copy.target),
+                        .size_bytes = piece,
+                        .source = sources[i],
+                        .copy = i});
     }
   }
   const bool any_sum = std::ranges::any_of(copies, &StridedCopy::fingerprint);
   prepared.sum_count_ = any_sum ? copies.size() : 0;
-  // Dealt to the streams longest first: they end at about the same time.
-  std::ranges::stable_sort(prepared.pieces_, std::greater(), &Piece::size_bytes);
-  prepared.piece_targets_.resize(prepared.pieces_.size());
-  prepared.piece_sources_.resize(prepared.pieces_.size());
-  prepared.piece_sizes_.resize(prepared.pieces_.size());
-  if (!prepared.pieces_.empty()) {
-    TRANSFUSE_ASSIGN_OR_RETURN(prepared.begin_, Event::create(device, EventKind::kOrder));
-    for (int i = 0; i < kEngineStreams; ++i) {
-      TRANSFUSE_ASSIGN_OR_RETURN(prepared.engine_streams_[i], Stream::create(device));
-      TRANSFUSE_ASSIGN_OR_RETURN(prepared.ends_[i], Event::create(device, EventKind::kOrder));
-    }
-  }
+  TRANSFUSE_ASSIGN_OR_RETURN(prepared.pieces_,
+                             EnginePieces::make(device, std::move(pieces), landed_sums));
   prepared.known_bases_.resize(source_count);
   TRANSFUSE_ASSIGN_OR_RETURN(prepared.scaled_, ScaledCopies::make(device, scaled));
   DeviceTable table = builder.build(options.spread);
   prepared.kernel_item_count_ = static_cast<uint32_t>(table.items.size());
   TRANSFUSE_RETURN_IF_ERROR(table.append(engine_builder.build(options.spread)));
+  prepared.item_count_ = static_cast<uint32_t>(table.items.size());
+  if (landed_sums) {
+    TRANSFUSE_ASSIGN_OR_RETURN(prepared.sum_stream_, Stream::create(device));
+    TRANSFUSE_ASSIGN_OR_RETURN(prepared.summed_, Event::create(device, EventKind::kOrder));
+    TRANSFUSE_ASSIGN_OR_RETURN(const DeviceTable landed,
+                               prepared.landed_table(copies, options.table));
+    TRANSFUSE_RETURN_IF_ERROR(table.append(landed));
+  }
   TRANSFUSE_RETURN_IF_ERROR(prepared.upload(table));
   return prepared;
+}
+
+Result<DeviceTable> PreparedCopies::landed_table(std::span<const StridedCopy> copies,
+                                                 const DeviceTableOptions& options) {
+  const auto address_zero = static_cast<uint32_t>(known_bases_.size());
+  DeviceTable all;
+  for (size_t leg = 0; leg < pieces_.leg_count(); ++leg) {
+    DeviceTableBuilder builder(options);
+    for (const EnginePiece& piece : pieces_.leg(leg)) {
+      const StridedCopy& copy = copies[piece.copy];
+      if (!copy.fingerprint) continue;
+      TRANSFUSE_RETURN_IF_ERROR(builder.add(sum_of_landed(copy), address_zero, piece.copy));
+    }
+    const DeviceTable table = builder.build(0);
+    landed_.push_back({.first_item = item_count_ + static_cast<uint32_t>(all.items.size()),
+                       .item_count = static_cast<uint32_t>(table.items.size())});
+    TRANSFUSE_RETURN_IF_ERROR(all.append(table));
+  }
+  return all;
 }
 
 Result<void> PreparedCopies::upload(const DeviceTable& table) {
   const auto allocate = [&](MemoryKind place, uint64_t size) {
     return Memory::allocate(*device_, place, size);
   };
-  item_count_ = static_cast<uint32_t>(table.items.size());
   const bool staged = std::ranges::any_of(table.runs, uses_stage, &DeviceRun::walk);
   stage_bytes_ = staged ? kStageBytes : 0;
-  const uint64_t bases_bytes = known_bases_.size() * sizeof(CUdeviceptr);
+  const uint64_t bases_bytes = (known_bases_.size() + 1) * sizeof(CUdeviceptr);  // address 0 last
   const uint64_t sums_bytes = sum_count_ * sizeof(uint64_t);
   TRANSFUSE_ASSIGN_OR_RETURN(runs_,
                              allocate(MemoryKind::kDevice, table.runs.size() * sizeof(DeviceRun)));
   TRANSFUSE_ASSIGN_OR_RETURN(
       items_, allocate(MemoryKind::kDevice, table.items.size() * sizeof(DeviceItem)));
   TRANSFUSE_ASSIGN_OR_RETURN(bases_, allocate(MemoryKind::kDevice, bases_bytes));
-  TRANSFUSE_ASSIGN_OR_RETURN(work_,
-                             allocate(MemoryKind::kDevice, sums_bytes + sizeof(CopyProgress)));
+  const uint64_t progress_bytes = (1 + landed_.size()) * sizeof(CopyProgress);
+  TRANSFUSE_ASSIGN_OR_RETURN(work_, allocate(MemoryKind::kDevice, sums_bytes + progress_bytes));
   TRANSFUSE_ASSIGN_OR_RETURN(host_sums_, allocate(MemoryKind::kPinned, sums_bytes));
   TRANSFUSE_ASSIGN_OR_RETURN(host_bases_, allocate(MemoryKind::kPinned, bases_bytes));
   TRANSFUSE_ASSIGN_OR_RETURN(const Stream stream, Stream::create(*device_));
@@ -154,18 +183,11 @@ Result<void> PreparedCopies::set_bases(std::span<const CUdeviceptr> bases, CUstr
   // The last launch may still read the pinned copy.
   TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(driver, cuStreamSynchronize, stream));
   std::ranges::copy(bases, host_bases_.as<CUdeviceptr>());
+  host_bases_.as<CUdeviceptr>()[bases.size()] = 0;
   TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(driver, cuMemcpyAsync, bases_.address(),
                                            host_bases_.address(), bases_.size_bytes(), stream));
   std::ranges::copy(bases, known_bases_.begin());
-  // Stream k takes pieces k, k + 4, ...
-  size_t next = 0;
-  for (int k = 0; k < kEngineStreams; ++k) {
-    for (size_t i = static_cast<size_t>(k); i < pieces_.size(); i += kEngineStreams, ++next) {
-      piece_targets_[next] = pieces_[i].target;
-      piece_sources_[next] = bases[pieces_[i].source] + pieces_[i].source_offset;
-      piece_sizes_[next] = pieces_[i].size_bytes;
-    }
-  }
+  pieces_.set_bases(bases);
   return {};
 }
 
@@ -184,76 +206,90 @@ Result<void> PreparedCopies::launch(std::span<const CUdeviceptr> bases, const La
     TRANSFUSE_ASSIGN_OR_RETURN(const bool capturing, captured(launch.stream));
     engines = !capturing;
   }
-  if (!engines) return launch_kernel(launch, item_count_);
-  TRANSFUSE_RETURN_IF_ERROR(launch_engines(launch.stream));
-  TRANSFUSE_RETURN_IF_ERROR(launch_kernel(launch, kernel_item_count_));
-  for (const Event& end : ends_) {
-    TRANSFUSE_RETURN_IF_ERROR(
-        TRANSFUSE_CUDA(device_->driver(), cuStreamWaitEvent, launch.stream, end.get(), 0));
+  TRANSFUSE_RETURN_IF_ERROR(clear_work(launch.stream));
+  if (engines) {
+    if (auto launched = launch_beside_engines(launch); !launched) {
+      pieces_.wait();  // nothing writes after the error was returned
+      return launched;
+    }
+  } else {
+    TRANSFUSE_RETURN_IF_ERROR(launch_items(
+        launch, item_count_, block_count(launch.multiprocessors, device_->multiprocessors())));
   }
-  return {};
+  return fetch_sums(launch.stream);
 }
 
-Result<void> PreparedCopies::launch_kernel(const Launch& launch, uint32_t item_count) {
-  TRANSFUSE_ASSIGN_OR_RETURN(const double ns_per_byte, pace_of(launch.gigabytes_per_second));
-  if (item_count == 0 && scaled_.item_count() == 0) return {};
+// A leg is summed where it has landed while the next ones are on their way; the kernel leaves room
+// for that on every multiprocessor.
+Result<void> PreparedCopies::launch_beside_engines(const Launch& launch) {
   const Driver& driver = device_->driver();
-  TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(driver, cuMemsetD8Async, work_.address(), 0,
-                                           work_.size_bytes(), launch.stream));
-  CopyLaunch arguments{
-      .runs = runs_.as<DeviceRun>(),
-      .items = items_.as<DeviceItem>(),
-      .bases = bases_.as<uint64_t>(),
-      .sums = work_.as<uint64_t>(),
-      .progress = reinterpret_cast<CopyProgress*>(work_.as<uint64_t>() + sum_count_),
-      .ns_per_byte = ns_per_byte,
-      .item_count = item_count};
-  std::array<void*, 1> pointers = {&arguments};
   const uint32_t blocks =
-      std::min(block_count(launch.multiprocessors, device_->multiprocessors()), item_count);
+      device_->multiprocessors() * (landed_.empty() ? kCopyBlocksPerMultiprocessor : 1);
+  TRANSFUSE_RETURN_IF_ERROR(pieces_.come_after(launch.stream));
+  for (size_t leg = 0; leg < pieces_.leg_count(); ++leg) {
+    TRANSFUSE_RETURN_IF_ERROR(pieces_.launch(leg));
+    if (leg == 0) TRANSFUSE_RETURN_IF_ERROR(launch_items(launch, kernel_item_count_, blocks));
+    if (!landed_.empty()) TRANSFUSE_RETURN_IF_ERROR(launch_sums(leg, sum_stream_.get()));
+  }
+  if (landed_.empty()) return pieces_.let_follow(launch.stream, pieces_.leg_count() - 1);
+  TRANSFUSE_RETURN_IF_ERROR(
+      TRANSFUSE_CUDA(driver, cuEventRecord, summed_.get(), sum_stream_.get()));
+  return TRANSFUSE_CUDA(driver, cuStreamWaitEvent, launch.stream, summed_.get(), 0);
+}
+
+Result<void> PreparedCopies::launch_sums(size_t leg, CUstream stream) {
+  TRANSFUSE_RETURN_IF_ERROR(pieces_.let_follow(stream, leg));
+  const LandedLeg& landed = landed_[leg];
+  if (landed.item_count == 0) return {};
+  CopyLaunch launch = arguments(landed.first_item, landed.item_count, 1 + leg);
+  std::array<void*, 1> pointers = {&launch};
+  const uint32_t blocks = std::min(block_count(0, device_->multiprocessors()), landed.item_count);
+  return TRANSFUSE_CUDA(device_->driver(), cuLaunchKernel, device_->kernels().copy_and_sum, blocks,
+                        1, 1, kCopyThreads, 1, 1, 0, stream, pointers.data(), nullptr);
+}
+
+Result<void> PreparedCopies::clear_work(CUstream stream) const {
+  return TRANSFUSE_CUDA(device_->driver(), cuMemsetD8Async, work_.address(), 0, work_.size_bytes(),
+                        stream);
+}
+
+Result<void> PreparedCopies::fetch_sums(CUstream stream) const {
+  if (sum_count_ == 0) return {};
+  return TRANSFUSE_CUDA(device_->driver(), cuMemcpyAsync, host_sums_.address(), work_.address(),
+                        host_sums_.size_bytes(), stream);
+}
+
+CopyLaunch PreparedCopies::arguments(uint32_t first_item, uint32_t item_count,
+                                     size_t progress) const {
+  return {.runs = runs_.as<DeviceRun>(),
+          .items = items_.as<DeviceItem>() + first_item,
+          .bases = bases_.as<uint64_t>(),
+          .sums = work_.as<uint64_t>(),
+          .progress = reinterpret_cast<CopyProgress*>(work_.as<uint64_t>() + sum_count_) + progress,
+          .item_count = item_count};
+}
+
+Result<void> PreparedCopies::launch_items(const Launch& launch, uint32_t count, uint32_t blocks) {
+  const Driver& driver = device_->driver();
+  CopyLaunch copies = arguments(0, count, 0);
+  TRANSFUSE_ASSIGN_OR_RETURN(copies.ns_per_byte, pace_of(launch.gigabytes_per_second));
+  std::array<void*, 1> pointers = {&copies};
   const Device::Kernels& kernels = device_->kernels();
-  const bool any = stage_bytes_ > 0 || ns_per_byte > 0;
+  const bool any = stage_bytes_ > 0 || copies.ns_per_byte > 0;
   const CUfunction kernel = sum_count_ > 0 ? (any ? kernels.copy_any_and_sum : kernels.copy_and_sum)
                                            : (any ? kernels.copy_any : kernels.copy);
-  if (item_count > 0) {
-    TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(driver, cuLaunchKernel, kernel, blocks, 1, 1,
-                                             kCopyThreads, 1, 1, stage_bytes_, launch.stream,
-                                             pointers.data(), nullptr));
+  if (count > 0) {
+    TRANSFUSE_RETURN_IF_ERROR(
+        TRANSFUSE_CUDA(driver, cuLaunchKernel, kernel, std::min(blocks, count), 1, 1, kCopyThreads,
+                       1, 1, stage_bytes_, launch.stream, pointers.data(), nullptr));
   }
-  TRANSFUSE_RETURN_IF_ERROR(scaled_.launch(
+  return scaled_.launch(
       {.stream = launch.stream,
        .multiprocessors = launch.multiprocessors == 0
                               ? device_->multiprocessors()
                               : std::min(launch.multiprocessors, device_->multiprocessors()),
        .bases = bases_.as<uint64_t>(),
-       .sums = work_.as<uint64_t>()}));
-  if (sum_count_ == 0) return {};
-  return TRANSFUSE_CUDA(driver, cuMemcpyAsync, host_sums_.address(), work_.address(),
-                        host_sums_.size_bytes(), launch.stream);
-}
-
-Result<void> PreparedCopies::launch_engines(CUstream stream) {
-  const Driver& driver = device_->driver();
-  CUmemcpyAttributes attributes{};
-  attributes.srcAccessOrder = CU_MEMCPY_SRC_ACCESS_ORDER_STREAM;
-  size_t attribute_begin = 0;
-  TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(driver, cuEventRecord, begin_.get(), stream));
-  size_t first = 0;
-  for (size_t k = 0; k < kEngineStreams; ++k) {
-    const size_t count = (pieces_.size() + kEngineStreams - 1 - k) / kEngineStreams;
-    const CUstream own = engine_streams_[k].get();
-    TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(driver, cuStreamWaitEvent, own, begin_.get(), 0));
-    if (count > 0) {
-      TRANSFUSE_RETURN_IF_ERROR(
-          driver.check(driver.batch_copy(piece_targets_.data() + first,
-                                         piece_sources_.data() + first, piece_sizes_.data() + first,
-                                         count, &attributes, &attribute_begin, 1, own),
-                       "cuMemcpyBatchAsync"));
-    }
-    first += count;
-    TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(driver, cuEventRecord, ends_[k].get(), own));
-  }
-  return {};
+       .sums = work_.as<uint64_t>()});
 }
 
 std::span<const uint64_t> PreparedCopies::sums() const {

@@ -7,15 +7,18 @@
 #include <vector>
 
 #include "transfuse/result.h"
+#include "transport/cuda/copy_kernel.h"
 #include "transport/cuda/device.h"
 #include "transport/cuda/device_table.h"
+#include "transport/cuda/engine_pieces.h"
 #include "transport/cuda/scaled_copies.h"
 
 namespace transfuse::cuda {
 
 // Which engine moves a long plain run. The kernel reads another GPU at 0.945 of what the copy
-// engines reach, which need about 0.4 us a piece and have no fingerprint; within one GPU the kernel
-// is the faster one (docs/decisions/0003).
+// engines reach, which need about 0.4 us a piece; what they bring is summed where it has landed,
+// while the next pieces are on their way. Within one GPU the kernel is the faster one
+// (docs/decisions/0003).
 struct EngineChoice {
   bool copy_engines = false;                 // of a source on another GPU
   uint64_t piece_bytes = uint64_t{1} << 20;  // shorter ones are the kernel's
@@ -68,20 +71,26 @@ class PreparedCopies {
   uint64_t memory_bytes() const;                           // on the device
 
  private:
-  // A contiguous piece for a copy engine.
-  struct Piece {
-    uint64_t source_offset;
-    uint64_t target;
-    uint64_t size_bytes;
-    uint32_t source;
+  // The sums of what a leg of the copy engines brought: items that read the target.
+  struct LandedLeg {
+    uint32_t first_item = 0;
+    uint32_t item_count = 0;
   };
-  static constexpr int kEngineStreams = 4;
 
   PreparedCopies() = default;
+  // The table of what has landed, leg by leg.
+  Result<DeviceTable> landed_table(std::span<const StridedCopy> copies,
+                                   const DeviceTableOptions& options);
   Result<void> upload(const DeviceTable& table);
   Result<bool> captured(CUstream stream) const;
-  Result<void> launch_kernel(const Launch& launch, uint32_t item_count);
-  Result<void> launch_engines(CUstream stream);
+  Result<void> clear_work(CUstream stream) const;
+  Result<void> launch_beside_engines(const Launch& launch);
+  // The first `count` of the copies' items by at most `blocks`, and all that is scaled.
+  Result<void> launch_items(const Launch& launch, uint32_t count, uint32_t blocks);
+  Result<void> launch_sums(size_t leg, CUstream stream);
+  Result<void> fetch_sums(CUstream stream) const;
+  // Of launch number `progress` since the last clear_work().
+  CopyLaunch arguments(uint32_t first_item, uint32_t item_count, size_t progress) const;
 
   const Device* device_ = nullptr;
   uint64_t target_bytes_ = 0;
@@ -94,18 +103,15 @@ class PreparedCopies {
   Memory runs_;
   Memory items_;
   Memory bases_;
-  Memory work_;        // sums, then CopyProgress
+  Memory work_;        // sums, then a CopyProgress for the copies and one for each landed leg
   Memory host_sums_;   // pinned
   Memory host_bases_;  // pinned
   ScaledCopies scaled_;
   std::vector<CUdeviceptr> known_bases_;
-  std::vector<Piece> pieces_;  // longest first, dealt to the streams
-  std::vector<CUdeviceptr> piece_targets_;
-  std::vector<CUdeviceptr> piece_sources_;
-  std::vector<size_t> piece_sizes_;
-  Stream engine_streams_[kEngineStreams];
-  Event begin_;
-  Event ends_[kEngineStreams];
+  EnginePieces pieces_;
+  std::vector<LandedLeg> landed_;  // of each leg, where anything is summed
+  Stream sum_stream_;
+  Event summed_;
 };
 
 }  // namespace transfuse::cuda
