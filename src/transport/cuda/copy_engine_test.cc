@@ -402,5 +402,47 @@ TEST_F(OnGpu, ReadsMemoryOfAnotherGpu) {
   }
 }
 
+// What copy engines bring is summed where it has landed, while later legs are still on their way.
+TEST_F(OnGpu, CopyEnginesBringManyLegsWithTheSumsOfTheKernel) {
+  constexpr uint64_t kBytes = uint64_t{256} << 20;
+  Random random(11);
+  const std::vector<std::byte> bytes = random_bytes(random, kBytes);
+  const Memory source = memory(*device_, kBytes);
+  const Memory target = memory(*device_, kBytes);
+  send(source, bytes);
+  std::vector<StridedCopy> copies;
+  for (uint64_t at = 0; at < kBytes;) {
+    const uint64_t size = std::min(kBytes - at, (1 + random.below(12)) << 20);
+    copies.push_back({.source_offset_bytes = at,
+                      .target = target.as<std::byte>() + at,
+                      .linear_index = at / 2,
+                      .fingerprint_key = random.next(),
+                      .count = {1, 1, static_cast<uint32_t>(size / 2)},
+                      .op = ElementOp::kCopy2,
+                      .fingerprint = random.chance(0.8),
+                      .source_stride = {0, 0, 1},
+                      .target_stride = {0, 0, 1},
+                      .index_stride = {0, 0, 1}});
+    at += size;
+  }
+  const std::vector<uint32_t> sources(copies.size(), 0);
+  const std::array<CUdeviceptr, 1> bases = {source.address()};
+  std::vector<uint64_t> by_kernel;
+  for (const bool engines : {false, true}) {
+    auto prepared =
+        PreparedCopies::make(*device_, copies, sources, 1, {.engines = {.copy_engines = engines}});
+    ASSERT_TRUE(prepared.has_value());
+    EXPECT_EQ(prepared->engine_bytes(), engines ? kBytes : 0);
+    for (int again = 0; again < 3; ++again) {
+      ASSERT_TRUE(target.clear().has_value());
+      ASSERT_TRUE(prepared->launch(bases, {.stream = stream_.get()}).has_value());
+      EXPECT_TRUE(fetch(target) == bytes);
+      const std::vector<uint64_t> sums(prepared->sums().begin(), prepared->sums().end());
+      if (!engines) by_kernel = sums;
+      EXPECT_EQ(sums, by_kernel);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace transfuse::cuda

@@ -56,7 +56,9 @@ using cuda::Stream;
 // Tickets that are not the host transport's have this bit.
 constexpr uint64_t kDeviceBit = uint64_t{1} << 63;
 constexpr size_t kKeptTables = 64;  // of requests that come again every cycle
-constexpr int kQuickPolls = 200;
+// For so long after a request has begun nobody sleeps: 20 us become 100 in a virtual machine, and a
+// refit of 8 GB takes 20 ms.
+constexpr auto kQuickPolls = std::chrono::milliseconds(30);
 // One multiprocessor reads 8 GB/s of another GPU (H200): half of it leaves room for every pace.
 constexpr double kGigabytesPerMultiprocessor = 4.0;
 constexpr auto kPollPause = std::chrono::microseconds(20);
@@ -172,6 +174,10 @@ class CudaTransport final : public Transport, private CudaTickets {
   Result<TicketId> submit_staged(const ReadRequest& request) REQUIRES(mutex_);
   // Asks the device, or the staging thread, whether it has ended.
   void settle(Ticket& ticket) REQUIRES(mutex_);
+  Deadline quick_until() EXCLUDES(mutex_) {
+    const MutexLock lock(mutex_);
+    return Deadline(last_start_ + kQuickPolls);
+  }
 
   std::unique_ptr<Core> core_;
   std::unique_ptr<CudaRemoteRegion> own_;
@@ -181,6 +187,7 @@ class CudaTransport final : public Transport, private CudaTickets {
   std::vector<Ticket> tickets_ GUARDED_BY(mutex_);
   std::vector<std::unique_ptr<Prepared>> kept_ GUARDED_BY(mutex_);  // last used last
   uint64_t last_ticket_ GUARDED_BY(mutex_) = 0;
+  TimePoint last_start_ GUARDED_BY(mutex_){};
   uint64_t requests_ GUARDED_BY(mutex_) = 0;
   // Of the request that is being submitted.
   std::vector<const CudaRemoteRegion*> distinct_ GUARDED_BY(mutex_);
@@ -364,6 +371,7 @@ Result<void> CudaTransport::start(Ticket& ticket, const CopyLimits& limits) {
   if (ticket.done.get() == nullptr) {
     TRANSFUSE_ASSIGN_OR_RETURN(ticket.done, Event::create(*core_->device, EventKind::kOrder));
   }
+  last_start_ = std::chrono::steady_clock::now();
   TRANSFUSE_RETURN_IF_ERROR(ticket.prepared->copies.launch(
       bases_, {.stream = stream_.get(),
                .multiprocessors = multiprocessors_for(limits),
@@ -436,12 +444,13 @@ TicketState CudaTransport::poll(TicketId id) {
 
 bool CudaTransport::wait_any(std::span<const TicketId> tickets, Deadline deadline) {
   if (std::ranges::none_of(tickets, is_ours)) return core_->host->wait_any(tickets, deadline);
-  for (int polls = 0;; ++polls) {
+  const Deadline quick = quick_until();
+  while (true) {
     for (const TicketId id : tickets) {
       if (poll(id) != TicketState::kPending) return true;
     }
     if (deadline.passed()) return false;
-    if (polls < kQuickPolls) {
+    if (!quick.passed()) {
       std::this_thread::yield();
     } else {
       std::this_thread::sleep_for(kPollPause);

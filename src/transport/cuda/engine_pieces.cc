@@ -26,7 +26,7 @@ size_t leg_length(std::span<const EnginePiece> pieces) {
   if (left <= kLastLegBytes) return pieces.size();
   uint64_t taken = 0;
   size_t count = 0;
-  while (taken < left / 2) taken += pieces[count++].size_bytes;
+  while (taken < left / 4 * 3) taken += pieces[count++].size_bytes;
   return count;
 }
 

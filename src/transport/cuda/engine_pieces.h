@@ -24,8 +24,8 @@ struct EnginePiece {
 class EnginePieces {
  public:
   EnginePieces() = default;  // none
-  // With `legs`, each moves half of what is left until little is: looking at the last one takes no
-  // time. Without, all is one leg.
+  // With `legs`, each moves three quarters of what is left until little is: to look at one takes
+  // less time than the next one needs, and no time in the end. Without, all is one leg.
   static Result<EnginePieces> make(const Device& device, std::vector<EnginePiece> pieces,
                                    bool legs);
 
