@@ -97,7 +97,8 @@ class Bench {
       bool engines;
     };
     for (const Mode mode : {Mode{"kernel", false, false}, Mode{"kernel, fingerprints", true, false},
-                            Mode{"kernel and copy engines", false, true}}) {
+                            Mode{"kernel and copy engines", false, true},
+                            Mode{"both, fingerprints", true, true}}) {
       TRANSFUSE_ASSIGN_OR_RETURN(nlohmann::json found, measure(copies, placed, bases, into,
                                                                mode.fingerprint, mode.engines));
       found["ratio"] = found["gb_s"].get<double>() / ceiling;
