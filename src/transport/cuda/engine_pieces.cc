@@ -93,6 +93,10 @@ Result<void> EnginePieces::launch(size_t leg) {
   size_t attribute_begin = 0;
   const Leg& now = legs_[leg];
   size_t first = now.begin;
+  // The copy engines do not serve streams evenly: a leg would be complete when nearly all is.
+  if (leg > 0) {
+    for (const Stream& own : streams_) TRANSFUSE_RETURN_IF_ERROR(let_follow(own.get(), leg - 1));
+  }
   for (size_t k = 0; k < kStreams; ++k) {
     const CUstream own = streams_[k].get();
     if (now.count[k] > 0) {

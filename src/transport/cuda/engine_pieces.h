@@ -37,7 +37,7 @@ class EnginePieces {
   void set_bases(std::span<const CUdeviceptr> bases);
   // What is launched next comes after what `stream` was given before.
   Result<void> come_after(CUstream stream);
-  // Puts the leg on streams of its own and returns.
+  // Puts the leg on streams of its own, after the one before, and returns.
   Result<void> launch(size_t leg);
   // What `stream` is given next comes after that leg, which was launched, and those before.
   Result<void> let_follow(CUstream stream, size_t leg);
