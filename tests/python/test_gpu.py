@@ -604,7 +604,10 @@ def test_a_demo_runs_on_gpus(tmp_path, kind):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["settings"]["device"] == "cuda"
-    steps = report["steps"] if kind else report["live"]["steps"]
+    run = report if kind else report["live"]
+    expected = "nccl" if torch.cuda.device_count() >= live_training.RANKS else "gloo"
+    assert run["collectives"] == expected
+    steps = run["steps"]
     routes = {route for row in steps for route in (row.get("refit") or row).get("routes", [])}
     assert routes
     assert not routes & {"memfd", "process_vm_readv"}
