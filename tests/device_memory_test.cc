@@ -11,10 +11,12 @@
 #include <vector>
 
 #include "plan/copies.h"
+#include "transfuse/copy.h"
 #include "transfuse/layout.h"
 #include "transfuse/memory_need.h"
 #include "transfuse/model.h"
 #include "transfuse/plan.h"
+#include "transfuse/region.h"
 #include "transport/cuda/device_table.h"
 
 namespace transfuse {
