@@ -314,11 +314,11 @@ def train_and_follow(job: str, folder: Path, backend: str, places: Sequence[str]
 
 def judge(found: dict[str, Any], backend: str) -> None:
     """All ranks had the same versions, rising, each of them bit for bit; the model learned."""
-    assert found["groups"] == [backend] * RANKS
-    assert found["wrong"] == [[]] * RANKS
+    assert found["groups"] == [backend] * RANKS, found["groups"]
+    assert not any(found["wrong"]), found["wrong"]
     ours, theirs = ([v for round_ in found["versions"] for v in round_[rank]] for rank in (0, 1))
-    assert ours == theirs
-    assert ours == sorted(set(ours))
+    assert ours == theirs, "the ranks of a group"
+    assert ours == sorted(set(ours)), ours
     assert all(round_[0] for round_ in found["versions"]), "a new version in every round"
     assert len(set(found["losses"])) == len(found["losses"]), "weights that change with each step"
 
