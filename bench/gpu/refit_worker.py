@@ -219,7 +219,7 @@ class Worker:
             synchronize(target)
             rates.append(size_bytes / (time.perf_counter() - start) / 1e9)
         del from_here, to_here
-        if "cpu" not in (source, target):
+        if {source, target} != {"cpu"}:
             torch.cuda.empty_cache()
         return rates[1:]
 

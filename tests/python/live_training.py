@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Embedding, Linear, Module, ModuleList, RMSNorm
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention, silu
 from transfuse import fsdp2, torch_optimizer
+from transfuse.demo.devices import BACKENDS
 
 RANKS = 2
 GROUP = "engine0"
@@ -117,16 +118,14 @@ class Trainer:
     def __init__(self, options: dict[str, Any]) -> None:
         self._rank, self._folder = options["rank"], options["folder"]
         self._place = torch.device(options["place"])
-        on_gpu = self._place.type == "cuda"
-        if on_gpu:
+        if self._place.type == "cuda":
             torch.cuda.set_device(self._place)
         dist.init_process_group(
-            options["backend"],
+            BACKENDS[self._place.type, options["collectives"]],
             init_method=f"file://{self._folder}/rendezvous",
             rank=self._rank,
             world_size=RANKS,
             timeout=datetime.timedelta(seconds=WAIT_S),
-            device_id=self._place if on_gpu else None,
         )
         torch.manual_seed(5)
         self._model = Decoder().to(self._place)
@@ -161,8 +160,8 @@ class Trainer:
         return {"version": self._attached.version, "losses": losses}
 
     def group(self) -> str:
-        """What carries its collectives."""
-        return dist.get_backend()
+        """What carries the collectives of its weights."""
+        return dist.group.WORLD._get_backend(self._place).name()
 
     def leave(self) -> None:
         """The job, and the group of the trainers."""
@@ -253,7 +252,7 @@ class EngineRank:
 
 @contextlib.contextmanager
 def processes(
-    job: str, folder: Path, backend: str, places: Sequence[str]
+    job: str, folder: Path, collectives: str, places: Sequence[str]
 ) -> Iterator[tuple[list[Commanded], list[Commanded]]]:
     """Trainers and engine, rank by rank at these places; all are gone afterwards."""
     sides: tuple[list[Commanded], list[Commanded]] = ([], [])
@@ -265,7 +264,7 @@ def processes(
                     "kind": kind,
                     "rank": rank,
                     "place": place,
-                    "backend": backend,
+                    "collectives": collectives,
                     "job": job,
                     "folder": str(folder),
                 }
@@ -286,9 +285,11 @@ def each(side: Sequence[Commanded], do: str = "", **arguments: object) -> list[A
     return [process.said() for process in side]
 
 
-def train_and_follow(job: str, folder: Path, backend: str, places: Sequence[str]) -> dict[str, Any]:
+def train_and_follow(
+    job: str, folder: Path, collectives: str, places: Sequence[str]
+) -> dict[str, Any]:
     """Trains in rounds of either retention while the engine follows; what it saw, and was."""
-    with processes(job, folder, backend, places) as (trainers, engine):
+    with processes(job, folder, collectives, places) as (trainers, engine):
         last = each(trainers, "begin")[0]
         versions = [each(engine, "follow", until=last)]
         losses: list[float] = []
@@ -312,9 +313,9 @@ def train_and_follow(job: str, folder: Path, backend: str, places: Sequence[str]
     return found
 
 
-def judge(found: dict[str, Any], backend: str) -> None:
+def judge(found: dict[str, Any], collectives: str) -> None:
     """All ranks had the same versions, rising, each of them bit for bit; the model learned."""
-    assert found["groups"] == [backend] * RANKS, found["groups"]
+    assert found["groups"] == [collectives] * RANKS, found["groups"]
     assert not any(found["wrong"]), found["wrong"]
     ours, theirs = ([v for round_ in found["versions"] for v in round_[rank]] for rank in (0, 1))
     assert ours == theirs, "the ranks of a group"
