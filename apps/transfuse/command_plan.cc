@@ -3,13 +3,13 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <array>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <fstream>
 #include <ios>
+#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <ratio>
@@ -21,10 +21,12 @@
 #include "read_file.h"
 #include "transfuse/checkpoint.h"
 #include "transfuse/layout.h"
+#include "transfuse/memory_need.h"
 #include "transfuse/model.h"
 #include "transfuse/plan.h"
 #include "transfuse/publisher.h"
 #include "transfuse/receiver.h"
+#include "transfuse/region.h"
 #include "transfuse/result.h"
 
 namespace transfuse {
@@ -39,6 +41,8 @@ struct Arguments {
   std::string to;
   std::string svg;
   double chunk_mib = 1;
+  MemoryPlace sources = MemoryPlace::kHost;
+  MemoryPlace targets = MemoryPlace::kHost;
   bool json = false;
 };
 
@@ -124,60 +128,95 @@ int report_findings(const Side& sources, const Side& targets, bool json) {
   return kExitNo;
 }
 
-// What one rank needs beside its weights, by the choices that it has.
+// What one rank needs beside its weights, for each of the choices that it has.
 struct RankMemory {
   std::string name;
-  std::vector<uint64_t> size_bytes;  // one for each of the choices
+  std::vector<MemoryNeed> needs;
 };
-constexpr std::array kSourceChoices = {"in_place", "snapshot_1", "snapshot_2"};
-constexpr std::array kTargetChoices = {"in_place", "shadow"};
-
+struct SideMemory {
+  MemoryPlace weights = MemoryPlace::kHost;
+  std::vector<std::string> choices;
+  std::vector<RankMemory> ranks;
+};
 struct Memory {
-  std::vector<RankMemory> sources;
-  std::vector<RankMemory> targets;
+  SideMemory sources;
+  SideMemory targets;
 };
 
-// Sources keep fingerprints for every target, per slot; targets keep none.
-Memory memory_of(const Side& sources, const Side& targets, const std::vector<TimedPlan>& plans) {
-  Memory memory;
-  for (size_t s = 0; s < sources.layouts.size(); ++s) {
-    RankMemory& rank = memory.sources.emplace_back(RankMemory{sources.names[s], {}});
-    for (uint32_t slots = 0; slots < kSourceChoices.size(); ++slots) {
-      uint64_t size_bytes = slots == 0 ? 0 : snapshot_bytes(sources.layouts[s], slots);
-      for (const TimedPlan& timed : plans) {
-        size_bytes += fingerprint_table_bytes(timed.plan, sources.layouts[s], slots);
-      }
-      rank.size_bytes.push_back(size_bytes);
-    }
+SideMemory memory_of_sources(const Side& side, const std::vector<TimedPlan>& plans,
+                             MemoryPlace weights) {
+  struct Named {
+    const char* name;
+    SourceChoice choice;
+  };
+  constexpr auto kHost = SnapshotPlace::kHost;
+  std::vector<Named> choices = {{"in_place", {.weights = weights}},
+                                {"snapshot_1", {.weights = weights, .snapshot_slots = 1}},
+                                {"snapshot_2", {.weights = weights, .snapshot_slots = 2}}};
+  if (weights == MemoryPlace::kDevice) {
+    choices.push_back(
+        {"host_1", {.weights = weights, .snapshot_slots = 1, .snapshot_place = kHost}});
+    choices.push_back(
+        {"host_2", {.weights = weights, .snapshot_slots = 2, .snapshot_place = kHost}});
   }
-  for (size_t t = 0; t < targets.layouts.size(); ++t) {
-    memory.targets.push_back({targets.names[t], {0, shadow_bytes(targets.layouts[t])}});
+  std::vector<const Plan*> served;
+  for (const TimedPlan& timed : plans) served.push_back(&timed.plan);
+  SideMemory memory{.weights = weights, .choices = {}, .ranks = {}};
+  for (const Named& named : choices) memory.choices.emplace_back(named.name);
+  for (size_t rank = 0; rank < side.layouts.size(); ++rank) {
+    RankMemory& found = memory.ranks.emplace_back(RankMemory{side.names[rank], {}});
+    for (const Named& named : choices) {
+      found.needs.push_back(memory_of_source(side.layouts[rank], served, named.choice));
+    }
   }
   return memory;
 }
 
-template <size_t kCount>
-void print_memory(const std::array<const char*, kCount>& choices,
-                  const std::vector<RankMemory>& ranks) {
-  std::printf("%-26s", "MiB beside the weights");
-  for (const char* choice : choices) std::printf(" %11s", choice);
-  for (const RankMemory& rank : ranks) {
+SideMemory memory_of_targets(const Side& side, const std::vector<TimedPlan>& plans,
+                             const Arguments& arguments) {
+  SideMemory memory{.weights = arguments.targets,
+                    .choices = {"in_place", "shadow", "keep_previous"},
+                    .ranks = {}};
+  TargetChoice choice{.weights = arguments.targets, .sources = arguments.sources};
+  for (size_t rank = 0; rank < side.layouts.size(); ++rank) {
+    RankMemory& found = memory.ranks.emplace_back(RankMemory{side.names[rank], {}});
+    for (const std::string& name : memory.choices) {
+      choice.into = name == "in_place" ? ReceiveInto::kInPlace : ReceiveInto::kShadow;
+      choice.keep_previous = name == "keep_previous";
+      found.needs.push_back(memory_of_target(plans[rank].plan, choice));
+    }
+  }
+  return memory;
+}
+
+void print_memory(const SideMemory& side, const char* title, uint64_t MemoryNeed::* where) {
+  std::printf("%-26s", title);
+  for (const std::string& choice : side.choices) std::printf(" %13s", choice.c_str());
+  for (const RankMemory& rank : side.ranks) {
     std::printf("\n%-26s", rank.name.c_str());
-    for (const uint64_t size_bytes : rank.size_bytes) {
-      std::printf(" %11.2f", static_cast<double>(size_bytes) / (1 << 20));
+    for (const MemoryNeed& need : rank.needs) {
+      std::printf(" %13.2f", static_cast<double>(need.*where) / (1 << 20));
     }
   }
   std::printf("\n\n");
 }
 
-template <size_t kCount>
-nlohmann::ordered_json memory_json(const std::array<const char*, kCount>& choices,
-                                   const std::vector<RankMemory>& ranks) {
+void print_memory(const SideMemory& side) {
+  if (side.weights == MemoryPlace::kDevice) {
+    print_memory(side, "GPU MiB beside the weights", &MemoryNeed::device_bytes);
+    print_memory(side, "host MiB", &MemoryNeed::host_bytes);
+  } else {
+    print_memory(side, "MiB beside the weights", &MemoryNeed::host_bytes);
+  }
+}
+
+nlohmann::ordered_json memory_json(const SideMemory& side) {
   auto list = nlohmann::ordered_json::array();
-  for (const RankMemory& rank : ranks) {
+  for (const RankMemory& rank : side.ranks) {
     auto& entry = list.emplace_back(nlohmann::ordered_json{{"name", rank.name}});
-    for (size_t i = 0; i < kCount; ++i) {
-      entry[std::string(choices[i]) + "_bytes"] = rank.size_bytes[i];
+    for (size_t i = 0; i < side.choices.size(); ++i) {
+      entry[side.choices[i]] = {{"device_bytes", rank.needs[i].device_bytes},
+                                {"host_bytes", rank.needs[i].host_bytes}};
     }
   }
   return list;
@@ -198,8 +237,8 @@ void print_text(const Arguments& arguments, const ModelConfig& config, const Sid
                 plans[t].compile_ms);
   }
   std::printf("\n");
-  print_memory(kSourceChoices, memory.sources);
-  print_memory(kTargetChoices, memory.targets);
+  print_memory(memory.sources);
+  print_memory(memory.targets);
   std::printf("%s", explanation.to_text().c_str());
   if (!arguments.svg.empty()) std::printf("picture: %s\n", arguments.svg.c_str());
 }
@@ -222,8 +261,8 @@ void print_json(const Arguments& arguments, const ModelConfig& config, const Sid
                              {"memory_bytes", plan.memory_bytes()},
                              {"compile_ms", plans[t].compile_ms}});
   }
-  body["memory"] = {{"sources", memory_json(kSourceChoices, memory.sources)},
-                    {"targets", memory_json(kTargetChoices, memory.targets)}};
+  body["memory"] = {{"sources", memory_json(memory.sources)},
+                    {"targets", memory_json(memory.targets)}};
   body["traffic"] = nlohmann::ordered_json::parse(explanation.to_json());
   std::printf("%s\n", body.dump(2).c_str());
 }
@@ -235,6 +274,7 @@ Result<int> run_plan(const Arguments& arguments) {
   TRANSFUSE_ASSIGN_OR_RETURN(const Side targets, make_side(config, arguments.to));
   PlanOptions options;
   options.chunk_bytes = static_cast<uint64_t>(arguments.chunk_mib * (1 << 20));
+  options = plan_options_for(arguments.targets, options);
   const auto plans = compile_all(sources, targets, options);
   if (!plans && plans.error().code == ErrorCode::kLayoutMismatch) {
     return report_findings(sources, targets, arguments.json);
@@ -253,7 +293,8 @@ Result<int> run_plan(const Arguments& arguments) {
   if (!arguments.svg.empty()) {
     TRANSFUSE_RETURN_IF_ERROR(write_file(arguments.svg, explanation.to_svg()));
   }
-  const Memory memory = memory_of(sources, targets, *plans);
+  const Memory memory{.sources = memory_of_sources(sources, *plans, arguments.sources),
+                      .targets = memory_of_targets(targets, *plans, arguments)};
   if (arguments.json) {
     print_json(arguments, config, targets, *plans, memory, explanation);
   } else {
@@ -273,9 +314,21 @@ void add_plan_command(CLI::App& app, CommandContext& context) {
       ->check(CLI::ExistingFile);
   command->add_option("--from", arguments->from, "The sources, e.g. fsdp:dp=4 or hf")->required();
   command->add_option("--to", arguments->to, "The targets, e.g. vllm:tp=2")->required();
-  command->add_option("--chunk-mib", arguments->chunk_mib, "Target bytes of a chunk")
+  command
+      ->add_option("--chunk-mib", arguments->chunk_mib,
+                   "Target bytes of a chunk (targets on GPUs: at least 64 MiB)")
       ->check(CLI::Range(0.001, 1e6))
       ->capture_default_str();
+  const std::map<std::string, MemoryPlace> places = {{"cpu", MemoryPlace::kHost},
+                                                     {"cuda", MemoryPlace::kDevice}};
+  const auto place = [&](const char* name, MemoryPlace& where, const char* help) {
+    return command->add_option(name, where, help)
+        ->transform(CLI::CheckedTransformer(places))
+        ->type_name("cpu|cuda")
+        ->default_str("cpu");
+  };
+  place("--source-device", arguments->sources, "Where the weights of the sources lie");
+  place("--target-device", arguments->targets, "Where the weights of the targets lie");
   command->add_option("--svg", arguments->svg, "Write a picture to this file");
   command->add_flag("--json", arguments->json, "JSON to stdout");
   command->footer(
@@ -284,6 +337,8 @@ void add_plan_command(CLI::App& app, CommandContext& context) {
 Examples:
   transfuse plan --config config.json --from fsdp:dp=4 --to vllm:tp=2
   transfuse plan --config config.json --from fsdp:dp=8,dtype=f32 --to vllm:tp=4 --svg plan.svg
+  transfuse plan --config config.json --from fsdp:dp=2 --to vllm:tp=2 --source-device cuda \\
+      --target-device cuda
   transfuse plan --config config.json --from hf --to fsdp:dp=2,tp=2 --json)");
   command->callback([&context, arguments] {
     context.run = [arguments] {

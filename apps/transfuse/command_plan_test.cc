@@ -70,20 +70,26 @@ TEST_F(PlanCommand, MemoryOfEveryChoiceIsSaidForEveryRank) {
   const auto memory = nlohmann::json::parse(output_)["memory"];
   ASSERT_EQ(memory["sources"].size(), 2u);
   ASSERT_EQ(memory["targets"].size(), 2u);
+  const auto host = [](const nlohmann::json& rank, const char* choice) {
+    EXPECT_EQ(rank[choice]["device_bytes"].get<uint64_t>(), 0u);
+    return rank[choice]["host_bytes"].get<uint64_t>();
+  };
   uint64_t snapshots = 0;
   for (const auto& source : memory["sources"]) {
-    const auto in_place = source["in_place_bytes"].get<uint64_t>();
-    const auto one = source["snapshot_1_bytes"].get<uint64_t>();
-    const auto two = source["snapshot_2_bytes"].get<uint64_t>();
+    const uint64_t in_place = host(source, "in_place");
+    const uint64_t one = host(source, "snapshot_1");
+    const uint64_t two = host(source, "snapshot_2");
     EXPECT_GT(in_place, 0u);  // fingerprints
     EXPECT_GT(one, uint64_t{100} << 20);
     EXPECT_EQ(two - one, one - in_place);
+    EXPECT_FALSE(source.contains("host_1")) << "that is where they are";
     snapshots += one - 2 * in_place;
   }
   uint64_t shadows = 0;
   for (const auto& target : memory["targets"]) {
-    EXPECT_EQ(target["in_place_bytes"].get<uint64_t>(), 0u);
-    shadows += target["shadow_bytes"].get<uint64_t>();
+    EXPECT_EQ(host(target, "in_place"), 0u);
+    EXPECT_EQ(host(target, "keep_previous"), host(target, "shadow"));
+    shadows += host(target, "shadow");
   }
   // Both sides hold the model once, in bf16; the engine has its norms twice.
   EXPECT_NEAR(static_cast<double>(snapshots), static_cast<double>(shadows), 1e6);
@@ -92,6 +98,51 @@ TEST_F(PlanCommand, MemoryOfEveryChoiceIsSaidForEveryRank) {
   for (const char* word : {"MiB beside the weights", "snapshot_2", "shadow", "fsdp.1"}) {
     EXPECT_NE(output_.find(word), std::string::npos) << word << "\n" << output_;
   }
+  EXPECT_EQ(output_.find("GPU"), std::string::npos) << output_;
+}
+
+TEST_F(PlanCommand, MemoryOfGpusIsSaidApartFromThatOfTheHost) {
+  const std::string both = "--source-device cuda --target-device cuda";
+  ASSERT_EQ(plan("--from fsdp:dp=2 --to vllm:tp=2 --json " + both), 0) << output_;
+  const auto memory = nlohmann::json::parse(output_)["memory"];
+  constexpr uint64_t kWeights = uint64_t{700} << 20;  // about what a rank holds of four layers
+  constexpr uint64_t kSmall = uint64_t{16} << 20;
+  constexpr uint64_t kStaging = uint64_t{64} << 20;
+  const auto expect = [](const nlohmann::json& need, uint64_t device, uint64_t host) {
+    const auto on_device = need["device_bytes"].get<uint64_t>();
+    const auto in_host = need["host_bytes"].get<uint64_t>();
+    EXPECT_GE(on_device, device);
+    EXPECT_LT(on_device, device + device / 4 + kSmall);
+    EXPECT_GE(in_host, host);
+    EXPECT_LT(in_host, host + host / 4 + kSmall);
+  };
+  for (const auto& source : memory["sources"]) {
+    expect(source["in_place"], 0, 0);
+    expect(source["snapshot_1"], kWeights, 0);
+    expect(source["snapshot_2"], 2 * kWeights, 0);
+    expect(source["host_1"], 0, kWeights + kStaging);
+    expect(source["host_2"], 0, 2 * kWeights + kStaging);
+  }
+  for (const auto& target : memory["targets"]) {
+    expect(target["in_place"], 0, 0);
+    expect(target["shadow"], kWeights, 0);
+    expect(target["keep_previous"], 2 * kWeights, 0);  // 1 GiB is held at most
+  }
+  ASSERT_EQ(plan("--from fsdp:dp=2 --to vllm:tp=2 " + both), 0) << output_;
+  for (const char* word : {"GPU MiB beside the weights", "host MiB", "host_2"}) {
+    EXPECT_NE(output_.find(word), std::string::npos) << word << "\n" << output_;
+  }
+}
+
+TEST_F(PlanCommand, AReaderAcrossHostAndGpuPinsItsStagingBuffers) {
+  for (const char* places : {"--source-device cuda", "--target-device cuda"}) {
+    ASSERT_EQ(plan(std::string("--from hf --to hf --json ") + places), 0) << output_;
+    const auto need = nlohmann::json::parse(output_)["memory"]["targets"][0]["in_place"];
+    EXPECT_EQ(need["host_bytes"].get<uint64_t>(), uint64_t{64} << 20);
+    EXPECT_EQ(need["device_bytes"].get<uint64_t>(), 0u);
+  }
+  EXPECT_NE(plan("--from hf --to hf --source-device tpu"), 0) << output_;
+  EXPECT_NE(output_.find("--source-device"), std::string::npos) << output_;
 }
 
 TEST_F(PlanCommand, AnEngineMayBeSglang) {

@@ -4,8 +4,9 @@
     PYTHONPATH=build/dev/python python bench/gpu/refit.py [--model 4b] [--json FILE]
 
 With two GPUs sources lie on the first and targets on the second, then all on the first; with one,
-only that. Beside them, in the same run: the copy engine on one piece, CUDA IPC with copy_ for each
-tensor, NCCL broadcasts for each tensor and packed. Needs torch and the package, nothing else.
+only that. Then a part of Qwen3-4B between the host and a GPU. Beside them, in the same run: copies
+of one piece, CUDA IPC with copy_ for each tensor, NCCL broadcasts for each tensor and packed. Needs
+torch and the package, nothing else.
 """
 
 from __future__ import annotations
@@ -74,6 +75,9 @@ PAIRS = (
 )
 CAST = ("fsdp:dp=2,dtype=f32", "vllm:tp=2")
 ONE_PIECE_BYTES = 4 << 30
+HOST_PIECE_BYTES = 1 << 30  # beside refits between the host and a GPU
+HOST_LAYERS = 6  # of the model in these: 2 GB of Qwen3-4B, since filling the host takes seconds
+HOST_REPETITIONS = 3
 ANSWER_S = 120.0
 SMALL_CYCLES = 1000
 
@@ -167,6 +171,7 @@ class Route(NamedTuple):
     name: str
     source: str
     target: str
+    arena: bool = False  # the sources' memory in the host is mapped by readers
 
 
 class Bench:
@@ -178,6 +183,7 @@ class Bench:
         self._config = json.dumps(MODELS[model])
         self._sources, self._targets = crew[:2], crew[2:]
         self._version = 0
+        self._repetitions: int = options.repetitions
         self._goal = "T5"  # or T6, within one GPU
         self.figures: list[dict[str, Any]] = []
         self.failures: list[str] = []
@@ -231,10 +237,75 @@ class Bench:
             self._config = config
             together([*self._sources, *self._targets], "free")
 
+    def host(self, gpu: str) -> None:
+        """Between the host and a GPU, beside copies of one piece; then snapshots in the host."""
+        self._goal = "host"
+        self._repetitions = min(HOST_REPETITIONS, self._repetitions)
+        config = json.loads(self._config)
+        config["num_hidden_layers"] = min(HOST_LAYERS, config["num_hidden_layers"])
+        whole, self._config = self._config, json.dumps(config)
+        name = f"{self._model}, {config['num_hidden_layers']} layers"
+        where = "host" if gpu == "cpu" else "GPU"  # without one the same is done within the host
+        routes = (
+            Route(f"{where} to host", gpu, "cpu"),
+            Route(f"mapped host to {where}", "cpu", gpu, arena=True),
+            Route(f"other host to {where}", "cpu", gpu),
+        )
+        ceilings = {route[1:3]: self._host_ceiling(route) for route in routes[:2]}
+        for route in routes:
+            workload = f"{name}, {route.name}"
+            try:
+                self._pair(workload, *self._open(MATCHED, route), ceilings[route[1:3]])
+            except Failed as error:
+                self._failed(workload, error)
+            together([*self._sources, *self._targets], "free")
+        try:
+            self._host_snapshots(f"{name}, snapshots in the host", gpu, ceilings[gpu, "cpu"])
+        except Failed as error:
+            self._failed("snapshots in the host", error)
+        together([*self._sources, *self._targets], "free")
+        self._config, self._repetitions = whole, self._options.repetitions
+
+    def _host_ceiling(self, route: Route) -> float:
+        size = HOST_PIECE_BYTES if self._model != "tiny" else 64 << 20
+        medians = {}
+        for pinned, what in ((False, "pageable"), (True, "pinned")):
+            rates: list[float] = self._targets[0].do(
+                "copy_rate", route.source, route.target, size, self._repetitions, pinned=pinned
+            )
+            what = f"one cudaMemcpyAsync, {what} memory"
+            self._add(self._goal, route.name, what, "GB/s", rates, bytes=size)
+            medians[pinned] = statistics.median(rates)
+        return medians[True]
+
+    def _host_snapshots(self, workload: str, gpu: str, ceiling: float) -> None:
+        """Weights on a GPU that are kept in the host, and read from there into the GPU."""
+        sources, targets = self._open(MATCHED, Route("", gpu, gpu))
+        sources[0].do("open_publisher", 1, "snapshot", 1, "host")
+        targets[0].do("open_receiver", fingerprints=False)
+        published, refits = [], []
+        for _ in range(self._repetitions + 1):
+            self._version += 1
+            published.append(sources[0].do("publish", self._version))
+            refits.append(targets[0].do("refit", self._version))
+        size = refits[0]["bytes"]
+        self._add(self._goal, workload, "publish", "ms", [p["publish"] for p in published[1:]])
+        rates = [size / p["copy"] / 1e6 for p in published[1:]]
+        self._add(self._goal, workload, "publish, copy", "GB/s", rates, bytes=size)
+        self._add(self._goal, workload, "publish, copy / copy engine", "ratio",
+                  [rate / ceiling for rate in rates])  # fmt: skip
+        wrong = sum(self._wrong(sources, targets))
+        if wrong:
+            raise Failed("AssertionError", f"{wrong} tiles hold other values", "")
+        self._phases(
+            workload, "warm refit without fingerprints", [[r] for r in refits[1:]], ceiling
+        )
+        together([*sources, *targets], "close")
+
     def _ceiling(self, route: Route) -> float:
         size = ONE_PIECE_BYTES if self._model != "tiny" else 64 << 20
         rates: list[float] = self._targets[0].do(
-            "copy_rate", route.source, route.target, size, self._options.repetitions
+            "copy_rate", route.source, route.target, size, self._repetitions
         )
         self._add(self._goal, route.name, "copy engine, one piece", "GB/s", rates, bytes=size)
         return statistics.median(rates)
@@ -253,7 +324,8 @@ class Bench:
             )
             for rank, process in enumerate(side)
         ]
-        each(commands, flat=self._options.flat)
+        gpu = next((place for place in (route.source, route.target) if place != "cpu"), None)
+        each(commands, flat=self._options.flat, device=gpu, arena=route.arena)
         together(sources, "fill", 1)
         return sources, targets
 
@@ -271,7 +343,7 @@ class Bench:
             self._add(self._goal, workload, _named("open a receiver", fingerprints), "ms", opened)
             first = self._cycle(sources, targets)
             self._phases(workload, _named("first refit", fingerprints), [first], ceiling)
-            warm = [self._cycle(sources, targets) for _ in range(self._options.repetitions)]
+            warm = [self._cycle(sources, targets) for _ in range(self._repetitions)]
             rates[fingerprints] = self._phases(
                 workload, _named("warm refit", fingerprints), warm, ceiling
             )
@@ -328,7 +400,7 @@ class Bench:
         """What a user would pick instead, on the same parameters."""
         if route.source == "cpu":
             return
-        count = 2 if self._model == "30b" else self._options.repetitions
+        count = 2 if self._model == "30b" else self._repetitions
         size = target.do("allocate", self._config, "hf", 0, route.target,
                          flat=self._options.flat)["bytes"]  # fmt: skip
         handles = source.do("lend")
@@ -351,12 +423,12 @@ class Bench:
     def _modes(self, workload: str, route: Route, source: Process, target: Process) -> None:
         """Snapshots, shadows beside a device copy of as many bytes, and a product beside."""
         size = ONE_PIECE_BYTES if self._model != "tiny" else 64 << 20
-        copied = target.do("copy_rate", route.target, route.target, size, self._options.repetitions)
+        copied = target.do("copy_rate", route.target, route.target, size, self._repetitions)
         self._add("T14", workload, "device copy, one piece", "GB/s", copied)
         try:
             source.do("open_publisher", 1, "snapshot", 1)
             times = []
-            for _ in range(self._options.repetitions + 1):
+            for _ in range(self._repetitions + 1):
                 self._version += 1
                 times.append(source.do("publish", self._version)["copy"])
             self._add("T14", workload, "snapshot, copy", "ms", times[1:])
@@ -366,9 +438,7 @@ class Bench:
         source.do("open_publisher", 1)
         try:
             target.do("open_receiver", fingerprints=False, shadow=True)
-            cycles = [
-                self._cycle([source], [target])[0] for _ in range(self._options.repetitions + 1)
-            ]
+            cycles = [self._cycle([source], [target])[0] for _ in range(self._repetitions + 1)]
             times = [cycle["commit"] for cycle in cycles[1:]]
             self._add("T14", workload, "shadow, commit", "ms", times)
             rates = [cycles[0]["bytes"] / ms / 1e6 for ms in times]
@@ -455,7 +525,9 @@ def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str
             routes = routes_of(options)
             for route in routes:
                 bench.run(route)
-            if number == 0:
+            if options.route in ("all", "host") and model != "30b":
+                bench.host("cuda:0" if torch.cuda.is_available() else "cpu")
+            if number == 0 and routes:
                 bench.small(routes[0])
         except Failed as error:  # a worker that is gone; what was found until then is kept
             bench.failures.append(f"{model}: {error}")
@@ -480,7 +552,8 @@ def main() -> int:
     """Measures; exit code 1 if anything could not be measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", choices=[*MODELS, "all"], default="all")
-    parser.add_argument("--route", choices=("all", "one", "two"), default="all", help="GPUs")
+    parser.add_argument("--route", choices=("all", "one", "two", "host"), default="all",
+                        help="GPUs; host: between it and one of them")  # fmt: skip
     parser.add_argument("--repetitions", type=int, default=7, help="warm refits of each kind")
     parser.add_argument("--small-cycles", type=int, default=SMALL_CYCLES)
     parser.add_argument("--flat", action="store_true", help="one buffer for each dtype")

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing  # how tensors of a GPU are pickled: by CUDA IPC
 import transfuse
+from transfuse.arena import aligned
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 ALIGNMENT_BYTES = 512  # of parameters in one buffer, as torch's allocator has it
@@ -45,6 +46,8 @@ class Worker:
         self._name = name
         self._job = job
         self._place = "cpu"
+        self._device: str | None = None
+        self._mapped = False  # the parameters lie in memory of the host that readers map
         self._layout: transfuse.Layout | None = None
         self._parameters: dict[str, torch.Tensor] = {}
         self._publisher: transfuse.Publisher | None = None
@@ -52,15 +55,31 @@ class Worker:
         self._borrowed: list[torch.Tensor] = []
 
     def allocate(
-        self, config: str, spec: str, rank: int, place: str, *, flat: bool
+        self,
+        config: str,
+        spec: str,
+        rank: int,
+        place: str,
+        *,
+        flat: bool,
+        device: str | None = None,
+        arena: bool = False,
     ) -> dict[str, int]:
-        """The parameters of a rank: a tensor each, or views of one buffer for each dtype."""
+        """The parameters of a rank: a tensor each, or views of one buffer for each dtype.
+
+        `device` is what a receiver in the host takes from; `arena`: the host's lie in memory that
+        readers map.
+        """
         self.free()
+        self._device = device
+        self._mapped = arena and place == "cpu"
         parsed = transfuse.parse_model_config(config)
         self._layout = transfuse.make_layout(parsed, transfuse.parse_parallel_spec(spec), rank)
         self._place = place
         specs = self._layout.parameters
-        if flat:
+        if self._mapped:
+            self._parameters = self._in_an_arena()
+        elif flat:
             self._parameters = self._views()
         else:
             self._parameters = {
@@ -94,11 +113,15 @@ class Worker:
         """How many tiles do not hold the values of this seed."""
         wrong = torch.zeros((), dtype=torch.int64, device=self._place)
         for place, part in self._tiles(seed):
-            wrong += (place != part.to(place.dtype)).any()
+            wrong += (place != part.to(place.device, place.dtype)).any()
         return int(wrong)
 
     def open_publisher(
-        self, source_count: int, retention: str = "in_place", slots: int = 0
+        self,
+        source_count: int,
+        retention: str = "in_place",
+        slots: int = 0,
+        snapshot_place: str = "with_weights",
     ) -> float:
         """Milliseconds."""
         start = time.perf_counter()
@@ -109,7 +132,9 @@ class Worker:
             source_count=source_count,
             retention=retention,
             snapshot_slots=slots or None,
+            snapshot_place=snapshot_place,
             job=self._job,
+            allow_any_tracer=None if self._mapped else True,
         )
         return (time.perf_counter() - start) * 1e3
 
@@ -131,6 +156,7 @@ class Worker:
             verify=transfuse.Verify.FULL if fingerprints else transfuse.Verify.OFF,
             into="shadow" if shadow else "in_place",
             job=self._job,
+            device=self._device,
         )
         return (time.perf_counter() - start) * 1e3
 
@@ -168,21 +194,32 @@ class Worker:
                 found[f"gpu{device}_bytes"] = total - free
         return found
 
-    def copy_rate(self, source: str, target: str, size_bytes: int, repetitions: int) -> list[float]:
-        """GB/s of torch's copy of one buffer: the copy engine, or memcpy."""
-        from_here = torch.ones(size_bytes, dtype=torch.uint8, device=source)
-        to_here = torch.zeros(size_bytes, dtype=torch.uint8, device=target)
+    def copy_rate(
+        self, source: str, target: str, size_bytes: int, repetitions: int, *, pinned: bool = False
+    ) -> list[float]:
+        """GB/s of torch's copy of one buffer: one cudaMemcpyAsync, or memcpy.
+
+        `pinned`: what lies in the host is locked there, where there is a GPU.
+        """
+        pinned = pinned and torch.cuda.is_available()
+
+        def buffer(place: str) -> torch.Tensor:
+            locked = pinned and place == "cpu"
+            made = torch.empty(size_bytes, dtype=torch.uint8, device=place, pin_memory=locked)
+            return made.fill_(1)
+
+        from_here, to_here = buffer(source), buffer(target)
         rates = []
         for _ in range(repetitions + 1):
             synchronize(source)
             synchronize(target)
             start = time.perf_counter()
-            to_here.copy_(from_here)
+            to_here.copy_(from_here, non_blocking=True)
             synchronize(source)
             synchronize(target)
             rates.append(size_bytes / (time.perf_counter() - start) / 1e9)
         del from_here, to_here
-        if target != "cpu":
+        if {source, target} != {"cpu"}:
             torch.cuda.empty_cache()
         return rates[1:]
 
@@ -331,16 +368,26 @@ class Worker:
             for spec in self._layout_here().parameters
         }
 
+    def _in_an_arena(self) -> dict[str, torch.Tensor]:
+        specs = self._layout_here().parameters
+        sizes = [p.element_count * DTYPES[p.dtype.name].itemsize for p in specs]
+        space = transfuse.Arena(sum(map(aligned, sizes)), job=self._job)
+        return {p.name: space.tensor((p.element_count,), DTYPES[p.dtype.name]) for p in specs}
+
     def _tiles(self, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Every box that is held, as a view of the parameters, with its values."""
         layout = self._layout_here()
         names = [p.name for p in layout.parameters]
         catalog = layout.tensors
-        generator = torch.Generator(self._place)
+        # A GPU makes them also of what lies in the host: both sides make the same ones, and fast.
+        maker = self._place
+        if maker == "cpu" and torch.cuda.is_available():
+            maker = "cuda:0"
+        generator = torch.Generator(maker)
         for tile in layout.tiles:
             tensor, box = catalog[tile.tensor], tile.box
             generator.manual_seed(zlib.crc32(f"{tensor.name} {seed}".encode()))
-            whole = torch.randn(tensor.shape, generator=generator, device=self._place)
+            whole = torch.randn(tensor.shape, generator=generator, device=maker)
             places = zip(box.offset, box.length, strict=True)
             part = whole[tuple(slice(begin, begin + count) for begin, count in places)]
             flat = self._parameters[names[tile.parameter]]

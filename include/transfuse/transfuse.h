@@ -6,6 +6,7 @@
 #include "transfuse/deadline.h"
 #include "transfuse/layout.h"
 #include "transfuse/live_module.h"
+#include "transfuse/memory_need.h"
 #include "transfuse/model.h"
 #include "transfuse/plan.h"
 #include "transfuse/publisher.h"

@@ -3,8 +3,6 @@
 
 #include <fmt/format.h>
 
-#include <algorithm>
-#include <cstdint>
 #include <memory>
 #include <string>
 #include <utility>
@@ -16,6 +14,7 @@
 #include "session/target_member.h"
 #include "transfuse/control.h"
 #include "transfuse/layout.h"
+#include "transfuse/memory_need.h"
 #include "transfuse/metadata.h"
 #include "transfuse/publisher.h"
 #include "transfuse/result.h"
@@ -23,9 +22,6 @@
 
 namespace transfuse {
 namespace {
-
-// A device cuts its work by itself; what is cut here costs the host 0.1 us a run and cycle.
-constexpr uint64_t kDeviceChunkBytes = uint64_t{64} << 20;
 
 Result<void> check_options(const ReceiverOptions& options) {
   if (options.name.empty() || options.model.empty()) {
@@ -67,9 +63,7 @@ Result<std::unique_ptr<Receiver>> Receiver::open(Transport& transport, Control& 
   TRANSFUSE_ASSIGN_OR_RETURN(
       BoundMemory bound,
       BoundMemory::open(transport, layout, memory, options.arenas, BoundMemory::Use::kTarget));
-  if (bound.place() == MemoryPlace::kDevice) {
-    options.plan.chunk_bytes = std::max(options.plan.chunk_bytes, kDeviceChunkBytes);
-  }
+  options.plan = plan_options_for(bound.place(), options.plan);
   std::unique_ptr<Shadow> shadow;
   if (options.into == ReceiveInto::kShadow) {
     TRANSFUSE_ASSIGN_OR_RETURN(shadow, Shadow::open(transport, layout, bound, options));

@@ -30,9 +30,7 @@ namespace {
 
 constexpr uint64_t kAlignment = 64;
 constexpr uint64_t kPieceBytes = uint64_t{1} << 20;  // enough of them for even shares
-// What an exchange on a device holds between its two sides.
-constexpr uint64_t kHeldBytes = uint64_t{1} << 30;
-constexpr size_t kBlockBytes = 16384;  // of an exchange: two fit a first-level cache
+constexpr size_t kBlockBytes = 16384;                // of an exchange: two fit a first-level cache
 
 uint64_t aligned(uint64_t size_bytes) {
   return (size_bytes + kAlignment - 1) / kAlignment * kAlignment;

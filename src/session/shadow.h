@@ -15,6 +15,9 @@
 
 namespace transfuse {
 
+// What an exchange on a device holds between its two sides.
+inline constexpr uint64_t kHeldBytes = uint64_t{1} << 30;
+
 // Owns one region of the transport in the place of the parameters, and the threads that copy (a
 // device needs none); not the parameters, which outlive it. Used from one thread, but memory() is
 // for whoever writes the shadow meanwhile.

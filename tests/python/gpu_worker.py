@@ -1,18 +1,19 @@
 """A source in a process of its own, and what it and the tests agree on: layouts and their values.
 
-Usage: python gpu_worker.py <options as JSON>; then one command a line, answered by one line.
+Usage: python gpu_worker.py <options as JSON>; then commands (commanded.py).
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import sys
 import time
 import zlib
+from collections.abc import Callable
 
 import torch
 import transfuse
+from commanded import obey
 
 CONFIG = {
     "model_type": "qwen3",
@@ -51,13 +52,19 @@ def zeros(layout: transfuse.Layout, device: str = "cpu") -> dict[str, torch.Tens
 
 def values(layout: transfuse.Layout, version: int) -> dict[str, torch.Tensor]:
     """What a holder of this layout holds of a version, made on the CPU without Transfuse."""
+    return shard_of(layout, lambda tensor: _whole(tensor.name, tensor.shape, version))
+
+
+def shard_of(
+    layout: transfuse.Layout, whole_of: Callable[[transfuse.TensorSpec], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What a holder of this layout holds of whole tensors, cut by torch alone."""
     found = zeros(layout)
     names = [p.name for p in layout.parameters]
     for tile in layout.tiles:
         tensor, box = layout.tensors[tile.tensor], tile.box
-        whole = _whole(tensor.name, tensor.shape, version)
         places = zip(box.offset, box.length, strict=True)
-        part = whole[tuple(slice(begin, begin + count) for begin, count in places)]
+        part = whole_of(tensor)[tuple(slice(begin, begin + count) for begin, count in places)]
         flat = found[names[tile.parameter]]
         flat.as_strided(box.length, tile.element_strides, tile.element_offset).copy_(part)
     return found
@@ -114,24 +121,11 @@ class Source:
             self._publisher.publish(version)
         return {"queued": queued, "seconds": time.monotonic() - start}
 
-    def scribble(self, _version: int) -> dict:
+    def scribble(self) -> None:
         """Writes outside of a version, as a trainer with snapshots may."""
         for tensor in self._parameters.values():
             tensor.fill_(7)
-        return {}
-
-
-def main() -> None:
-    """Obeys until the end of input."""
-    source = Source(json.loads(sys.argv[1]))
-    sys.stdout.write("{}\n")
-    sys.stdout.flush()
-    for line in sys.stdin:
-        command = json.loads(line)
-        said = getattr(source, command["do"])(command["version"])
-        sys.stdout.write(json.dumps(said) + "\n")
-        sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    main()
+    obey(Source)

@@ -29,7 +29,17 @@ def test_the_measurement_of_refits_on_gpus_runs(tmp_path):
         ("T11", "wrong tiles at the end"),
         ("T14", "snapshot, copy"),
         ("T14", "shadow, commit / device copy"),
+        ("host", "one cudaMemcpyAsync, pinned memory"),
+        ("host", "warm refit with fingerprints, total / copy engine"),
+        ("host", "publish, copy / copy engine"),
         ("T2", "warm refit without fingerprints, all but the transfer"),
     }
     assert expected <= found
+    assert {
+        "host to host",
+        "tiny, 2 layers, host to host",
+        "tiny, 2 layers, mapped host to host",
+        "tiny, 2 layers, other host to host",
+        "tiny, 2 layers, snapshots in the host",
+    } <= {figure["workload"] for figure in body["figures"] if figure["target"] == "host"}
     assert all(figure["median"] >= 0 for figure in body["figures"])

@@ -254,3 +254,20 @@ assert source == target
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("kind", "gpus", "chosen", "words"),
+    [
+        ("cpu", 0, "gloo", "over gloo"),
+        ("cpu", 8, "gloo", "over gloo"),
+        ("cuda", 1, "gloo", "over gloo, since NCCL has no group with two ranks on one GPU"),
+        ("cuda", 2, "nccl", "over NCCL, on a GPU each"),
+        ("cuda", 8, "nccl", "over NCCL, on a GPU each"),
+    ],
+)
+def test_trainers_of_a_demo_use_nccl_where_each_has_a_gpu(kind, gpus, chosen, words):
+    assert devices.choose_collectives(kind, ranks=2, gpus=gpus) == chosen
+    assert devices.in_words(kind, chosen) == words
+    named = devices.BACKENDS[kind, chosen]
+    assert named == ("gloo" if kind == "cpu" else f"cpu:gloo,cuda:{chosen}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import live_training
 import pytest
 import torch
 import transfuse
@@ -183,3 +184,8 @@ def test_a_tied_weight_appears_under_one_name_and_buffers_on_request(group):
     assert "head.weight" not in names
     assert "steps" in names
     assert "scratch" not in names
+
+
+def test_an_engine_follows_trainers_that_go_on_training(job, tmp_path):
+    found = live_training.train_and_follow(job, tmp_path, "gloo", ["cpu", "cpu"])
+    live_training.judge(found, "gloo")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import live_training
 import pytest
 import torch
 import transfuse
+from commanded import Commanded, FailedError
 from gpu_worker import CONFIG, layouts_of, queue_late_writes, values, zeros
 from transfuse import _device, hf
 from transfuse.engine import Architecture, Engine, Request, Weights
@@ -22,52 +22,22 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU, or torch is built without CUDA"
 )
 
-WORKER = Path(__file__).resolve().parent / "gpu_worker.py"
 HERE = "cuda:0"
 MIB = 1 << 20
 
 
-class Source:
+def source_of(job, spec, rank, count, place, *, elements=0, env=None, **publisher):
     """A publisher in a process of its own."""
-
-    def __init__(self, job, spec, rank, count, place, *, elements=0, env=None, **publisher):
-        options = {
-            "job": job,
-            "spec": spec,
-            "rank": rank,
-            "source_count": count,
-            "place": place,
-            "elements": elements,
-            "publisher": publisher,
-        }
-        self.process = subprocess.Popen(
-            [sys.executable, str(WORKER), json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=dict(os.environ, **(env or {})),
-        )
-
-    def send(self, do, version=0):
-        self.process.stdin.write(json.dumps({"do": do, "version": version}) + "\n")
-        self.process.stdin.flush()
-
-    def said(self):
-        line = self.process.stdout.readline()
-        assert line, f"the source ended with {self.process.wait()}; its stderr says why"
-        return json.loads(line)
-
-    def does(self, do, version=0):
-        self.send(do, version)
-        return self.said()
-
-    def end(self):
-        self.process.stdin.close()
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+    options = {
+        "job": job,
+        "spec": spec,
+        "rank": rank,
+        "source_count": count,
+        "place": place,
+        "elements": elements,
+        "publisher": publisher,
+    }
+    return Commanded("gpu_worker.py", options, env=env)
 
 
 @pytest.fixture
@@ -77,7 +47,7 @@ def sources(job):
 
     def start(spec="hf", place=HERE, **options):
         count = len(layouts_of(spec, options.get("elements", 0)))
-        started = [Source(job, spec, rank, count, place, **options) for rank in range(count)]
+        started = [source_of(job, spec, rank, count, place, **options) for rank in range(count)]
         running.extend(started)
         for source in started:
             source.said()
@@ -91,7 +61,7 @@ def sources(job):
 
 def publish(started, version):
     for source in started:
-        source.send("publish", version)
+        source.send("publish", version=version)
     return [source.said() for source in started]
 
 
@@ -201,7 +171,7 @@ def test_what_is_queued_on_the_current_stream_is_published(job, sources):
     with transfuse.Receiver(layout, parameters, name="engine0", job=job) as engine:
         publish([source], 1)
         engine.refit(timeout_s=60)
-        late = source.does("publish_late", 2)
+        late = source.does("publish_late", version=2)
         assert late["queued"], "the writes had ended before publish() was called"
         engine.refit(exactly=2, timeout_s=60)
         assert same(parameters, values(layout, 2))
@@ -436,6 +406,67 @@ def test_memory_that_the_allocator_maps_piece_by_piece_is_read(job, sources):
             assert same(parameters, values(layout, version))
 
 
+@contextlib.contextmanager
+def sleeping_engine(job, into):
+    """An engine whose memory sleeps as vLLM's does, in a process of its own."""
+    engine = Commanded("sleep_worker.py", {"job": job, "into": into, "place": HERE})
+    try:
+        engine.said()
+        yield engine
+        engine.does("leave")
+    finally:
+        with contextlib.suppress(BrokenPipeError):
+            engine.end()
+
+
+def fall_asleep(engine):
+    slept = engine.does("sleep")
+    # Others use the device too: a source makes tables meanwhile.
+    assert slept["after"] - slept["before"] > slept["size_bytes"] // 2 > 0, slept
+
+
+@pytest.mark.parametrize("into", ["in_place", "shadow"])
+def test_an_engine_sleeps_and_wakes_between_refits(job, sources, into):
+    (source,) = sources()
+    with sleeping_engine(job, into) as engine:
+        for version in (1, 2, 3):
+            publish([source], version)
+            if version > 1:
+                fall_asleep(engine)
+                with pytest.raises(FailedError, match="wake|mapped") as asleep:
+                    engine.does("refit", version=version)
+                assert asleep.value.kind == "UnavailableError"
+                assert engine.does("version") == version - 1
+                engine.does("wake")
+            assert engine.does("refit", version=version) > 0
+            assert engine.does("wrong", version=version) == []
+        if into == "shadow":  # which lies elsewhere: versions arrive while the engine sleeps
+            fall_asleep(engine)
+            publish([source], 4)
+            engine.does("stage", version=4)
+            engine.does("wake")
+            assert engine.does("commit") == 4
+            assert engine.does("wrong", version=4) == []
+        # Its memory cannot be opened by others, but it sums what it holds by itself.
+        assert transfuse.Control(job=job).verify("model", timeout_s=60).matches
+
+
+def test_an_engine_that_sleeps_cannot_be_verified_and_is_none_the_worse(job, sources):
+    (source,) = sources()
+    with sleeping_engine(job, "in_place") as engine:
+        publish([source], 1)
+        engine.does("refit", version=1)
+        fall_asleep(engine)
+        (verdict,) = transfuse.Control(job=job).verify("model", timeout_s=10).targets
+        sys.stdout.write(f"asleep: {verdict.not_compared}\n")
+        assert verdict.not_compared
+        engine.does("wake")
+        publish([source], 2)
+        engine.does("refit", version=2)
+        assert engine.does("wrong", version=2) == []
+        assert transfuse.Control(job=job).verify("model", timeout_s=60).matches
+
+
 def test_a_tensor_that_sleeps_is_refused_and_one_that_is_awake_again_is_taken(job):
     layout = layouts_of("", 1 << 22)[0]
     parameter = zeros(layout, HERE)["w"]
@@ -479,6 +510,55 @@ def test_the_guard_sees_memory_of_gpus(job):
         guard.check()
     guard.restore()
     guard.check()
+
+
+@pytest.mark.parametrize("into", ["in_place", "shadow"])
+def test_a_captured_graph_computes_with_the_weights_of_every_refit(job, into):
+    trained, served = (torch.nn.Linear(64, 32, dtype=torch.bfloat16, device=HERE) for _ in "ts")
+    inputs = torch.randn(8, 64, dtype=torch.bfloat16, device=HERE)
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        with torch.cuda.stream(aside):
+            served(inputs)  # what a library sets up at its first call is not for the graph
+        torch.cuda.current_stream().wait_stream(aside)
+        with torch.cuda.graph(graph):
+            outputs = served(inputs)
+    layout, source = hf.layout(trained)
+    _, target = hf.layout(served)
+    with (
+        transfuse.Publisher(layout, source, name="t", job=job) as trainer,
+        transfuse.Receiver(layout, target, name="e", job=job, into=into, guard=served) as engine,
+    ):
+        before = None
+        for version in (1, 2, 3):
+            with trainer.write(version), torch.no_grad():
+                for parameter in trained.parameters():
+                    parameter.normal_()
+            engine.refit(exactly=version, timeout_s=60)
+            graph.replay()
+            with torch.no_grad():
+                torch.testing.assert_close(outputs, trained(inputs))
+            assert before is None or not torch.equal(outputs, before)
+            before = outputs.clone()
+        # The graph goes on reading the old place: the guard does not let this pass.
+        served.weight.data = served.weight.data.clone()
+        with trainer.write(4), torch.no_grad():
+            trained.weight.normal_()
+        with pytest.raises(PointerMovedError, match="weight"):
+            engine.refit(exactly=4, timeout_s=60)
+        graph.replay()
+        assert torch.equal(outputs, before)
+
+
+def test_an_engine_on_two_gpus_follows_fsdp2_trainers_over_nccl(job, tmp_path):
+    if torch.cuda.device_count() < live_training.RANKS:
+        pytest.skip("one GPU: NCCL has no group of two ranks on it")
+    places = [f"cuda:{rank}" for rank in range(live_training.RANKS)]
+    found = live_training.train_and_follow(job, tmp_path, "nccl", places)
+    sys.stdout.write(f"versions {found['versions']} over {found['routes']}\n")
+    live_training.judge(found, "nccl")
 
 
 def test_devices_of_torch_are_those_of_the_transport():
@@ -525,7 +605,10 @@ def test_a_demo_runs_on_gpus(tmp_path, kind):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["settings"]["device"] == "cuda"
-    steps = report["steps"] if kind else report["live"]["steps"]
+    run = report if kind else report["live"]
+    expected = "nccl" if torch.cuda.device_count() >= live_training.RANKS else "gloo"
+    assert run["collectives"] == expected
+    steps = run["steps"]
     routes = {route for row in steps for route in (row.get("refit") or row).get("routes", [])}
     assert routes
     assert not routes & {"memfd", "process_vm_readv"}

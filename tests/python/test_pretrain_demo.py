@@ -37,8 +37,10 @@ def test_the_engine_ends_with_the_trainers_bits(tiny_run):
 
 
 def test_the_killed_engine_came_back_and_the_run_went_on(tiny_run):
-    out, _ = tiny_run
+    out, text = tiny_run
     report = json.loads((out / "report.json").read_text())
+    assert report["collectives"] == "gloo"
+    assert "2 FSDP2 trainers, over gloo, hold " in text
     killed, back = report["events"]
     assert (killed["what"], back["what"]) == ("killed", "back")
     assert killed["pid"] != back["pid"]

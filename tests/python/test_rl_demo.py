@@ -122,6 +122,8 @@ def test_the_control_run_begins_alike_and_keeps_its_first_version(tiny_run):
     report = tiny_run[2]
     assert report["verdict"]["same_start"] is True
     assert report["verdict"]["judged"] is False
+    assert report["live"]["collectives"] == report["control"]["collectives"] == "gloo"
+    assert "2 FSDP2 trainers, over gloo, hold the policy" in tiny_run[1]
     control = steps_of(tiny_run, "control")
     assert [row["rollout_version"] for row in control] == [1] * 8
     assert [row["lag"] for row in control] == list(range(8))

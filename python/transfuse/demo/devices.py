@@ -8,9 +8,35 @@ from transfuse.errors import UnsupportedError
 
 CPU, CUDA = "cpu", "cuda"
 
-# NCCL has no group in which two ranks share a GPU; gloo takes tensors of GPUs through the host.
-# Both kinds are named: for "gloo" alone a mesh of GPUs makes a group of its own, with NCCL.
-BACKENDS = {CPU: "gloo", CUDA: "cpu:gloo,cuda:gloo"}
+# Of the collectives of a group. Where models lie on GPUs both kinds of device are named: for "gloo"
+# alone a mesh of GPUs makes a group of its own, with NCCL. Gloo takes tensors of GPUs through the
+# host.
+GLOO, NCCL = "gloo", "nccl"
+BACKENDS = {
+    (CPU, GLOO): "gloo",
+    (CUDA, GLOO): "cpu:gloo,cuda:gloo",
+    (CUDA, NCCL): "cpu:gloo,cuda:nccl",
+}
+
+
+def choose_collectives(kind: str, *, ranks: int, gpus: int) -> str:
+    """NCCL where every rank has a GPU of its own, which it asks for; else gloo."""
+    return NCCL if kind == CUDA and gpus >= ranks else GLOO
+
+
+def collectives_of_trainers(kind: str, ranks: int) -> str:
+    """The choice on this machine. Opens no GPU."""
+    gpus = torch.cuda.device_count() if kind == CUDA else 0
+    return choose_collectives(kind, ranks=ranks, gpus=gpus)
+
+
+def in_words(kind: str, collectives: str) -> str:
+    """For whoever watches a run."""
+    if kind == CPU:
+        return "over gloo"
+    if collectives == NCCL:
+        return "over NCCL, on a GPU each"
+    return "over gloo, since NCCL has no group with two ranks on one GPU"
 
 
 def check(kind: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from transfuse.demo.channel import START_S, Child, ChildFailedError, Message
 from transfuse.demo.crew import Crew
+from transfuse.demo.devices import GLOO, in_words
 from transfuse.demo.layouts import explain
 from transfuse.demo.plots import draw_phases
 from transfuse.demo.pretrain.plots import draw_loss
@@ -33,6 +34,7 @@ class Run:
         self._start = time.monotonic()
         self._crew = Crew(settings.job, settings.path)
         self._trainers: list[Child] = []
+        self._collectives = GLOO  # of the trainers
         self._engine: Child | None = None
         self._starting: float | None = None  # since when an engine is on its way
 
@@ -43,14 +45,14 @@ class Run:
             self._trainers.append(self._crew.start(f"trainer{rank}", module, str(rank), settings))
         self._start_engine()
         for trainer in self._trainers:
-            trainer.expect("ready", timeout_s=START_S)
+            self._collectives = trainer.expect("ready", timeout_s=START_S)["collectives"]
         assert self._engine is not None
         ready = self._engine.expect("ready", timeout_s=START_S)
         self._starting = None
         count = ready["parameters"] / 1e6
         self.screen.say(
-            f"{TRAINERS} FSDP2 trainers hold {count:.1f} million parameters in f32, sharded; "
-            "the engine holds them in bf16, whole."
+            f"{TRAINERS} FSDP2 trainers, {in_words(self.settings.device, self._collectives)}, hold "
+            f"{count:.1f} million parameters in f32, sharded; the engine holds them in bf16, whole."
         )
 
     def train(self) -> None:
@@ -123,6 +125,7 @@ class Run:
             },
             "seconds": time.monotonic() - self._start,
             "peak_bytes": self._crew.peak_bytes,
+            "collectives": self._collectives,
             "warm_refit_ms_median": totals[len(totals) // 2] if totals else None,
             "share_of_memcpy_median": shares[len(shares) // 2] if shares else None,
             "events": self.events,

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 import transfuse
 from transfuse import fsdp2, torch_optimizer
 from transfuse.demo.channel import answer, commands
-from transfuse.demo.devices import BACKENDS, device_of
+from transfuse.demo.devices import BACKENDS, collectives_of_trainers, device_of
 from transfuse.demo.layouts import save_layout
 from transfuse.demo.pretrain.settings import MODEL, TRAINERS, Settings
 from transfuse.demo.pretrain.text import Tokenizer, read_corpus
@@ -103,10 +103,10 @@ def _whole(parameter: torch.Tensor) -> torch.Tensor:
     return torch.cat([each for each in parts if each.numel() > 0], dim=placement.dim)
 
 
-def train(trainer: Trainer, publisher: transfuse.Publisher) -> None:
+def train(trainer: Trainer, publisher: transfuse.Publisher, collectives: str) -> None:
     """Serves commands; the hooks of the optimizer publish."""
     with torch_optimizer.attach(trainer.optimizer, publisher) as attached:
-        answer("ready", version=attached.publish_now())
+        answer("ready", version=attached.publish_now(), collectives=collectives)
         for command in commands():
             if command["do"] == "step":
                 start = time.monotonic()
@@ -125,8 +125,9 @@ def main() -> None:
     rank, settings = int(sys.argv[1]), Settings.from_json(sys.argv[2])
     torch.set_num_threads(1)
     device = device_of(settings.device, rank)
+    collectives = collectives_of_trainers(settings.device, TRAINERS)
     dist.init_process_group(
-        BACKENDS[settings.device],
+        BACKENDS[settings.device, collectives],
         init_method=f"file://{settings.path}/rendezvous",
         rank=rank,
         world_size=TRAINERS,
@@ -144,7 +145,7 @@ def main() -> None:
         drain_s=settings.deadline_s / 4,
         job=settings.job,
     ) as publisher:
-        train(trainer, publisher)
+        train(trainer, publisher, collectives)
     dist.destroy_process_group()
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 import transfuse
 from transfuse.demo.channel import Message, answer, commands
-from transfuse.demo.devices import BACKENDS, device_of
+from transfuse.demo.devices import BACKENDS, GLOO, device_of
 from transfuse.demo.layouts import save_layout
 from transfuse.demo.memcpy import Memcpy
 from transfuse.demo.plots import PHASES
@@ -122,7 +122,7 @@ class Rank:
         if dist.is_initialized():
             dist.destroy_process_group()
         dist.init_process_group(
-            BACKENDS[self._settings.device],
+            BACKENDS[self._settings.device, GLOO],  # a rank that is killed hangs nobody
             init_method=f"file://{self._settings.path}/rendezvous-engine-{attempt}",
             rank=self._rank,
             world_size=RANKS,

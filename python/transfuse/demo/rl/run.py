@@ -12,6 +12,7 @@ import transfuse
 from transfuse import GroupState
 from transfuse.demo.channel import START_S, ChildFailedError
 from transfuse.demo.crew import Crew
+from transfuse.demo.devices import GLOO, in_words
 from transfuse.demo.rl.engine import RankedEngine
 from transfuse.demo.rl.rollout import Batch, Rollout, held_out_batch, training_batch
 from transfuse.demo.rl.rows import HEADER, LEGEND, format_row
@@ -43,6 +44,7 @@ class Run:
         self.first_tokens: list[list[int]] = []  # of the first rollout
         self.crew = Crew(settings.job, settings.path)
         self._version = 0  # that every trainer has published
+        self._collectives = GLOO  # of the trainers
         self._start = time.monotonic()
 
     def open(self) -> None:
@@ -54,13 +56,15 @@ class Run:
         ]
         self._engine = RankedEngine(self.settings, self.crew)
         for trainer in self._trainers:
-            self._version = trainer.expect("ready", timeout_s=START_S)["version"]
+            ready = trainer.expect("ready", timeout_s=START_S)
+            self._version, self._collectives = ready["version"], ready["collectives"]
         first = self._engine.open(at_least=self._version)
         megabytes = first[0]["size_bytes"] / 1e6
         trainers = "FSDP2" if self.settings.trainer == FSDP else "Megatron-Core"
         self.screen.say(
-            f"{TRAINERS} {trainers} trainers hold the policy in f32, sharded; the engine's {RANKS} "
-            f"ranks hold {megabytes:.1f} MB each in bf16, fused and tensor parallel"
+            f"{TRAINERS} {trainers} trainers, {in_words(self.settings.device, self._collectives)}, "
+            f"hold the policy in f32, sharded; the engine's {RANKS} ranks hold {megabytes:.1f} MB "
+            "each in bf16, fused and tensor parallel"
         )
         for rank, found in enumerate(self._engine.captured):
             counts = ", ".join(f"{count} {way}" for way, count in found["counts"].items())
@@ -98,6 +102,7 @@ class Run:
         return {
             "seconds": time.monotonic() - self._start,
             "peak_bytes": self.crew.peak_bytes,
+            "collectives": self._collectives,
             "captured": self._engine.captured,
             "held_out": self.held_out,
             "events": self.events,

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 import transfuse
 from transfuse import fsdp2
 from transfuse.demo.channel import Message, answer, commands
-from transfuse.demo.devices import BACKENDS, device_of
+from transfuse.demo.devices import BACKENDS, collectives_of_trainers, device_of
 from transfuse.demo.layouts import save_layout
 from transfuse.demo.rl.settings import MODEL, TRAINERS, Settings
 
@@ -132,10 +132,10 @@ def publish(publisher: transfuse.Publisher, version: int) -> dict[str, float]:
     return {"publish_ms": milliseconds, "copy_ms": timing.copy_us / 1e3}
 
 
-def train(trainer: Trainer, publisher: transfuse.Publisher) -> None:
+def train(trainer: Trainer, publisher: transfuse.Publisher, collectives: str) -> None:
     """Serves commands until the end of input."""
     version = 1
-    answer("ready", version=version, **publish(publisher, version))
+    answer("ready", version=version, collectives=collectives, **publish(publisher, version))
     for command in commands():
         start = time.perf_counter()
         numbers = trainer.step(command)
@@ -152,8 +152,9 @@ def main() -> None:
     rank, settings = int(sys.argv[1]), Settings.from_json(sys.argv[2])
     torch.set_num_threads(1)
     device = device_of(settings.device, rank)
+    collectives = collectives_of_trainers(settings.device, TRAINERS)
     dist.init_process_group(
-        BACKENDS[settings.device],
+        BACKENDS[settings.device, collectives],
         init_method=f"file://{settings.path}/rendezvous-trainers",
         rank=rank,
         world_size=TRAINERS,
@@ -173,7 +174,7 @@ def main() -> None:
         snapshot_slots=SNAPSHOT_SLOTS,
         job=settings.job,
     ) as publisher:
-        train(trainer, publisher)
+        train(trainer, publisher, collectives)
     dist.destroy_process_group()
 
 
