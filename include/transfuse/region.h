@@ -66,6 +66,9 @@ class RemoteRegion {
   virtual uint64_t size_bytes() const = 0;
   // How its bytes travel, in words for reports: "memfd", "process_vm_readv", "local".
   virtual std::string_view route() const = 0;
+  // Many bytes of it will be read into memory of that place, cycle after cycle: what can be
+  // prepared for that is. Before its first read.
+  virtual void expect_reads(MemoryPlace /*target*/) {}
   // True: reads of it and of other such regions of its peer are best made in one large request.
   virtual bool joins_requests() const { return false; }
   // Its bytes where this process sees them without a read; empty where it does not.

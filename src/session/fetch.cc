@@ -86,7 +86,7 @@ Fetch::Fetch(Transport& transport, Control& control, const Layout& target,
       memory_(memory),
       options_(options),
       member_(member),
-      members_(transport, control),
+      members_(transport, control, target_memory.place),
       attempt_(transport, members_, target, target_memory, options, member, progress_) {
   if (options_.checkpoint) {
     fallback_ = std::make_unique<CheckpointFallback>(transport, target, target_memory, options_,

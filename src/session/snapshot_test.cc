@@ -435,7 +435,7 @@ TEST_F(Snapshot, I8_TornSlotIsFoundByItsGenerationAndOthersAreNotDisturbed) {
   ASSERT_NE(one.slot, two.slot);
   const Deadline deadline = Deadline::after_ms(5000);
   auto link = testing::value_or_fail(
-      MemberLink::open(*transport_, *control_, one, layout, deadline), "link");
+      MemberLink::open(*transport_, *control_, one, layout, MemoryPlace::kHost, deadline), "link");
   EXPECT_EQ(link->read_generation(one.slot, deadline).value(), one.generation);
   publish(3);  // over 1
   EXPECT_NE(link->read_generation(one.slot, deadline).value(), one.generation);

@@ -52,10 +52,11 @@ bool load_words(std::span<const std::byte> mapped, uint64_t offset_bytes,
 }  // namespace
 
 MemberLink::MemberLink(Transport& transport, Control& control, MemberInfo info,
-                       MemberDescriptor descriptor)
+                       MemberDescriptor descriptor, MemoryPlace target)
     : SourceLink(std::move(info)),
       transport_(transport),
       control_(control),
+      target_(target),
       descriptor_(std::move(descriptor)) {
   regions_.resize(descriptor_.regions.size());
 }
@@ -64,7 +65,7 @@ MemberLink::~MemberLink() { close(); }
 
 Result<std::unique_ptr<MemberLink>> MemberLink::open(Transport& transport, Control& control,
                                                      const MemberInfo& info, const Layout& layout,
-                                                     Deadline deadline) {
+                                                     MemoryPlace target, Deadline deadline) {
   TRANSFUSE_ASSIGN_OR_RETURN(const std::string bytes,
                              control.describe(info.id, info.incarnation, deadline));
   TRANSFUSE_ASSIGN_OR_RETURN(MemberDescriptor descriptor, decode_member_descriptor(bytes, layout));
@@ -73,7 +74,8 @@ Result<std::unique_ptr<MemberLink>> MemberLink::open(Transport& transport, Contr
                  fmt::format("source '{}' is served over '{}', this receiver reads over '{}'",
                              info.name, descriptor.transport, transport.endpoint_kind())};
   }
-  std::unique_ptr<MemberLink> link(new MemberLink(transport, control, info, std::move(descriptor)));
+  std::unique_ptr<MemberLink> link(
+      new MemberLink(transport, control, info, std::move(descriptor), target));
   TRANSFUSE_ASSIGN_OR_RETURN(link->peer_, transport.connect(link->descriptor_.endpoint,
                                                             link->descriptor_.token, deadline));
   TRANSFUSE_ASSIGN_OR_RETURN(link->generation_region_,
@@ -116,6 +118,7 @@ Result<SourceLink::Where> MemberLink::where(uint32_t parameter, uint32_t slot, D
                       info_.name)};
     }
     TRANSFUSE_ASSIGN_OR_RETURN(region, peer_->open_region(descriptor, deadline));
+    region->expect_reads(target_);
   }
   return Where{.region = region.get(), .offset_bytes = place.offset_bytes};
 }
@@ -241,8 +244,9 @@ Result<TableHeader> MemberLink::read_header(const Table& table, uint64_t offset_
 
 Result<std::unique_ptr<SourceLink>> MemberDirectory::open(const MemberInfo& info,
                                                           const Layout& layout, Deadline deadline) {
-  TRANSFUSE_ASSIGN_OR_RETURN(std::unique_ptr<SourceLink> link,
-                             MemberLink::open(transport_, control_, info, layout, deadline));
+  TRANSFUSE_ASSIGN_OR_RETURN(
+      std::unique_ptr<SourceLink> link,
+      MemberLink::open(transport_, control_, info, layout, target_, deadline));
   return link;
 }
 

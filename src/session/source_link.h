@@ -85,10 +85,11 @@ class SourceDirectory {
 // A member of the job. Outlived by the transport and the control.
 class MemberLink final : public SourceLink {
  public:
-  // Asks the coordinator for the descriptor, checks it against `layout` (I13), connects.
+  // `target`: where what is read will lie. Asks the coordinator for the descriptor, checks it
+  // against `layout` (I13), connects.
   static Result<std::unique_ptr<MemberLink>> open(Transport& transport, Control& control,
                                                   const MemberInfo& info, const Layout& layout,
-                                                  Deadline deadline);
+                                                  MemoryPlace target, Deadline deadline);
   ~MemberLink() override;
 
   bool alive() const override { return peer_ != nullptr && peer_->alive(); }
@@ -107,7 +108,8 @@ class MemberLink final : public SourceLink {
     uint32_t refits_until_renewal = kTableRenewalVersions;
   };
 
-  MemberLink(Transport& transport, Control& control, MemberInfo info, MemberDescriptor descriptor);
+  MemberLink(Transport& transport, Control& control, MemberInfo info, MemberDescriptor descriptor,
+             MemoryPlace target);
   // Reads `words.size()` 64-bit words. The words are staged: a read that is given up cannot touch
   // the caller's memory.
   Result<void> read_words(const RemoteRegion& region, uint64_t offset_bytes,
@@ -125,6 +127,7 @@ class MemberLink final : public SourceLink {
 
   Transport& transport_;
   Control& control_;
+  const MemoryPlace target_;
   const MemberDescriptor descriptor_;
   std::unique_ptr<Peer> peer_;
   std::unique_ptr<RemoteRegion> generation_region_;
@@ -138,8 +141,8 @@ class MemberLink final : public SourceLink {
 // Used from one thread. Outlived by the transport and the control.
 class MemberDirectory final : public SourceDirectory {
  public:
-  MemberDirectory(Transport& transport, Control& control)
-      : transport_(transport), control_(control) {}
+  MemberDirectory(Transport& transport, Control& control, MemoryPlace target)
+      : transport_(transport), control_(control), target_(target) {}
   Result<Layout> layout(const Digest& digest, Deadline deadline) override {
     return control_.get_layout(digest, deadline);
   }
@@ -149,6 +152,7 @@ class MemberDirectory final : public SourceDirectory {
  private:
   Transport& transport_;
   Control& control_;
+  const MemoryPlace target_;
 };
 
 }  // namespace transfuse

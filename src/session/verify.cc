@@ -121,8 +121,8 @@ Result<std::vector<uint64_t>> Verification::fingerprints(const Layout& probe,
     const auto layout = std::ranges::find(layouts, members[i].layout, &Layout::digest);
     const auto held = copies.held_runs(static_cast<uint32_t>(layout - layouts.begin()));
     sums.resize(held.size());
-    TRANSFUSE_ASSIGN_OR_RETURN(
-        auto link, MemberLink::open(transport_, control_, members[i], *layout, deadline_));
+    TRANSFUSE_ASSIGN_OR_RETURN(auto link, MemberLink::open(transport_, control_, members[i],
+                                                           *layout, MemoryPlace::kHost, deadline_));
     Generation generation = members[i].generation;
     if (generation.incarnation == 0) {
       TRANSFUSE_ASSIGN_OR_RETURN(generation, link->read_generation(members[i].slot, deadline_));

@@ -251,7 +251,7 @@ Result<void> CudaTransport::number_sources(const ReadRequest& request) {
     const auto* region = static_cast<const CudaRemoteRegion*>(
         request.regions.empty() ? request.region : request.regions[i]);
     if (region->request != requests_) {
-      if (region->host() != nullptr) {
+      if (!region->on_device()) {
         return Error{ErrorCode::kInvalidArgument,
                      "a request that joins regions reads one that does not join"};
       }
@@ -301,9 +301,7 @@ Result<void> CudaTransport::check_copies(const ReadRequest& request) const {
 // What was kept for the same copies, or copies made ready now.
 Result<CudaTransport::Prepared*> CudaTransport::prepare(const ReadRequest& request) {
   const bool sums = !request.fingerprints.empty();
-  const bool engines = std::ranges::none_of(distinct_, [](const auto* region) {
-    return region->link() == cuda::DeviceLink::kSameDevice;
-  });
+  const bool engines = std::ranges::all_of(distinct_, &CudaRemoteRegion::is_elsewhere);
   CopyKey key = cuda::key_of(request.copies, sources_, sums);
   key.high ^= engines ? 1 : 0;
   const auto found = std::ranges::find_if(
@@ -348,7 +346,7 @@ Result<TicketId> CudaTransport::submit(const ReadRequest& request) {
     return core_->host->submit(inner);
   }
   const MutexLock lock(mutex_);
-  return !from_host && into_device ? submit_on_device(request) : submit_staged(request);
+  return region->on_device() && into_device ? submit_on_device(request) : submit_staged(request);
 }
 
 Result<TicketId> CudaTransport::submit_on_device(const ReadRequest& request) {

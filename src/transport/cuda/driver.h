@@ -40,6 +40,9 @@ namespace transfuse::cuda {
   X(cuMemFree)                      \
   X(cuMemHostAlloc)                 \
   X(cuMemFreeHost)                  \
+  X(cuMemHostRegister)              \
+  X(cuMemHostUnregister)            \
+  X(cuMemHostGetDevicePointer)      \
   X(cuMemGetInfo)                   \
   X(cuMemcpyAsync)                  \
   X(cuMemcpy2DAsync)                \

@@ -11,6 +11,7 @@
 #include <string_view>
 #include <utility>
 
+#include "base/log.h"
 #include "base/mutex.h"
 #include "transfuse/deadline.h"
 #include "transfuse/region.h"
@@ -22,6 +23,7 @@
 #include "transport/cuda/offer_board.h"
 #include "transport/cuda/offered_memory.h"
 #include "transport/cuda/physical_memory.h"
+#include "transport/cuda/pinned_mapping.h"
 
 namespace transfuse::cuda {
 namespace {
@@ -118,6 +120,10 @@ std::unique_ptr<Peer> make_peer(Core& core, CudaTickets& tickets, std::unique_pt
   return std::make_unique<CudaPeer>(core, tickets, std::move(host));
 }
 
+CudaRemoteRegion::CudaRemoteRegion(CudaTickets& tickets, Core& core,
+                                   std::unique_ptr<RemoteRegion> host)
+    : tickets_(tickets), core_(&core), host_(std::move(host)), size_bytes_(host_->size_bytes()) {}
+
 CudaRemoteRegion::CudaRemoteRegion(CudaTickets& tickets, Core& core, OpenedMemory memory,
                                    const OpenedOffer& opened)
     : tickets_(tickets),
@@ -131,10 +137,11 @@ CudaRemoteRegion::CudaRemoteRegion(CudaTickets& tickets, Core& core, OpenedMemor
 CudaRemoteRegion::~CudaRemoteRegion() {
   tickets_.retire(*this);
   if (opened_) opened_->peer->close_board(opened_->board);
-  if (core_ != nullptr) --core_->remote_regions;
+  if (opened_) --core_->remote_regions;
 }
 
 std::string_view CudaRemoteRegion::route() const {
+  if (pinned_) return pinned_route_;
   if (host_ != nullptr) return host_->route();
   const bool by_handles = memory_ && memory_->by_handles();
   switch (link()) {
@@ -146,6 +153,19 @@ std::string_view CudaRemoteRegion::route() const {
       return by_handles ? "cuda_vmm, PCIe" : "cuda_ipc, PCIe";
   }
   return "";
+}
+
+// Where it is not mapped, or the system locks no pages of it, reads are staged.
+void CudaRemoteRegion::expect_reads(MemoryPlace target) {
+  if (target != MemoryPlace::kDevice || host_ == nullptr || pinned_) return;
+  if (host_->mapped().size() < size_bytes_) return;
+  auto pinned = PinnedMapping::make(*core_->device, host_->mapped());
+  if (!pinned) {
+    log_event(LogLevel::kDebug, "mapping_not_pinned", {{"reason", pinned.error().to_string()}});
+    return;
+  }
+  pinned_.emplace(std::move(*pinned));
+  pinned_route_ = fmt::format("{}, pinned", host_->route());
 }
 
 bool CudaRemoteRegion::current() const {
@@ -193,7 +213,7 @@ Result<std::unique_ptr<RemoteRegion>> CudaPeer::open_region(const RegionDescript
   if (!place) {
     TRANSFUSE_ASSIGN_OR_RETURN(auto host, host_->open_region(descriptor, deadline));
     return std::unique_ptr<RemoteRegion>(
-        std::make_unique<CudaRemoteRegion>(tickets_, std::move(host)));
+        std::make_unique<CudaRemoteRegion>(tickets_, core_, std::move(host)));
   }
   if (place->slot >= kOffersPerBoard) {
     return Error{ErrorCode::kCorrupt, fmt::format("region {}: no number of device memory",

@@ -7,6 +7,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <string>
 #include <string_view>
 #include <utility>
 
@@ -17,6 +18,7 @@
 #include "transport/cuda/devices.h"
 #include "transport/cuda/memory_offer.h"
 #include "transport/cuda/offer_board.h"
+#include "transport/cuda/pinned_mapping.h"
 
 namespace transfuse::cuda {
 
@@ -65,8 +67,7 @@ struct OpenedOffer {
 // device. Tickets of it end before it does.
 class CudaRemoteRegion final : public RemoteRegion {
  public:
-  CudaRemoteRegion(CudaTickets& tickets, std::unique_ptr<RemoteRegion> host)
-      : tickets_(tickets), host_(std::move(host)), size_bytes_(host_->size_bytes()) {}
+  CudaRemoteRegion(CudaTickets& tickets, Core& core, std::unique_ptr<RemoteRegion> host);
   CudaRemoteRegion(CudaTickets& tickets, Core& core, OpenedMemory memory,
                    const OpenedOffer& opened);
   explicit CudaRemoteRegion(CudaTickets& tickets) : tickets_(tickets), size_bytes_(UINT64_MAX) {}
@@ -74,24 +75,34 @@ class CudaRemoteRegion final : public RemoteRegion {
 
   uint64_t size_bytes() const override { return size_bytes_; }
   std::string_view route() const override;
-  bool joins_requests() const override { return host_ == nullptr; }
+  void expect_reads(MemoryPlace target) override;
+  bool joins_requests() const override { return on_device(); }
   std::span<const std::byte> mapped() const override {
     return host_ == nullptr ? std::span<const std::byte>() : host_->mapped();
   }
   bool current() const override;
 
   const RemoteRegion* host() const { return host_.get(); }  // null: of a device
-  CUdeviceptr address() const { return memory_ ? memory_->address() : 0; }
-  DeviceLink link() const { return memory_ ? memory_->link() : DeviceLink::kSameDevice; }
+  // Whether the device reads it by itself: all but memory of the host that is not pinned.
+  bool on_device() const { return host_ == nullptr || pinned_; }
+  CUdeviceptr address() const {
+    return pinned_ ? pinned_->address() : memory_ ? memory_->address() : 0;
+  }
+  // Whether it is read over a link or a bus.
+  bool is_elsewhere() const { return pinned_ || link() != DeviceLink::kSameDevice; }
 
   // Of the transport, under its mutex: its number in the request that is being submitted.
   mutable uint64_t request = 0;
   mutable uint32_t number = 0;
 
  private:
+  DeviceLink link() const { return memory_ ? memory_->link() : DeviceLink::kSameDevice; }
+
   CudaTickets& tickets_;
   Core* core_ = nullptr;
   std::unique_ptr<RemoteRegion> host_;
+  std::optional<PinnedMapping> pinned_;  // of the host
+  std::string pinned_route_;
   std::optional<OpenedMemory> memory_;
   std::optional<OpenedOffer> opened_;
   uint64_t size_bytes_;
