@@ -30,6 +30,7 @@
 #include "transport/cuda/devices.h"
 #include "transport/cuda/driver.h"
 #include "transport/cuda/offer_board.h"
+#include "transport/cuda/open_transport.h"
 #include "transport/cuda/regions.h"
 #include "transport/cuda/staged_reads.h"
 
@@ -517,9 +518,16 @@ void CudaTransport::retire(const CudaRemoteRegion& region) {
 
 Result<std::unique_ptr<Transport>> open_cuda_transport(std::unique_ptr<Transport> host,
                                                        int device) {
+  TRANSFUSE_ASSIGN_OR_RETURN(std::shared_ptr<Devices> devices, Devices::open());
+  return cuda::open_transport(std::move(host), std::move(devices), device);
+}
+
+Result<std::unique_ptr<Transport>> cuda::open_transport(std::unique_ptr<Transport> host,
+                                                        std::shared_ptr<Devices> devices,
+                                                        int ordinal) {
   auto core = std::make_unique<Core>();
-  TRANSFUSE_ASSIGN_OR_RETURN(core->devices, Devices::open());
-  TRANSFUSE_ASSIGN_OR_RETURN(core->device, core->devices->device(device));
+  core->devices = std::move(devices);
+  TRANSFUSE_ASSIGN_OR_RETURN(core->device, core->devices->device(ordinal));
   core->host = std::move(host);
   core->boards = std::make_unique<cuda::OfferBoards>(*core->host);
   return std::unique_ptr<Transport>(std::make_unique<CudaTransport>(std::move(core)));
