@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -13,6 +14,8 @@
 
 namespace transfuse::fake_cuda {
 namespace {
+
+constexpr size_t kTasks = 1024;  // more than this make a stream allocate
 
 // Of this process. Never destroyed, as the threads.
 struct Streams {
@@ -66,7 +69,9 @@ void Event::wait(uint64_t record) {
   while (reached < record) changed.wait(mutex);
 }
 
-Stream::Stream(int device) : device_(device), thread_([this] { work(); }) {
+Stream::Stream(int device) : device_(device) {
+  due_.reserve(kTasks);
+  thread_ = std::thread([this] { work(); });
   const MutexLock lock(streams().mutex);
   streams().all.push_back(this);
 }
@@ -121,6 +126,7 @@ void Stream::wait_for_all() {
 
 void Stream::work() {
   std::vector<Task> batch;  // takes turns with due_: both keep their room
+  batch.reserve(kTasks);
   const MutexLock lock(mutex_);
   while (true) {
     while (due_.empty() && !stopping_) changed_.wait(mutex_);

@@ -163,6 +163,15 @@ class CudaTransport final : public Transport, private CudaTickets {
     TRANSFUSE_CHECK(found != tickets_.end());
     return *found;
   }
+  // nullptr: it is of no peer of this transport.
+  const CudaRemoteRegion* ours(const RemoteRegion* region) const {
+    const auto* found = dynamic_cast<const CudaRemoteRegion*>(region);
+    return found != nullptr && found->belongs_to(*this) ? found : nullptr;
+  }
+  static Error not_ours() {
+    return {ErrorCode::kInvalidArgument,
+            "cuda read: expected a region that a peer of this transport opened"};
+  }
   Ticket& new_ticket(const ReadRequest& request) REQUIRES(mutex_);
   Result<void> number_sources(const ReadRequest& request) REQUIRES(mutex_);
   Result<void> check_copies(const ReadRequest& request) const REQUIRES(mutex_);
@@ -241,9 +250,13 @@ Result<void> CudaTransport::number_sources(const ReadRequest& request) {
   distinct_.clear();
   bases_.clear();
   sources_.resize(request.copies.size());
+  const RemoteRegion* last = nullptr;
+  const CudaRemoteRegion* region = nullptr;
   for (size_t i = 0; i < request.copies.size(); ++i) {
-    const auto* region = static_cast<const CudaRemoteRegion*>(
-        request.regions.empty() ? request.region : request.regions[i]);
+    const RemoteRegion* const named = request.regions.empty() ? request.region : request.regions[i];
+    if (named != last) region = ours(named);
+    last = named;
+    if (region == nullptr) return not_ours();
     if (region->request != requests_) {
       if (region->host() != nullptr) {
         return Error{ErrorCode::kInvalidArgument,
@@ -328,7 +341,8 @@ Result<TicketId> CudaTransport::submit(const ReadRequest& request) {
                  fmt::format("{} fingerprints for {} copies", request.fingerprints.size(),
                              request.copies.size())};
   }
-  const auto* region = static_cast<const CudaRemoteRegion*>(request.region);
+  const CudaRemoteRegion* const region = ours(request.region);
+  if (region == nullptr) return not_ours();
   bool into_device = true;  // a sum of device memory has no target
   if (!request.copies.empty() && request.copies[0].target != nullptr) {
     TRANSFUSE_ASSIGN_OR_RETURN(const Device* device,
@@ -408,7 +422,10 @@ void CudaTransport::settle(Ticket& ticket) {
   if (ticket.staged != nullptr) {
     if (!staged_.ended(*ticket.staged)) return;
     ticket.outcome = *ticket.staged->outcome;
-    if (*ticket.outcome) core_->read_bytes += ticket.target_bytes();
+    // Reads of the host are counted where they are done.
+    if (*ticket.outcome && ticket.staged->host_region == nullptr) {
+      core_->read_bytes += ticket.target_bytes();
+    }
     return;
   }
   const cuda::Driver& driver = core_->device->driver();

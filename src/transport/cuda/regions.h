@@ -80,6 +80,7 @@ class CudaRemoteRegion final : public RemoteRegion {
   }
   bool current() const override;
 
+  bool belongs_to(const CudaTickets& tickets) const { return &tickets_ == &tickets; }
   const RemoteRegion* host() const { return host_.get(); }  // null: of a device
   CUdeviceptr address() const { return memory_ ? memory_->address() : 0; }
   DeviceLink link() const { return memory_ ? memory_->link() : DeviceLink::kSameDevice; }
