@@ -57,10 +57,12 @@ function(transfuse_folder path)
   endif()
 endfunction()
 
-# transfuse_tests(<program> SOURCES <files> [LINK <libraries>] [LABELS <labels>])
-# A skipped GoogleTest is shown as skipped by ctest.
+# transfuse_tests(<program> SOURCES <files> [LINK <libraries>] [LABELS <labels>] [PREFIX <text>]
+#                 [FILTER <tests>])
+# A skipped GoogleTest is shown as skipped by ctest. The prefix tells apart the tests of one source
+# in several programs.
 function(transfuse_tests program)
-  cmake_parse_arguments(arg "" "TIMEOUT" "SOURCES;LINK;LABELS" ${ARGN})
+  cmake_parse_arguments(arg "" "TIMEOUT;PREFIX;FILTER" "SOURCES;LINK;LABELS" ${ARGN})
   if(NOT arg_LABELS)
     set(arg_LABELS unit)
   endif()
@@ -70,7 +72,8 @@ function(transfuse_tests program)
   add_executable(${program} ${arg_SOURCES})
   target_link_libraries(${program} PRIVATE
     ${arg_LINK} GTest::gmock GTest::gtest_main transfuse_flags)
-  gtest_discover_tests(${program} DISCOVERY_MODE PRE_TEST
+  gtest_discover_tests(${program} DISCOVERY_MODE PRE_TEST TEST_PREFIX "${arg_PREFIX}"
+    TEST_FILTER "${arg_FILTER}"
     PROPERTIES LABELS "${arg_LABELS}" TIMEOUT ${arg_TIMEOUT}
                SKIP_REGULAR_EXPRESSION "\\[  SKIPPED \\]")
 endfunction()

@@ -65,6 +65,16 @@ TEST(Doctor, JsonSaysFitExactlyWhenNothingIsMissing) {
   EXPECT_EQ(outcome.exit_code, missing ? 3 : 0);
 }
 
+TEST(Bench, ADeviceThatIsNoneIsATypedError) {
+  for (const char* device : {"gpu", "cuda:", "cuda:-1", "cuda:0x", "cuda:99"}) {
+    const Outcome outcome = run(std::string("bench --tiny --device ") + device);
+    EXPECT_EQ(outcome.exit_code, 1) << outcome.output;
+    EXPECT_TRUE(outcome.output.find("INVALID_ARGUMENT") != std::string::npos ||
+                outcome.output.find("UNSUPPORTED") != std::string::npos)
+        << outcome.output;
+  }
+}
+
 TEST(Doctor, SaysWhichTransportsAreNotInThisBuild) {
   const Outcome outcome = run("doctor");
   EXPECT_NE(outcome.output.find("shm"), std::string::npos);

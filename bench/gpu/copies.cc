@@ -7,15 +7,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
-#include <string_view>
 #include <utility>
 #include <vector>
 
 #include "gpu_stopwatch.h"
+#include "measure_gpu.h"
 #include "plan/copies.h"
 #include "shapes.h"
 #include "transfuse/copy.h"
@@ -60,8 +59,8 @@ double milliseconds_since(std::chrono::steady_clock::time_point start) {
 
 class Bench {
  public:
-  Bench(const Device& source, GpuStopwatch& watch)
-      : source_(source), target_(watch.device()), watch_(watch) {}
+  Bench(const Device& source, GpuStopwatch& watch, std::FILE* table)
+      : source_(source), target_(watch.device()), watch_(watch), table_(table) {}
 
   Result<nlohmann::json> run(const Pair& pair) {
     TRANSFUSE_ASSIGN_OR_RETURN(const auto sources, layouts_of(pair.model, pair.source));
@@ -102,13 +101,13 @@ class Bench {
       TRANSFUSE_ASSIGN_OR_RETURN(nlohmann::json found, measure(copies, placed, bases, into,
                                                                mode.fingerprint, mode.engines));
       found["ratio"] = found["gb_s"].get<double>() / ceiling;
-      fmt::print(
-          "{:34} {:24} {:8.2f} ms {:7.1f} GB/s  {:.3f} of the copy engine ({:.0f}); prepare "
-          "{:.1f} ms, table {:.1f} MiB{}\n",
-          pair.name, mode.name, found["ms"].get<double>(), found["gb_s"].get<double>(),
-          found["ratio"].get<double>(), ceiling, found["prepare_ms"].get<double>(),
-          found["table_mib"].get<double>(), found.value("verified", true) ? "" : "  WRONG");
-      std::fflush(stdout);
+      fmt::print(table_,
+                 "{:34} {:24} {:8.2f} ms {:7.1f} GB/s  {:.3f} of the copy engine ({:.0f}); prepare "
+                 "{:.1f} ms, table {:.1f} MiB{}\n",
+                 pair.name, mode.name, found["ms"].get<double>(), found["gb_s"].get<double>(),
+                 found["ratio"].get<double>(), ceiling, found["prepare_ms"].get<double>(),
+                 found["table_mib"].get<double>(), found.value("verified", true) ? "" : "  WRONG");
+      (void)std::fflush(table_);
       out[mode.name] = std::move(found);
     }
     return out;
@@ -179,22 +178,14 @@ class Bench {
   const Device& source_;
   const Device& target_;
   GpuStopwatch& watch_;
+  std::FILE* table_;
 };
 
-Result<void> run(bool small, std::string_view only) {
-  TRANSFUSE_ASSIGN_OR_RETURN(const Driver* driver, Driver::load());
-  int count = 0;
-  TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(*driver, cuDeviceGetCount, &count));
-  TRANSFUSE_ASSIGN_OR_RETURN(const auto target, Device::open(*driver, 0));
-  std::unique_ptr<Device> other;
-  if (count > 1) {
-    TRANSFUSE_ASSIGN_OR_RETURN(other, Device::open(*driver, 1));
-    TRANSFUSE_RETURN_IF_ERROR(target->enable_peer(*other));
-  }
+std::vector<Pair> pairs_of(bool small) {
   const ModelConfig dense = qwen3_4b(small ? 4 : 36);
   ModelConfig moe = qwen3_30b_a3b();
   if (small) moe.num_hidden_layers = 4;
-  const std::vector<Pair> pairs = {
+  return {
       {"4B matched", dense, "hf", "hf"},
       {"4B fsdp 2 -> vllm tp 2", dense, "fsdp:dp=2", "vllm:tp=2"},
       {"4B fsdp 2 f32 -> vllm tp 2", dense, "fsdp:dp=2,dtype=f32", "vllm:tp=2"},
@@ -205,59 +196,52 @@ Result<void> run(bool small, std::string_view only) {
       {"30B fsdp 2 -> vllm tp 2", moe, "fsdp:dp=2", "vllm:tp=2"},
       {"30B megatron tp2 pp2 ep4 -> vllm ep", moe, "megatron:tp=2,pp=2,ep=4", "vllm:tp=4,ep"},
   };
+}
+
+}  // namespace
+
+Result<nlohmann::json> measure_gpu(const GpuOptions& options) {
+  TRANSFUSE_ASSIGN_OR_RETURN(const Driver* driver, Driver::load());
+  int count = 0;
+  TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(*driver, cuDeviceGetCount, &count));
+  if (options.device < 0 || options.device >= count) {
+    return Error{ErrorCode::kInvalidArgument,
+                 fmt::format("device {}: this process sees {}", options.device, count)};
+  }
+  TRANSFUSE_ASSIGN_OR_RETURN(const auto target, Device::open(*driver, options.device));
+  std::unique_ptr<Device> other;
+  if (count > 1) {
+    TRANSFUSE_ASSIGN_OR_RETURN(other, Device::open(*driver, (options.device + 1) % count));
+    TRANSFUSE_RETURN_IF_ERROR(target->enable_peer(*other));
+  }
+  const std::vector<Pair> pairs = pairs_of(options.small);
   nlohmann::json all = nlohmann::json::array();
   for (Device* source : {other.get(), target.get()}) {
     if (source == nullptr) continue;
-    fmt::print("== {} -> {}{}\n", source->name(), target->name(),
+    fmt::print(options.table, "== {} -> {}{}\n", source->name(), target->name(),
                source == target.get() ? ", one GPU" : ", two GPUs");
     TRANSFUSE_ASSIGN_OR_RETURN(GpuStopwatch watch, GpuStopwatch::create(*target));
     for (const Pair& pair : pairs) {
-      if (pair.name.find(only) == std::string::npos) continue;
-      Bench bench(*source, watch);
+      if (pair.name.find(options.only) == std::string::npos) continue;
+      Bench bench(*source, watch, options.table);
       auto found = bench.run(pair);
       if (!found && found.error().code == ErrorCode::kResourceExhausted) {
-        fmt::print("{}: {}\n", pair.name, found.error().message);
+        fmt::print(options.table, "{}: {}\n", pair.name, found.error().message);
         continue;
       }
       if (!found) return found.error();
       (*found)["gpus"] = source == target.get() ? 1 : 2;
       all.push_back(std::move(*found));
     }
-    TRANSFUSE_ASSIGN_OR_RETURN(nlohmann::json shapes,
-                               measure_shapes(*source, *target, small, only));
+    TRANSFUSE_ASSIGN_OR_RETURN(nlohmann::json shapes, measure_shapes(*source, *target, options));
     for (nlohmann::json& shape : shapes) {
       shape["gpus"] = source == target.get() ? 1 : 2;
       all.push_back(std::move(shape));
     }
   }
-  if (const char* path = std::getenv("TRANSFUSE_GPU_JSON"); path != nullptr) {
-    std::FILE* file = std::fopen(path, "w");
-    if (file == nullptr)
-      return Error{ErrorCode::kInvalidArgument, fmt::format("cannot write {}", path)};
-    fmt::print(file, "{}\n", all.dump(1));
-    (void)std::fclose(file);
-  }
-  return {};
+  TRANSFUSE_ASSIGN_OR_RETURN(nlohmann::json staged, measure_staged(options));
+  for (nlohmann::json& row : staged) all.push_back(std::move(row));
+  return all;
 }
 
-}  // namespace
 }  // namespace transfuse::bench
-
-int main(int count, char** arguments) {
-  bool small = false;
-  std::string_view only;
-  for (int i = 1; i < count; ++i) {
-    const std::string_view argument = arguments[i];
-    if (argument == "--small") {
-      small = true;
-    } else if (argument == "--only" && i + 1 < count) {
-      only = arguments[++i];
-    } else {
-      fmt::print(stderr, "usage: {} [--small] [--only PART_OF_A_NAME]\n", arguments[0]);
-      return 2;
-    }
-  }
-  const auto done = transfuse::bench::run(small, only);
-  if (!done) fmt::print(stderr, "{}\n", done.error().to_string());
-  return done ? 0 : 1;
-}

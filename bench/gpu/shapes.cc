@@ -140,12 +140,13 @@ class ShapeBench {
 
 }  // namespace
 
-Result<nlohmann::json> measure_shapes(const Device& source, const Device& target, bool small,
-                                      std::string_view only) {
-  const uint64_t bytes = small ? uint64_t{64} << 20 : uint64_t{2} << 30;
+Result<nlohmann::json> measure_shapes(const Device& source, const Device& target,
+                                      const GpuOptions& options) {
+  const uint64_t bytes = options.small ? uint64_t{64} << 20 : uint64_t{2} << 30;
   nlohmann::json rows = nlohmann::json::array();
   std::vector<Shape> shapes = shapes_of(bytes);
-  std::erase_if(shapes, [&](const Shape& s) { return s.name.find(only) == std::string::npos; });
+  std::erase_if(shapes,
+                [&](const Shape& s) { return s.name.find(options.only) == std::string::npos; });
   if (shapes.empty()) return rows;
   TRANSFUSE_ASSIGN_OR_RETURN(GpuStopwatch watch, GpuStopwatch::create(target));
   TRANSFUSE_ASSIGN_OR_RETURN(const Memory from,
@@ -163,11 +164,12 @@ Result<nlohmann::json> measure_shapes(const Device& source, const Device& target
       if (fingerprint && shape.limits.limited()) continue;
       const char* const mode = fingerprint ? "kernel, fingerprints" : "kernel";
       TRANSFUSE_ASSIGN_OR_RETURN(nlohmann::json found, bench.measure(shape, fingerprint, ceiling));
-      fmt::print("{:40} {:22} {:8.2f} ms {:7.1f} GB/s  {:.3f} of the copy engine ({:.0f}){}\n",
+      fmt::print(options.table,
+                 "{:40} {:22} {:8.2f} ms {:7.1f} GB/s  {:.3f} of the copy engine ({:.0f}){}\n",
                  shape.name, mode, found["ms"].get<double>(), found["gb_s"].get<double>(),
                  found["ratio"].get<double>(), ceiling,
                  found["verified"].get<bool>() ? "" : "  WRONG");
-      std::fflush(stdout);
+      (void)std::fflush(options.table);
       row[mode] = std::move(found);
     }
     rows.push_back(std::move(row));

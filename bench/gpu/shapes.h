@@ -2,15 +2,15 @@
 #pragma once
 
 #include <nlohmann/json.hpp>
-#include <string_view>
 
+#include "measure_gpu.h"
 #include "transfuse/result.h"
 #include "transport/cuda/device.h"
 
 namespace transfuse::bench {
 
-// A row for each whose name contains `only`; prints them too.
+// A row for each that is asked for; prints them too.
 Result<nlohmann::json> measure_shapes(const cuda::Device& source, const cuda::Device& target,
-                                      bool small, std::string_view only);
+                                      const GpuOptions& options);
 
 }  // namespace transfuse::bench

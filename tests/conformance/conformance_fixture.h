@@ -8,12 +8,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <ostream>
 #include <span>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "conformance/backends.h"
 #include "conformance/peer_commands.h"
 #include "conformance/peer_group.h"
 #include "transfuse/copy.h"
@@ -23,23 +23,37 @@
 
 namespace transfuse::conformance {
 
-struct Backend {
-  std::string name;
-  std::string backend;
-  bool process = false;  // peers are processes of their own
-};
-inline std::ostream& operator<<(std::ostream& out, const Backend& backend) {
-  return out << backend.name;
-}
-inline const Backend kLocal = {"Local", "local", false};
-inline const Backend kFaulty = {"FaultyWithoutFaults", "faulty", false};
-inline const Backend kShmInside = {"ShmInOneProcess", "shm", false};
-inline const Backend kShm = {"Shm", "shm", true};
-inline const Backend kFileInside = {"FileInOneProcess", "file", false};
-inline const Backend kFile = {"File", "file", true};
 inline std::string backend_name(const testing::TestParamInfo<Backend>& info) {
   return info.param.name;
 }
+
+// What reads write, wherever the backend has it.
+class Target {
+ public:
+  Target(const std::string& backend, uint64_t size_bytes)
+      : memory_(allocate_memory(backend, size_bytes)) {}
+  Target(const std::string& backend, std::span<const std::byte> bytes)
+      : Target(backend, bytes.size()) {
+    move_bytes(data(), bytes.data(), bytes.size());
+  }
+
+  std::byte* data() const { return memory_->bytes().data(); }
+  uint64_t size() const { return memory_->bytes().size(); }
+  operator std::span<std::byte>() const { return memory_->bytes(); }  // NOLINT: as a vector does
+  std::vector<std::byte> bytes() const { return bytes(0, size()); }
+  std::vector<std::byte> bytes(uint64_t from, uint64_t count) const {
+    std::vector<std::byte> copied(count);
+    move_bytes(copied.data(), data() + from, count);
+    return copied;
+  }
+  void fill(std::byte value) {
+    const std::vector<std::byte> bytes(size(), value);
+    move_bytes(data(), bytes.data(), bytes.size());
+  }
+
+ private:
+  std::unique_ptr<TestMemory> memory_;
+};
 
 // Long enough for a loaded machine; nothing waits for it unless something is broken.
 inline Deadline soon() { return Deadline::after_ms(30000); }
@@ -47,7 +61,11 @@ inline Deadline soon() { return Deadline::after_ms(30000); }
 class Conformance : public testing::TestWithParam<Backend> {
  protected:
   static void SetUpTestSuite() { signal(SIGPIPE, SIG_IGN); }
-  void SetUp() override { reader_ = open_backend(options()).value(); }
+  void SetUp() override {
+    const std::string missing = missing_for(GetParam());
+    if (!missing.empty()) GTEST_SKIP() << missing;
+    reader_ = open_backend(options()).value();
+  }
   void TearDown() override {
     if (reader_ == nullptr) return;
     TransportStats rest = reader_->stats();
@@ -59,8 +77,17 @@ class Conformance : public testing::TestWithParam<Backend> {
     return {.backend = GetParam().backend, .folder = folder_.path(), .token = std::move(token)};
   }
   std::unique_ptr<TestPeer> make_peer(const std::string& token = "") const {
-    if (GetParam().process) return std::make_unique<ProcessPeer>(options(token));
-    return std::make_unique<InsidePeer>(options(token));
+    if (GetParam().process) return std::make_unique<ProcessPeer>(peer_options(token));
+    return std::make_unique<InsidePeer>(peer_options(token));
+  }
+  BackendOptions peer_options(std::string token = "") const {
+    BackendOptions peer = options(std::move(token));
+    peer.backend = GetParam().of_peers();
+    return peer;
+  }
+  Target make_target(uint64_t size_bytes) const { return {GetParam().of_targets(), size_bytes}; }
+  Target make_target(std::span<const std::byte> bytes) const {
+    return {GetParam().of_targets(), bytes};
   }
   std::unique_ptr<Peer> connect(TestPeer& peer) {
     return reader_->connect(peer.endpoint(), "", soon()).value();
@@ -118,7 +145,7 @@ class Conformance : public testing::TestWithParam<Backend> {
 class ProcessConformance : public Conformance {
  protected:
   std::unique_ptr<ProcessPeer> make_process() const {
-    return std::make_unique<ProcessPeer>(options());
+    return std::make_unique<ProcessPeer>(peer_options());
   }
 };
 

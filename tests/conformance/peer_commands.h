@@ -14,9 +14,9 @@
 #include <vector>
 
 #include "base/random.h"
+#include "conformance/backends.h"
 #include "transfuse/result.h"
 #include "transfuse/transport.h"
-#include "transport/local/faulty.h"
 
 namespace transfuse::conformance {
 
@@ -35,29 +35,11 @@ inline std::vector<std::byte> pattern(uint64_t size_bytes, uint64_t seed) {
   return bytes;
 }
 
-struct BackendOptions {
-  std::string backend;  // "local", "faulty" (around local, without a fault), "shm" or "file"
-  std::string folder;
-  std::string token{};
-  uint32_t threads = 2;
-};
-// Memory of the caller is read by process_vm_readv; the tests' processes let each other do so.
-inline Result<std::unique_ptr<Transport>> open_backend(const BackendOptions& options) {
-  const TransportOptions transport = {
-      .threads = options.threads, .allow_any_tracer = true, .token = options.token};
-  if (options.backend == "file") return open_file_transport(options.folder, transport);
-  if (options.backend == "shm") return open_shm_transport(options.folder, transport);
-  if (options.backend == "faulty") {
-    TRANSFUSE_ASSIGN_OR_RETURN(auto faulty, open_faulty_local_transport({}, transport));
-    return std::unique_ptr<Transport>(std::move(faulty));
-  }
-  return open_local_transport(transport);
-}
-
 // Answers one line with one line: "ok ..." or "error CODE message". Used from one thread.
 class PeerCommands {
  public:
-  explicit PeerCommands(std::unique_ptr<Transport> transport) : transport_(std::move(transport)) {}
+  PeerCommands(std::unique_ptr<Transport> transport, std::string backend)
+      : transport_(std::move(transport)), backend_(std::move(backend)) {}
 
   std::string answer(const std::string& line) {
     std::istringstream words(line);
@@ -66,19 +48,20 @@ class PeerCommands {
     uint64_t b = 0;
     words >> command >> a >> b;
     if (command == "endpoint") return text(transport_->endpoint());
-    if (command == "allocate") return hold(transport_->allocate(a), b);
+    if (command == "allocate") {
+      return hold(on_device(backend_) ? transport_->allocate_on_device(a) : transport_->allocate(a),
+                  b);
+    }
     // Memory of the caller is no file: there the two are one.
     if (command == "register" && transport_->kind() == "file") {
       return hold(transport_->allocate(a), b);
     }
     if (command == "register") {
-      auto memory = std::make_unique<std::vector<std::byte>>(a);
-      std::vector<std::byte>& bytes = *memory;
-      owned_.push_back(std::move(memory));
-      return hold(transport_->register_memory(bytes), b);
+      owned_.push_back(allocate_memory(backend_, a));
+      return hold(transport_->register_memory(owned_.back()->bytes()), b);
     }
     if (command == "fill") {
-      fill_pattern(regions_.at(a)->bytes(), b);
+      fill(*regions_.at(a), b);
       return "ok";
     }
     if (command == "drop") return regions_.erase(a) == 1 ? "ok" : "error NOT_FOUND no such region";
@@ -90,20 +73,25 @@ class PeerCommands {
   }
 
  private:
+  static void fill(const LocalRegion& region, uint64_t seed) {
+    const auto bytes = pattern(region.bytes().size(), seed);
+    move_bytes(region.bytes().data(), bytes.data(), bytes.size());
+  }
   static std::string text(const Result<std::string>& result) {
     return result ? "ok " + *result : "error " + result.error().to_string();
   }
   std::string hold(Result<std::unique_ptr<LocalRegion>> region, uint64_t seed) {
     if (!region) return "error " + region.error().to_string();
     const RegionDescriptor descriptor = (*region)->descriptor();
-    fill_pattern((*region)->bytes(), seed);
+    fill(**region, seed);
     const auto id = static_cast<uint64_t>(descriptor.id);
     regions_[id] = std::move(*region);
     return "ok " + std::to_string(id) + " " + std::to_string(descriptor.size_bytes);
   }
 
   std::unique_ptr<Transport> transport_;
-  std::vector<std::unique_ptr<std::vector<std::byte>>> owned_;
+  const std::string backend_;
+  std::vector<std::unique_ptr<TestMemory>> owned_;
   std::map<uint64_t, std::unique_ptr<LocalRegion>> regions_;
 };
 

@@ -19,6 +19,7 @@
 #include <utility>
 
 #include "base/unique_fd.h"
+#include "conformance/backends.h"
 #include "conformance/peer_commands.h"
 #include "transfuse/result.h"
 #include "transfuse/transport.h"
@@ -85,7 +86,8 @@ class TestPeer {
 // A transport of its own in this process.
 class InsidePeer final : public TestPeer {
  public:
-  explicit InsidePeer(const BackendOptions& options) : commands_(open_backend(options).value()) {}
+  explicit InsidePeer(const BackendOptions& options)
+      : commands_(open_backend(options).value(), options.backend) {}
   std::string ask(const std::string& command) override { return commands_.answer(command); }
 
  private:

@@ -11,6 +11,7 @@
 #include <string>
 #include <utility>
 
+#include "conformance/backends.h"
 #include "conformance/peer_commands.h"
 
 namespace {
@@ -36,7 +37,7 @@ int main(int argc, char** argv) {
     std::cerr << transport.error().to_string() << "\n";
     return 1;
   }
-  transfuse::conformance::PeerCommands commands(std::move(*transport));
+  transfuse::conformance::PeerCommands commands(std::move(*transport), argv[1]);
   for (std::string line; std::getline(std::cin, line);) {
     std::cout << (line == "descriptors" ? "ok " + std::to_string(open_descriptors())
                                         : commands.answer(line))

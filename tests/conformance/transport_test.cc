@@ -29,9 +29,7 @@ namespace transfuse::conformance {
 namespace {
 
 class TransportTest : public Conformance {};
-INSTANTIATE_TEST_SUITE_P(Backends, TransportTest,
-                         testing::Values(kLocal, kFaulty, kShmInside, kShm, kFileInside, kFile),
-                         backend_name);
+INSTANTIATE_TEST_SUITE_P(Backends, TransportTest, testing::ValuesIn(all_backends()), backend_name);
 
 TEST_P(TransportTest, ReadsWhatAPeerAllocatedAndWrote) {
   const auto peer = make_peer();
@@ -41,13 +39,13 @@ TEST_P(TransportTest, ReadsWhatAPeerAllocatedAndWrote) {
   EXPECT_EQ(region->size_bytes(), uint64_t{3} << 20);
   EXPECT_FALSE(region->route().empty());
   EXPECT_TRUE(connection->alive());
-  std::vector<std::byte> target(3 << 20);
+  const Target target = make_target(3 << 20);
   EXPECT_TRUE(read(*region, pieces(target, 1 << 20)));
-  EXPECT_EQ(target, pattern(3 << 20, 5));
+  EXPECT_EQ(target.bytes(), pattern(3 << 20, 5));
   // What the peer writes later is seen by the next read, through the same handle.
   peer->fill(descriptor, 6);
   EXPECT_TRUE(read(*region, pieces(target, 1 << 20)));
-  EXPECT_EQ(target, pattern(3 << 20, 6));
+  EXPECT_EQ(target.bytes(), pattern(3 << 20, 6));
   EXPECT_EQ(reader_->stats().read_bytes, uint64_t{6} << 20);
 }
 
@@ -56,12 +54,12 @@ TEST_P(TransportTest, ReadsMemoryThatThePeersCallerOwns) {
   const auto connection = connect(*peer);
   const auto descriptor = peer->register_memory(2500001, 7);
   const auto region = connection->open_region(descriptor, soon()).value();
-  std::vector<std::byte> target(2500001);
+  const Target target = make_target(2500001);
   EXPECT_TRUE(read(*region, pieces(target, 700)));
-  EXPECT_EQ(target, pattern(2500001, 7));
+  EXPECT_EQ(target.bytes(), pattern(2500001, 7));
   peer->fill(descriptor, 8);
   EXPECT_TRUE(read(*region, pieces(target, 1 << 20)));
-  EXPECT_EQ(target, pattern(2500001, 8));
+  EXPECT_EQ(target.bytes(), pattern(2500001, 8));
 }
 
 TEST_P(TransportTest, AllocatedMemoryIsZeroedPageAlignedAndWritable) {
@@ -123,20 +121,25 @@ TEST_P(TransportTest, StridesCastsAndFingerprintsAreThoseOfTheSlowModel) {
     SCOPED_TRACE("seed " + std::to_string(seed));
     Random random(seed);
     const bool use_mapped = seed % 2 == 0;
-    std::vector<std::byte> target;
-    const auto copies = random_copies(random, kSize, target);
-    std::vector<std::byte> expected = target;
+    std::vector<std::byte> expected;
+    auto copies = random_copies(random, kSize, expected);
+    const Target target = make_target(expected);
+    std::vector<uint64_t> starts;
+    for (StridedCopy& copy : copies) {
+      starts.push_back(static_cast<uint64_t>(copy.target - expected.data()));
+      copy.target = target.data() + starts.back();
+    }
     std::vector<uint64_t> sums(copies.size(), 1);
     std::vector<uint64_t> expected_sums(copies.size(), 1);
     for (size_t i = 0; i < copies.size(); ++i) {
       const auto& bytes = use_mapped ? mapped_bytes : owned_bytes;
       const uint64_t sum = slow_copy(copies[i], bytes.data() + copies[i].source_offset_bytes,
-                                     expected.data() + (copies[i].target - target.data()));
+                                     expected.data() + starts[i]);
       if (copies[i].fingerprint) expected_sums[i] = sum;
     }
     const auto outcome = read(use_mapped ? *mapped : *owned, copies, sums);
     ASSERT_TRUE(outcome) << outcome.error().to_string();
-    ASSERT_TRUE(target == expected);
+    ASSERT_TRUE(target.bytes() == expected);
     ASSERT_EQ(sums, expected_sums);
   }
 }
@@ -146,7 +149,7 @@ struct ScaledRead {
   StridedCopy copy;
   BlockScales scales;
   std::vector<std::byte> target;
-  std::vector<float> written_scales;
+  std::vector<std::byte> written_scales;
 };
 
 void random_scaled_read(Random& random, uint64_t source_bytes, ScaledRead& made) {
@@ -180,12 +183,12 @@ void random_scaled_read(Random& random, uint64_t source_bytes, ScaledRead& made)
                                         static_cast<int64_t>(copy.source_offset_bytes);
   } while (!check_copy(copy, source_bytes));
   made.target.assign(copy.element_count() * target_element_bytes(copy.op), std::byte{0x5A});
-  made.written_scales.assign(copy.block_count(0) * copy.block_count(1), 0.0F);
-  copy.target = made.target.data();
-  made.scales.target = reinterpret_cast<std::byte*>(made.written_scales.data());
+  made.written_scales.assign(copy.block_count(0) * copy.block_count(1) * sizeof(float),
+                             std::byte{0});
 }
 
 TEST_P(TransportTest, Fp8BlocksAndTheirScalesAreThoseOfTheSlowModel) {
+  if (GetParam().staged) GTEST_SKIP() << "fp8 is not made between host and device";
   constexpr uint64_t kSize = 200000;
   const auto peer = make_peer();
   const auto connection = connect(*peer);
@@ -199,17 +202,18 @@ TEST_P(TransportTest, Fp8BlocksAndTheirScalesAreThoseOfTheSlowModel) {
     ScaledRead made;
     random_scaled_read(random, kSize, made);
     std::vector<std::byte> expected = made.target;
-    std::vector<float> expected_scales = made.written_scales;
-    const uint64_t sum =
-        slow_scaled_copy(made.copy, bytes.data() + made.copy.source_offset_bytes, expected.data(),
-                         reinterpret_cast<std::byte*>(expected_scales.data()));
+    std::vector<std::byte> expected_scales = made.written_scales;
+    const Target target = make_target(expected);
+    const Target scales = make_target(expected_scales);
+    made.copy.target = target.data();
+    made.scales.target = scales.data();
+    const uint64_t sum = slow_scaled_copy(made.copy, bytes.data() + made.copy.source_offset_bytes,
+                                          expected.data(), expected_scales.data());
     uint64_t found = 1;
     const auto outcome = read(use_mapped ? *mapped : *owned, {&made.copy, 1}, {&found, 1});
     ASSERT_TRUE(outcome) << outcome.error().to_string();
-    ASSERT_TRUE(made.target == expected);
-    EXPECT_EQ(std::memcmp(made.written_scales.data(), expected_scales.data(),
-                          expected_scales.size() * sizeof(float)),
-              0);
+    ASSERT_TRUE(target.bytes() == expected);
+    EXPECT_TRUE(scales.bytes() == expected_scales);
     ASSERT_EQ(found, made.copy.fingerprint ? sum : 1);
   }
 }
@@ -218,7 +222,7 @@ TEST_P(TransportTest, ProgressGrowsToTheTargetBytesOfTheRequest) {
   const auto peer = make_peer();
   const auto connection = connect(*peer);
   const auto region = connection->open_region(peer->allocate(16 << 20, 1), soon()).value();
-  std::vector<std::byte> target(16 << 20);
+  const Target target = make_target(16 << 20);
   const auto copies = pieces(target, 1 << 18);
   const TicketId ticket = reader_->submit({.region = region.get(), .copies = copies}).value();
   uint64_t last = 0;
@@ -231,7 +235,7 @@ TEST_P(TransportTest, ProgressGrowsToTheTargetBytesOfTheRequest) {
   EXPECT_EQ(reader_->poll(ticket), TicketState::kLanded);
   EXPECT_EQ(reader_->progress_bytes(ticket), target.size());
   EXPECT_TRUE(reader_->finish(ticket));
-  EXPECT_EQ(target, pattern(16 << 20, 1));
+  EXPECT_EQ(target.bytes(), pattern(16 << 20, 1));
 }
 
 TEST_P(TransportTest, AnEmptyRequestLands) {
@@ -249,7 +253,7 @@ TEST_P(TransportTest, I13_AReadBeyondTheRegionIsRefusedAndWritesNothing) {
   const std::array regions = {
       connection->open_region(peer->allocate(4096, 1), soon()).value(),
       connection->open_region(peer->register_memory(4096, 1), soon()).value()};
-  std::vector<std::byte> target(8192);
+  const Target target = make_target(8192);
   const auto expect_refused = [&](const StridedCopy& bad) {
     for (const auto& region : regions) {
       const StridedCopy copies[] = {bytes_copy(0, target.data(), 4096), bad};
@@ -271,7 +275,7 @@ TEST_P(TransportTest, I13_AReadBeyondTheRegionIsRefusedAndWritesNothing) {
   strided = bytes_copy(0, target.data() + 4096, 1024);
   strided.op = ElementOp::kCopy8;
   expect_refused(strided);
-  EXPECT_EQ(target, std::vector<std::byte>(8192));
+  EXPECT_EQ(target.bytes(), std::vector<std::byte>(8192));
   EXPECT_EQ(reader_->stats().tickets, 0u);
 }
 
@@ -312,9 +316,15 @@ TEST_P(TransportTest, MemoryThatWasOpenedBeforeItsReleaseStaysSafeToRead) {
   const auto descriptor = peer->allocate(1 << 20, 4);
   const auto region = connection->open_region(descriptor, soon()).value();
   peer->drop(descriptor);
-  std::vector<std::byte> target(1 << 20);
-  EXPECT_TRUE(read(*region, pieces(target, 1 << 20)));
-  EXPECT_EQ(target, pattern(1 << 20, 4));
+  const Target target = make_target(1 << 20);
+  const auto outcome = read(*region, pieces(target, 1 << 20));
+  if (on_device(GetParam().of_peers())) {  // it is the allocator's again: nobody may read it
+    ASSERT_FALSE(outcome);
+    EXPECT_EQ(outcome.error().code, ErrorCode::kTornRead) << outcome.error().to_string();
+    return;
+  }
+  EXPECT_TRUE(outcome);
+  EXPECT_EQ(target.bytes(), pattern(1 << 20, 4));
 }
 
 TEST_P(TransportTest, AWrongTokenIsRefusedAndTheRightOneIsServed) {
@@ -354,7 +364,7 @@ TEST_P(TransportTest, FingerprintsAreNoneOrOneEach) {
   const auto peer = make_peer();
   const auto connection = connect(*peer);
   const auto region = connection->open_region(peer->allocate(64, 1), soon()).value();
-  std::vector<std::byte> target(64);
+  const Target target = make_target(64);
   const auto copies = pieces(target, 16);
   std::vector<uint64_t> three(3);
   EXPECT_EQ(reader_->submit({.region = region.get(), .copies = copies, .fingerprints = three})
@@ -377,7 +387,7 @@ TEST_P(TransportTest, I4_RequestsOfManyThreadsEndExactlyOnceWithTheirOwnBytes) {
   for (size_t t = 0; t < kThreads; ++t) {
     threads.emplace_back([&, t] {
       Random random(t);
-      std::vector<std::byte> target(40000);
+      const Target target = make_target(40000);
       for (uint64_t i = 0; i < kEach; ++i) {
         const uint64_t size = 1 + random.below(target.size());
         const uint64_t offset = random.below(kSize - size);
@@ -393,7 +403,8 @@ TEST_P(TransportTest, I4_RequestsOfManyThreadsEndExactlyOnceWithTheirOwnBytes) {
         const TicketState state = settled(*ticket);
         const auto outcome = reader_->finish(*ticket);
         if (state == TicketState::kLanded) {
-          wrong += !outcome || !std::equal(target.begin(), target.begin() + static_cast<long>(size),
+          const auto landed = target.bytes(0, size);
+          wrong += !outcome || !std::equal(landed.begin(), landed.end(),
                                            source.begin() + static_cast<long>(offset));
         } else {
           wrong += !cancel || state != TicketState::kCancelled || outcome ||
@@ -415,7 +426,7 @@ TEST_P(TransportTest, WaitAnyTellsAllTicketsApart) {
   const auto peer = make_peer();
   const auto connection = connect(*peer);
   const auto region = connection->open_region(peer->allocate(8 << 20, 2), soon()).value();
-  std::vector<std::byte> target(8 << 20);
+  const Target target = make_target(8 << 20);
   const auto copies = pieces(target, 1 << 18);
   std::vector<TicketId> live;
   for (const StridedCopy& copy : copies) {
@@ -431,7 +442,7 @@ TEST_P(TransportTest, WaitAnyTellsAllTicketsApart) {
     });
     EXPECT_LT(live.size(), before) << "wait_any returned and nothing had ended";
   }
-  EXPECT_EQ(target, pattern(8 << 20, 2));
+  EXPECT_EQ(target.bytes(), pattern(8 << 20, 2));
 }
 
 TEST_P(TransportTest, I11_NothingIsWrittenOnceACancelledTicketHasEnded) {
@@ -441,11 +452,11 @@ TEST_P(TransportTest, I11_NothingIsWrittenOnceACancelledTicketHasEnded) {
   const std::array regions = {
       connection->open_region(peer->allocate(kSize, 3), soon()).value(),
       connection->open_region(peer->register_memory(kSize, 3), soon()).value()};
-  std::vector<std::byte> target(kSize);
+  Target target = make_target(kSize);
   const auto copies = pieces(target, 1 << 16);
   for (int round = 0; round < 20; ++round) {
     const auto& region = regions[static_cast<size_t>(round % 2)];
-    std::fill(target.begin(), target.end(), std::byte{0});
+    target.fill(std::byte{0});
     const TicketId ticket = reader_->submit({.region = region.get(), .copies = copies}).value();
     for (int i = 0; i < round * 10; ++i) std::this_thread::yield();
     reader_->cancel(ticket);
@@ -458,21 +469,20 @@ TEST_P(TransportTest, I11_NothingIsWrittenOnceACancelledTicketHasEnded) {
     const auto outcome = reader_->finish(ticket);
     EXPECT_EQ(outcome.has_value(), state == TicketState::kLanded);
     // Ours again: whoever wrote now would be seen.
-    std::fill(target.begin(), target.end(), std::byte{0x77});
+    target.fill(std::byte{0x77});
     std::this_thread::sleep_for(std::chrono::milliseconds(3));
-    EXPECT_TRUE(std::all_of(target.begin(), target.end(),
-                            [](std::byte b) { return b == std::byte{0x77}; }));
+    EXPECT_EQ(target.bytes(), std::vector<std::byte>(kSize, std::byte{0x77}));
     EXPECT_EQ(reader_->stats().poisoned_bytes, 0u);
   }
   EXPECT_TRUE(read(*regions[0], copies));
-  EXPECT_EQ(target, pattern(kSize, 3));
+  EXPECT_EQ(target.bytes(), pattern(kSize, 3));
 }
 
 TEST_P(TransportTest, ClosingARegionEndsItsTickets) {
   const auto peer = make_peer();
   const auto connection = connect(*peer);
   auto region = connection->open_region(peer->allocate(32 << 20, 3), soon()).value();
-  std::vector<std::byte> target(32 << 20);
+  const Target target = make_target(32 << 20);
   const auto copies = pieces(target, 1 << 16);
   const TicketId ticket = reader_->submit({.region = region.get(), .copies = copies}).value();
   region.reset();
@@ -494,20 +504,20 @@ TEST_P(TransportTest, TwoPeersAndTwoReadersDoNotMixUpRegions) {
     const auto region_a = to_first->open_region(a, soon()).value();
     const auto region_b = to_second->open_region(b, soon()).value();
     const auto again_b = from_other->open_region(b, soon()).value();
-    std::vector<std::byte> target(8192);
+    const Target target = make_target(8192);
     const StridedCopy copy_a = bytes_copy(0, target.data(), 4096);
     const StridedCopy copy_b = bytes_copy(0, target.data() + 4096, 4096);
     EXPECT_TRUE(read(*region_a, {&copy_a, 1}));
     EXPECT_TRUE(read(*region_b, {&copy_b, 1}));
     const auto expected_b = pattern(4096, 32);
-    EXPECT_TRUE(std::equal(target.begin(), target.begin() + 4096, pattern(4096, 31).begin()));
-    EXPECT_TRUE(std::equal(target.begin() + 4096, target.end(), expected_b.begin()));
-    std::vector<std::byte> third(4096);
+    EXPECT_EQ(target.bytes(0, 4096), pattern(4096, 31));
+    EXPECT_EQ(target.bytes(4096, 4096), expected_b);
+    const Target third = make_target(4096);
     const StridedCopy copy = bytes_copy(0, third.data(), 4096);
     const TicketId ticket = other->submit({.region = again_b.get(), .copies = {&copy, 1}}).value();
     EXPECT_TRUE(other->wait_any({&ticket, 1}, soon()));
     EXPECT_TRUE(other->finish(ticket));
-    EXPECT_EQ(third, expected_b);
+    EXPECT_EQ(third.bytes(), expected_b);
   }
 }
 

@@ -101,7 +101,8 @@ Result<PreparedCopies> PreparedCopies::make(const Device& device,
   prepared.sum_count_ = any_sum ? copies.size() : 0;
   TRANSFUSE_ASSIGN_OR_RETURN(prepared.pieces_,
                              EnginePieces::make(device, std::move(pieces), landed_sums));
-  prepared.known_bases_.resize(source_count);
+  // None is there yet; 0 is one, that of the process' own memory.
+  prepared.known_bases_.assign(source_count, UINT64_MAX);
   TRANSFUSE_ASSIGN_OR_RETURN(prepared.scaled_, ScaledCopies::make(device, scaled));
   DeviceTable table = builder.build(options.spread);
   prepared.kernel_item_count_ = static_cast<uint32_t>(table.items.size());

@@ -30,6 +30,7 @@
 #include "transport/cuda/devices.h"
 #include "transport/cuda/driver.h"
 #include "transport/cuda/offer_board.h"
+#include "transport/cuda/open_transport.h"
 #include "transport/cuda/regions.h"
 #include "transport/cuda/staged_reads.h"
 
@@ -164,6 +165,15 @@ class CudaTransport final : public Transport, private CudaTickets {
     TRANSFUSE_CHECK(found != tickets_.end());
     return *found;
   }
+  // nullptr: it is of no peer of this transport.
+  const CudaRemoteRegion* ours(const RemoteRegion* region) const {
+    const auto* found = dynamic_cast<const CudaRemoteRegion*>(region);
+    return found != nullptr && found->belongs_to(*this) ? found : nullptr;
+  }
+  static Error not_ours() {
+    return {ErrorCode::kInvalidArgument,
+            "cuda read: expected a region that a peer of this transport opened"};
+  }
   Ticket& new_ticket(const ReadRequest& request) REQUIRES(mutex_);
   Result<void> number_sources(const ReadRequest& request) REQUIRES(mutex_);
   Result<void> check_copies(const ReadRequest& request) const REQUIRES(mutex_);
@@ -247,9 +257,13 @@ Result<void> CudaTransport::number_sources(const ReadRequest& request) {
   distinct_.clear();
   bases_.clear();
   sources_.resize(request.copies.size());
+  const RemoteRegion* last = nullptr;
+  const CudaRemoteRegion* region = nullptr;
   for (size_t i = 0; i < request.copies.size(); ++i) {
-    const auto* region = static_cast<const CudaRemoteRegion*>(
-        request.regions.empty() ? request.region : request.regions[i]);
+    const RemoteRegion* const named = request.regions.empty() ? request.region : request.regions[i];
+    if (named != last) region = ours(named);
+    last = named;
+    if (region == nullptr) return not_ours();
     if (region->request != requests_) {
       if (!region->on_device()) {
         return Error{ErrorCode::kInvalidArgument,
@@ -332,7 +346,8 @@ Result<TicketId> CudaTransport::submit(const ReadRequest& request) {
                  fmt::format("{} fingerprints for {} copies", request.fingerprints.size(),
                              request.copies.size())};
   }
-  const auto* region = static_cast<const CudaRemoteRegion*>(request.region);
+  const CudaRemoteRegion* const region = ours(request.region);
+  if (region == nullptr) return not_ours();
   bool into_device = true;  // a sum of device memory has no target
   if (!request.copies.empty() && request.copies[0].target != nullptr) {
     TRANSFUSE_ASSIGN_OR_RETURN(const Device* device,
@@ -413,7 +428,10 @@ void CudaTransport::settle(Ticket& ticket) {
   if (ticket.staged != nullptr) {
     if (!staged_.ended(*ticket.staged)) return;
     ticket.outcome = *ticket.staged->outcome;
-    if (*ticket.outcome) core_->read_bytes += ticket.target_bytes();
+    // Reads of the host are counted where they are done.
+    if (*ticket.outcome && ticket.staged->host_region == nullptr) {
+      core_->read_bytes += ticket.target_bytes();
+    }
     return;
   }
   const cuda::Driver& driver = core_->device->driver();
@@ -524,9 +542,16 @@ void CudaTransport::retire(const CudaRemoteRegion& region) {
 
 Result<std::unique_ptr<Transport>> open_cuda_transport(std::unique_ptr<Transport> host,
                                                        int device) {
+  TRANSFUSE_ASSIGN_OR_RETURN(std::shared_ptr<Devices> devices, Devices::open());
+  return cuda::open_transport(std::move(host), std::move(devices), device);
+}
+
+Result<std::unique_ptr<Transport>> cuda::open_transport(std::unique_ptr<Transport> host,
+                                                        std::shared_ptr<Devices> devices,
+                                                        int ordinal) {
   auto core = std::make_unique<Core>();
-  TRANSFUSE_ASSIGN_OR_RETURN(core->devices, Devices::open());
-  TRANSFUSE_ASSIGN_OR_RETURN(core->device, core->devices->device(device));
+  core->devices = std::move(devices);
+  TRANSFUSE_ASSIGN_OR_RETURN(core->device, core->devices->device(ordinal));
   core->host = std::move(host);
   core->boards = std::make_unique<cuda::OfferBoards>(*core->host);
   return std::unique_ptr<Transport>(std::make_unique<CudaTransport>(std::move(core)));

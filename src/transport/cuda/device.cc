@@ -110,8 +110,15 @@ Result<Memory> Memory::allocate(const Device& device, MemoryKind kind, uint64_t 
     TRANSFUSE_RETURN_IF_ERROR(device.driver().check(allocated, "cuMemAlloc"));
   } else {
     void* pointer = nullptr;
-    TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(device.driver(), cuMemHostAlloc, &pointer, size_bytes,
-                                             CU_MEMHOSTALLOC_PORTABLE));
+    const CUresult allocated =
+        device.driver().cuMemHostAlloc(&pointer, size_bytes, CU_MEMHOSTALLOC_PORTABLE);
+    if (allocated == CUDA_ERROR_OUT_OF_MEMORY) {
+      return Error{ErrorCode::kResourceExhausted,
+                   fmt::format("{} bytes of memory of the host, pinned for device {} ({}): the "
+                               "driver got none",
+                               size_bytes, device.ordinal(), device.name())};
+    }
+    TRANSFUSE_RETURN_IF_ERROR(device.driver().check(allocated, "cuMemHostAlloc"));
     memory.address_ = reinterpret_cast<CUdeviceptr>(pointer);
   }
   memory.device_ = &device;

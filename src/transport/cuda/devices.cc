@@ -34,9 +34,13 @@ Devices::Devices(const Driver& driver) : driver_(driver), process_(random_identi
 
 Result<std::unique_ptr<Devices>> Devices::open() {
   TRANSFUSE_ASSIGN_OR_RETURN(const Driver* driver, Driver::load());
+  return open(*driver);
+}
+
+Result<std::unique_ptr<Devices>> Devices::open(const Driver& driver) {
   int count = 0;
-  TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(*driver, cuDeviceGetCount, &count));
-  std::unique_ptr<Devices> devices(new Devices(*driver));
+  TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(driver, cuDeviceGetCount, &count));
+  std::unique_ptr<Devices> devices(new Devices(driver));
   const MutexLock lock(devices->mutex_);
   devices->devices_.resize(static_cast<size_t>(count));
   return devices;

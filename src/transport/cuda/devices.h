@@ -63,6 +63,8 @@ class Devices {
  public:
   // kUnsupported where there is no driver or no GPU.
   static Result<std::unique_ptr<Devices>> open();
+  // As `driver`, which outlives them, sees them.
+  static Result<std::unique_ptr<Devices>> open(const Driver& driver);
 
   // A number that other processes know this one by.
   uint64_t process() const { return process_; }

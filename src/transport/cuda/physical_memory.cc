@@ -169,7 +169,8 @@ Result<MemoryHandle> DriverMemory::share(const PhysicalRange& range) const {
   CUmemGenericAllocationHandle handle = 0;
   const CUresult retained = driver.cuMemRetainAllocationHandle(
       &handle, reinterpret_cast<void*>(range.address));  // NOLINT
-  if (retained != CUDA_SUCCESS) return not_mapped(range.address);
+  if (retained == CUDA_ERROR_INVALID_VALUE) return not_mapped(range.address);
+  TRANSFUSE_RETURN_IF_ERROR(driver.check(retained, "cuMemRetainAllocationHandle"));
   int fd = -1;
   const auto shared = [&]() -> Result<void> {
     // Asked after the handle was taken: whatever was unmapped before is seen here.

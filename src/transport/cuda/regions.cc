@@ -178,6 +178,10 @@ Result<std::span<const std::byte>> CudaPeer::open_board(RegionId id, Deadline de
     const MutexLock lock(mutex_);
     const auto known = boards_.find(id);
     if (known != boards_.end()) {
+      // Its pages stay when its process is gone, and say nothing of the one that comes after it.
+      if (!host_->alive()) {
+        return Error{ErrorCode::kUnavailable, "device memory: the process that offers it is gone"};
+      }
       ++known->second.users;
       return known->second.region->mapped();
     }

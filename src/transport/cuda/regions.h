@@ -82,6 +82,7 @@ class CudaRemoteRegion final : public RemoteRegion {
   }
   bool current() const override;
 
+  bool belongs_to(const CudaTickets& tickets) const { return &tickets_ == &tickets; }
   const RemoteRegion* host() const { return host_.get(); }  // null: of a device
   // Whether the device reads it by itself: all but memory of the host that is not pinned.
   bool on_device() const { return host_ == nullptr || pinned_; }
