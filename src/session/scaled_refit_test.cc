@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <filesystem>
 #include <fstream>
 #include <map>
@@ -21,6 +22,7 @@
 
 #include "copy/copy.h"
 #include "copy/slow_copy.h"
+#include "session/pretend_device.h"
 #include "session/refit_world.h"
 #include "session/stored_weights.h"
 #include "transfuse/checkpoint.h"
@@ -141,6 +143,24 @@ Numbers numbers_of(Parameters& parameters) {
   return numbers;
 }
 
+// Numbers of an engine in fp8, read under their scales.
+Numbers dequantised(const Numbers& stored) {
+  Numbers expected;
+  for (const auto& [name, shape] :
+       {std::pair(std::string("up.weight"), kUp), std::pair(std::string("down.weight"), kDown)}) {
+    for (int64_t i = 0; i < shape.product(); ++i) {
+      const int64_t block = i / shape[1] / kBlock * scales_shape(shape)[1] + i % shape[1] / kBlock;
+      const auto scale = std::bit_cast<float>(
+          static_cast<uint32_t>(stored.at(name + "_scale_inv")[static_cast<size_t>(block)]));
+      const auto number = static_cast<uint8_t>(stored.at(name)[static_cast<size_t>(i)]);
+      expected[name].push_back(f32_bits_to_bf16(
+          std::bit_cast<uint32_t>(static_cast<float>(e4m3_value(number)) * scale)));
+    }
+  }
+  expected["norm.weight"] = stored.at("norm.weight");
+  return expected;
+}
+
 class ScaledRefit : public ::testing::Test {
  protected:
   std::unique_ptr<Transport> transport_ = open_local_transport().value();
@@ -207,44 +227,70 @@ TEST_F(ScaledRefit, AnEngineInFp8FillsOthersInFp8AsTheyAreAndInBf16) {
   const auto report = wide.refit();
   ASSERT_TRUE(report) << report.error().to_string();
   EXPECT_EQ(report->verified_bytes, report->size_bytes);
-  Numbers stored = expected_numbers(1);
-  Numbers expected;
-  for (const auto& [name, shape] :
-       {std::pair(std::string("up.weight"), kUp), std::pair(std::string("down.weight"), kDown)}) {
-    for (int64_t i = 0; i < shape.product(); ++i) {
-      const int64_t block = i / shape[1] / kBlock * scales_shape(shape)[1] + i % shape[1] / kBlock;
-      const auto scale = std::bit_cast<float>(
-          static_cast<uint32_t>(stored[name + "_scale_inv"][static_cast<size_t>(block)]));
-      const auto number = static_cast<uint8_t>(stored[name][static_cast<size_t>(i)]);
-      expected[name].push_back(f32_bits_to_bf16(
-          std::bit_cast<uint32_t>(static_cast<float>(e4m3_value(number)) * scale)));
-    }
-  }
-  expected["norm.weight"] = stored["norm.weight"];
-  EXPECT_EQ(numbers_of(wide.parameters), expected);
+  EXPECT_EQ(numbers_of(wide.parameters), dequantised(expected_numbers(1)));
 }
 
-TEST_F(ScaledRefit, Fp8AndScalesInTwoRegionsAreRefusedForATargetInBf16) {
-  std::vector<std::unique_ptr<LocalRegion>> regions;  // one for each parameter
-  std::vector<ParameterMemory> memory;
-  PublisherOptions options;
-  options.name = "fp8";
-  const Layout layout = engine_layout();
-  for (const ParameterSpec& spec : layout.parameters()) {
-    const uint64_t size = static_cast<uint64_t>(spec.element_count) * dtype_size_bytes(spec.dtype);
-    regions.push_back(value_or_fail(transport_->allocate(size), "region"));
-    options.arenas.push_back(regions.back().get());
-    memory.push_back(
-        {.name = spec.name, .data = regions.back()->bytes().data(), .size_bytes = size});
+// A trainer in fp8 each of whose parameters is a region of its own, as an allocator gives them;
+// others lie between them.
+class ScatteredFp8 {
+ public:
+  ScatteredFp8(Transport& transport, Control& control, const Numbers& numbers) {
+    const Layout layout = engine_layout();
+    PublisherOptions options;
+    options.name = "fp8";
+    options.fingerprint_threads = 1;
+    std::vector<ParameterMemory> memory;
+    for (const ParameterSpec& spec : layout.parameters()) {
+      const uint64_t element = dtype_size_bytes(spec.dtype);
+      auto& buffer = buffers_.emplace_back(static_cast<uint64_t>(spec.element_count) * element);
+      for (size_t i = 0; i < numbers.at(spec.name).size(); ++i) {
+        std::memcpy(buffer.data() + i * element, &numbers.at(spec.name)[i], element);
+      }
+      regions_.push_back(value_or_fail(transport.register_memory(buffer), "region"));
+      options.arenas.push_back(regions_.back().get());
+      memory.push_back({.name = spec.name, .data = buffer.data(), .size_bytes = buffer.size()});
+    }
+    publisher_ =
+        value_or_fail(Publisher::open(transport, control, layout, memory, options), "publisher");
+    EXPECT_TRUE(publisher_->begin_write(1));
+    EXPECT_TRUE(publisher_->publish(1));
   }
-  const auto source =
-      value_or_fail(Publisher::open(*transport_, *control_, layout, memory, options), "publisher");
-  ASSERT_TRUE(source->begin_write(1));
-  ASSERT_TRUE(source->publish(1));
-  Engine wide(*transport_, *control_, trainer_layout({}), "wide");
-  const auto report = wide.refit({}, 2000);
-  ASSERT_FALSE(report);
-  EXPECT_THAT(report.error().message, HasSubstr("one arena"));
+
+ private:
+  std::deque<std::vector<std::byte>> buffers_;
+  std::vector<std::unique_ptr<LocalRegion>> regions_;
+  std::unique_ptr<Publisher> publisher_;
+};
+
+TEST_F(ScaledRefit, Fp8AndScalesInTwoRegionsFillATargetInBf16) {
+  const Numbers stored = expected_numbers(1);
+  const ScatteredFp8 source(*transport_, *control_, stored);
+  for (const uint64_t chunk_bytes : {uint64_t{512}, uint64_t{1} << 20}) {
+    ReceiverOptions options;
+    options.plan.chunk_bytes = chunk_bytes;
+    Engine wide(*transport_, *control_, trainer_layout({}), "wide", options);
+    const auto report = wide.refit();
+    ASSERT_TRUE(report) << report.error().to_string();
+    EXPECT_EQ(report->verified_bytes, report->size_bytes);
+    EXPECT_EQ(numbers_of(wide.parameters), dequantised(stored));
+  }
+}
+
+// The same where all regions are one request's.
+TEST_F(ScaledRefit, OnADeviceFp8AndScalesInTwoRegionsFillATargetInBf16) {
+  testing::PretendDevice device(open_local_transport().value());
+  const Numbers stored = expected_numbers(1);
+  const ScatteredFp8 source(device, *control_, stored);
+  Engine wide(device, *control_, trainer_layout({0, 50, 3, 41}), "wide");
+  const auto report = wide.refit();
+  ASSERT_TRUE(report) << report.error().to_string();
+  EXPECT_EQ(report->verified_bytes, report->size_bytes);
+  EXPECT_EQ(device.joined_requests(), 1U);
+  Numbers expected = dequantised(stored);
+  std::fill(expected["up.weight"].begin() + 50 * 48, expected["up.weight"].end(), 0);
+  std::fill(expected["down.weight"].begin(), expected["down.weight"].begin() + 3 * 70, 0);
+  std::fill(expected["down.weight"].begin() + 41 * 70, expected["down.weight"].end(), 0);
+  EXPECT_EQ(numbers_of(wide.parameters), expected);
 }
 
 TEST_F(ScaledRefit, FaultsOfTheTransportNeverLeaveWrongNumbersOrScales) {

@@ -55,7 +55,8 @@ Result<double> pace_of(double gigabytes_per_second) {
 Result<PreparedCopies> PreparedCopies::make(const Device& device,
                                             std::span<const StridedCopy> copies,
                                             std::span<const uint32_t> sources,
-                                            uint32_t source_count, const CopyOptions& options) {
+                                            uint32_t source_count, const CopyOptions& options,
+                                            std::span<const uint32_t> scale_sources) {
   TRANSFUSE_CHECK(copies.size() == sources.size());
   PreparedCopies prepared;
   prepared.device_ = &device;
@@ -69,8 +70,10 @@ Result<PreparedCopies> PreparedCopies::make(const Device& device,
     prepared.target_bytes_ += copy.target_bytes();
     prepared.source_bytes_ += copy.element_count() * source_bytes_of(copy.op);
     if (is_scaled(copy.op)) {
-      TRANSFUSE_RETURN_IF_ERROR(
-          add_scaled(copy, sources[i], i, options.table.base_alignment, scaled));
+      const ScaledSources bases = {sources[i],
+                                   scale_sources.empty() ? sources[i] : scale_sources[i]};
+      TRANSFUSE_CHECK(bases.scales < source_count);
+      TRANSFUSE_RETURN_IF_ERROR(add_scaled(copy, bases, i, options.table.base_alignment, scaled));
       continue;
     }
     const uint64_t piece = engines ? contiguous_bytes(copy) : 0;

@@ -141,6 +141,8 @@ class CudaTransport final : public Transport, private CudaTickets {
     uint64_t id = 0;  // 0: free
     const RemoteRegion* region = nullptr;
     std::span<const RemoteRegion* const> regions;
+    const RemoteRegion* scale_region = nullptr;
+    std::span<const RemoteRegion* const> scale_regions;
     std::span<const StridedCopy> copies;
     std::span<uint64_t> fingerprints;
     Prepared* prepared = nullptr;  // null: staged
@@ -150,7 +152,11 @@ class CudaTransport final : public Transport, private CudaTickets {
     std::optional<Result<void>> outcome;  // once it has ended
 
     bool reads(const CudaRemoteRegion& one) const {
-      return regions.empty() ? region == &one : std::ranges::find(regions, &one) != regions.end();
+      const auto among = [&one](std::span<const RemoteRegion* const> list) {
+        return std::ranges::find(list, &one) != list.end();
+      };
+      return (regions.empty() && region == &one) || scale_region == &one || among(regions) ||
+             among(scale_regions);
     }
     uint64_t target_bytes() const;
   };
@@ -164,6 +170,8 @@ class CudaTransport final : public Transport, private CudaTickets {
   }
   Ticket& new_ticket(const ReadRequest& request) REQUIRES(mutex_);
   Result<void> number_sources(const ReadRequest& request) REQUIRES(mutex_);
+  Result<uint32_t> number_of(const RemoteRegion* region_of_peer) REQUIRES(mutex_);
+  Result<void> check_sources(const ReadRequest& request, size_t copy) const REQUIRES(mutex_);
   Result<void> check_copies(const ReadRequest& request) const REQUIRES(mutex_);
   Result<Prepared*> prepare(const ReadRequest& request) REQUIRES(mutex_);
   Result<TicketId> submit_on_device(const ReadRequest& request) REQUIRES(mutex_);
@@ -184,7 +192,8 @@ class CudaTransport final : public Transport, private CudaTickets {
   uint64_t requests_ GUARDED_BY(mutex_) = 0;
   // Of the request that is being submitted.
   std::vector<const CudaRemoteRegion*> distinct_ GUARDED_BY(mutex_);
-  std::vector<uint32_t> sources_ GUARDED_BY(mutex_);  // per copy: index into distinct_
+  std::vector<uint32_t> sources_ GUARDED_BY(mutex_);        // per copy: index into distinct_
+  std::vector<uint32_t> scale_sources_ GUARDED_BY(mutex_);  // likewise, of the scales it reads
   std::vector<CUdeviceptr> bases_ GUARDED_BY(mutex_);
 };
 
@@ -226,6 +235,8 @@ CudaTransport::Ticket& CudaTransport::new_ticket(const ReadRequest& request) {
   free->id = ++last_ticket_ | kDeviceBit;
   free->region = request.region;
   free->regions = request.regions;
+  free->scale_region = request.scale_region;
+  free->scale_regions = request.scale_regions;
   free->copies = request.copies;
   free->fingerprints = request.fingerprints;
   free->prepared = nullptr;
@@ -234,44 +245,61 @@ CudaTransport::Ticket& CudaTransport::new_ticket(const ReadRequest& request) {
   return *free;
 }
 
-// Says which regions are read, each once, and which of them each copy reads.
+// The region's number among those that the request reads, each once.
+Result<uint32_t> CudaTransport::number_of(const RemoteRegion* region_of_peer) {
+  const auto* region = static_cast<const CudaRemoteRegion*>(region_of_peer);
+  if (region->request == requests_) return region->number;
+  if (region->host() != nullptr) {
+    return Error{ErrorCode::kInvalidArgument,
+                 "a request that joins regions reads one that does not join"};
+  }
+  // What was read before other memory was mapped is the generation's to judge; until the region is
+  // closed the physical memory stays, so that no read meets a hole.
+  if (!region->current()) {
+    return Error{ErrorCode::kTornRead,
+                 "device memory: its owner mapped other memory there since it was opened, or "
+                 "took it back: it is to be opened anew"};
+  }
+  region->request = requests_;
+  region->number = static_cast<uint32_t>(distinct_.size());
+  distinct_.push_back(region);
+  bases_.push_back(region->address());
+  return region->number;
+}
+
+// Says which regions are read, and which of them each copy reads.
 Result<void> CudaTransport::number_sources(const ReadRequest& request) {
   ++requests_;
   distinct_.clear();
   bases_.clear();
   sources_.resize(request.copies.size());
+  scale_sources_.resize(request.copies.size());
   for (size_t i = 0; i < request.copies.size(); ++i) {
-    const auto* region = static_cast<const CudaRemoteRegion*>(
-        request.regions.empty() ? request.region : request.regions[i]);
-    if (region->request != requests_) {
-      if (region->host() != nullptr) {
-        return Error{ErrorCode::kInvalidArgument,
-                     "a request that joins regions reads one that does not join"};
-      }
-      // What was read before other memory was mapped is the generation's to judge; until the region
-      // is closed the physical memory stays, so that no read meets a hole.
-      if (!region->current()) {
-        return Error{ErrorCode::kTornRead,
-                     "device memory: its owner mapped other memory there since it was opened, or "
-                     "took it back: it is to be opened anew"};
-      }
-      region->request = requests_;
-      region->number = static_cast<uint32_t>(distinct_.size());
-      distinct_.push_back(region);
-      bases_.push_back(region->address());
+    TRANSFUSE_ASSIGN_OR_RETURN(
+        sources_[i], number_of(request.regions.empty() ? request.region : request.regions[i]));
+    const RemoteRegion* const scales =
+        request.scale_regions.empty() ? request.scale_region : request.scale_regions[i];
+    scale_sources_[i] = sources_[i];
+    if (scales != nullptr) {
+      TRANSFUSE_ASSIGN_OR_RETURN(scale_sources_[i], number_of(scales));
     }
-    sources_[i] = region->number;
   }
   return {};
 }
 
-// Bounds of the sources (I13), and that the targets can be written at all: a kernel that writes
+// Bounds of the sources (I13).
+Result<void> CudaTransport::check_sources(const ReadRequest& request, size_t copy) const {
+  return check_copy(request.copies[copy], distinct_[sources_[copy]]->size_bytes(),
+                    distinct_[scale_sources_[copy]]->size_bytes());
+}
+
+// Bounds, and that the targets can be written at all: a kernel that writes
 // elsewhere would take the whole context with it.
 Result<void> CudaTransport::check_copies(const ReadRequest& request) const {
   std::span<std::byte> known;
   for (size_t i = 0; i < request.copies.size(); ++i) {
     const StridedCopy& copy = request.copies[i];
-    TRANSFUSE_RETURN_IF_ERROR(check_copy(copy, distinct_[sources_[i]]->size_bytes()));
+    TRANSFUSE_RETURN_IF_ERROR(check_sources(request, i));
     const std::byte* const target = copy.target;
     if (target == nullptr ||
         (!known.empty() && target >= known.data() && target < known.data() + known.size())) {
@@ -297,7 +325,7 @@ Result<CudaTransport::Prepared*> CudaTransport::prepare(const ReadRequest& reque
   const bool engines = std::ranges::none_of(distinct_, [](const auto* region) {
     return region->link() == cuda::DeviceLink::kSameDevice;
   });
-  CopyKey key = cuda::key_of(request.copies, sources_, sums);
+  CopyKey key = cuda::key_of(request.copies, sources_, scale_sources_, sums);
   key.high ^= engines ? 1 : 0;
   const auto found = std::ranges::find_if(
       kept_, [&](const auto& prepared) { return prepared->key == key && !prepared->busy; });
@@ -312,7 +340,7 @@ Result<CudaTransport::Prepared*> CudaTransport::prepare(const ReadRequest& reque
   TRANSFUSE_ASSIGN_OR_RETURN(
       PreparedCopies copies,
       PreparedCopies::make(*core_->device, request.copies, sources_,
-                           static_cast<uint32_t>(distinct_.size()), options));
+                           static_cast<uint32_t>(distinct_.size()), options, scale_sources_));
   if (kept_.size() >= kKeptTables) {
     const auto idle = std::ranges::find_if(kept_, [](const auto& old) { return !old->busy; });
     if (idle != kept_.end()) kept_.erase(idle);
@@ -338,6 +366,13 @@ Result<TicketId> CudaTransport::submit(const ReadRequest& request) {
   if (from_host && (!into_device || request.copies.empty())) {
     ReadRequest inner = request;
     inner.region = region->host();
+    if (request.scale_region != nullptr) {
+      inner.scale_region = static_cast<const CudaRemoteRegion*>(request.scale_region)->host();
+      if (inner.scale_region == nullptr) {
+        return Error{ErrorCode::kInvalidArgument,
+                     "a read of memory of the host finds its scales on a device"};
+      }
+    }
     return core_->host->submit(inner);
   }
   const MutexLock lock(mutex_);
@@ -387,12 +422,12 @@ Result<TicketId> CudaTransport::submit_staged(const ReadRequest& request) {
     read->host_region = region->host();
     distinct_.assign(1, region);
     sources_.assign(request.copies.size(), 0);
+    scale_sources_.assign(request.copies.size(), 0);
     TRANSFUSE_RETURN_IF_ERROR(check_copies(request));
   } else {
     TRANSFUSE_RETURN_IF_ERROR(number_sources(request));
     for (size_t i = 0; i < request.copies.size(); ++i) {
-      TRANSFUSE_RETURN_IF_ERROR(
-          check_copy(request.copies[i], distinct_[sources_[i]]->size_bytes()));
+      TRANSFUSE_RETURN_IF_ERROR(check_sources(request, i));
       read->bases.push_back(bases_[sources_[i]]);
     }
   }

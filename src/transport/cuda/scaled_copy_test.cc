@@ -25,11 +25,12 @@ namespace transfuse {
 namespace {
 
 // As the kernel does: every lane of every item.
-void run_table(Random& random, const ScaledTable& table, const std::byte* base, uint64_t& sum) {
+void run_table(Random& random, const ScaledTable& table, const std::array<uint64_t, 2>& bases,
+               uint64_t& sum) {
   alignas(16) std::array<std::byte, kScaledStageBytes> stage{};
   for (const ScaledItem& item : table.items) {
     const auto lanes = 1 + static_cast<uint32_t>(random.below(70));
-    const ScaledView view = view_of(table.runs[item.run], item, base, lanes);
+    const ScaledView view = view_of(table.runs[item.run], item, bases.data(), lanes);
     uint32_t scale = 0;
     if (quantizes(view.op)) {
       uint32_t largest = 0;
@@ -98,8 +99,7 @@ Scenario random_scenario(Random& random, uint64_t source_bytes, bool aligned) {
     made.scales.stride[1] = 1;
     copy.source_offset_bytes = random.below(source_bytes);
     if (aligned) copy.source_offset_bytes = copy.source_offset_bytes / 16 * 16;
-    made.scales.source_distance_bytes = static_cast<int64_t>(random.below(source_bytes)) -
-                                        static_cast<int64_t>(copy.source_offset_bytes);
+    made.scales.source_offset_bytes = random.below(source_bytes);
   } while (!check_copy(copy, source_bytes));
   return made;
 }
@@ -110,6 +110,8 @@ TEST(ScaledDeviceCopy, LanesDoWhatTheSlowModelDoes) {
   Random bytes(1);
   // Numbers in every dtype that are mostly no NaN and no infinity.
   for (uint64_t i = 0; i < kSize; ++i) source.data[i] = static_cast<std::byte>(bytes.next() >> 57);
+  Memory apart(kSize);
+  for (uint64_t i = 0; i < kSize; ++i) apart.data[i] = static_cast<std::byte>(bytes.next() >> 57);
   uint32_t with_vectors = 0;
   for (uint64_t seed = 1; seed <= 200; ++seed) {
     SCOPED_TRACE("seed " + std::to_string(seed));
@@ -128,19 +130,25 @@ TEST(ScaledDeviceCopy, LanesDoWhatTheSlowModelDoes) {
     const uint64_t scale_bytes = copy.block_count(0) * copy.block_count(1) * 4;
     std::vector<std::byte> scales(scale_bytes);
     std::vector<std::byte> expected_scales(scale_bytes);
+    // Half of the time scales lie apart from the numbers.
+    Memory& scale_source = seed % 4 < 2 ? source : apart;
+    made.scales.fetched = scale_source.data + made.scales.source_offset_bytes;
     const uint64_t sum = slow_scaled_copy(copy, source.data + copy.source_offset_bytes,
                                           expected.data + shift, expected_scales.data());
+    made.scales.fetched = nullptr;
+    const std::array<uint64_t, 2> bases = {reinterpret_cast<uint64_t>(scale_source.data),
+                                           reinterpret_cast<uint64_t>(source.data)};
     copy.target = target.data + shift;
     made.scales.target = scales.data();
     for (const bool writes : {true, false}) {
       if (!writes && !copy.fingerprint) continue;
       if (!writes) copy.target = made.scales.target = nullptr;
       ScaledTable table;
-      ASSERT_TRUE(add_scaled(copy, 0, 0, 256, table));
+      ASSERT_TRUE(add_scaled(copy, {.numbers = 1, .scales = 0}, 0, 256, table));
       ASSERT_EQ(table.items.size(), copy.block_count(0) * copy.block_count(1));
       with_vectors += table.runs[0].vectors;
       uint64_t found = 0;
-      run_table(random, table, source.data, found);
+      run_table(random, table, bases, found);
       EXPECT_EQ(found, copy.fingerprint ? sum : 0);
       EXPECT_EQ(std::memcmp(target.data, expected.data, size + shift), 0);
       EXPECT_TRUE(scales == expected_scales);
@@ -173,6 +181,10 @@ TEST(OnGpuScaledCopy, BlocksAndScalesAreThoseOfTheSlowModel) {
   };
   const auto on_device = allocate(kSize);
   move(on_device.address(), address(source.data), kSize);
+  Memory apart(kSize);
+  for (uint64_t i = 0; i < kSize; ++i) apart.data[i] = static_cast<std::byte>(bytes.next() >> 57);
+  const auto apart_on_device = allocate(kSize);
+  move(apart_on_device.address(), address(apart.data), kSize);
   for (uint64_t seed = 1; seed <= 100; ++seed) {
     SCOPED_TRACE("seed " + std::to_string(seed));
     Random random(seed);
@@ -186,8 +198,11 @@ TEST(OnGpuScaledCopy, BlocksAndScalesAreThoseOfTheSlowModel) {
     const uint64_t scale_bytes = copy.block_count(0) * copy.block_count(1) * 4;
     std::vector<std::byte> expected(size);
     std::vector<std::byte> expected_scales(scale_bytes);
+    const bool together = seed % 4 < 2;  // numbers and scales
+    made.scales.fetched = (together ? source : apart).data + made.scales.source_offset_bytes;
     const uint64_t sum = slow_scaled_copy(copy, source.data + copy.source_offset_bytes,
                                           expected.data(), expected_scales.data());
+    made.scales.fetched = nullptr;
     const auto target = allocate(size);
     const auto scales = allocate(scale_bytes);
     std::vector<std::byte> found(size);
@@ -197,10 +212,12 @@ TEST(OnGpuScaledCopy, BlocksAndScalesAreThoseOfTheSlowModel) {
     copy.target = target.as<std::byte>();
     made.scales.target = scales.as<std::byte>();
     const std::array<uint32_t, 1> sources = {0};
-    auto prepared = cuda::PreparedCopies::make(*device, {&copy, 1}, sources, 1, {}).value();
+    const std::array<uint32_t, 1> scale_sources = {together ? 0U : 1U};
+    const std::array<CUdeviceptr, 2> bases = {on_device.address(), apart_on_device.address()};
+    auto prepared =
+        cuda::PreparedCopies::make(*device, {&copy, 1}, sources, 2, {}, scale_sources).value();
     for (int launch = 0; launch < 2; ++launch) {
-      const CUdeviceptr base = on_device.address();
-      ASSERT_TRUE(prepared.launch({&base, 1}, {.stream = stream.get()}));
+      ASSERT_TRUE(prepared.launch(bases, {.stream = stream.get()}));
       move(address(found.data()), target.address(), size);
       move(address(found_scales.data()), scales.address(), scale_bytes);
       EXPECT_TRUE(found == expected);
@@ -219,10 +236,10 @@ TEST(ScaledDeviceCopy, AnEmptyCopyAndOneThatNobodyWantsHaveNoItems) {
   copy.op = ElementOp::kBF16ToE4M3;
   copy.scales = &scales;
   ScaledTable table;
-  EXPECT_TRUE(add_scaled(copy, 0, 0, 256, table));
+  EXPECT_TRUE(add_scaled(copy, {}, 0, 256, table));
   copy.fingerprint = true;
   copy.count[1] = 0;
-  EXPECT_TRUE(add_scaled(copy, 0, 0, 256, table));
+  EXPECT_TRUE(add_scaled(copy, {}, 0, 256, table));
   EXPECT_TRUE(table.items.empty());
 }
 

@@ -43,8 +43,9 @@ struct ScaledView {
   bool staged = false;
 };
 
+// `bases`: addresses, per source.
 TRANSFUSE_HOST_DEVICE inline ScaledView view_of(const ScaledRun& run, const ScaledItem& item,
-                                                const std::byte* base, uint32_t lanes) {
+                                                const uint64_t* bases, uint32_t lanes) {
   int64_t first[2];
   uint32_t length[2];
   for (int axis = 0; axis < 2; ++axis) {
@@ -62,12 +63,14 @@ TRANSFUSE_HOST_DEVICE inline ScaledView view_of(const ScaledRun& run, const Scal
     return int64_t{item.block[0]} * stride[0] + int64_t{item.block[1]} * stride[1];
   };
   ScaledView view;
-  view.source = base + run.source_offset + at(run.source_stride);
+  view.source = reinterpret_cast<const std::byte*>(bases[run.source] + run.source_offset) +
+                at(run.source_stride);
   if (run.target != 0) {
     view.target = reinterpret_cast<std::byte*>(run.target) + at(run.target_stride);
   }
   if (!quantizes_of(run.op)) {
-    view.read_scale = base + run.scales + scale_at(run.scale_stride);
+    view.read_scale = reinterpret_cast<const std::byte*>(bases[run.scale_source] + run.scales) +
+                      scale_at(run.scale_stride);
   } else if (run.scales != 0 && run.target != 0) {
     view.written_scale = reinterpret_cast<std::byte*>(run.scales) + scale_at(run.scale_stride);
   }

@@ -40,8 +40,7 @@ extern "C" __global__ void __launch_bounds__(kScaledThreads, kScaledBlocksPerMul
       if (!last) {
         const ScaledItem item = launch.items[number];
         const ScaledRun& run = launch.runs[item.run];
-        view = view_of(run, item, reinterpret_cast<const std::byte*>(launch.bases[run.source]),
-                       blockDim.x);
+        view = view_of(run, item, launch.bases, blockDim.x);
       }
     }
     __syncthreads();
