@@ -212,8 +212,8 @@ Result<void> PreparedCopies::launch_kernel(const Launch& launch, uint32_t item_c
       .ns_per_byte = ns_per_byte,
       .item_count = item_count};
   std::array<void*, 1> pointers = {&arguments};
-  const uint32_t blocks =
-      std::min(block_count(launch.multiprocessors, device_->multiprocessors()), item_count);
+  const uint32_t most = block_count(launch.multiprocessors, device_->multiprocessors());
+  const uint32_t blocks = std::min(most, item_count);
   const Device::Kernels& kernels = device_->kernels();
   const bool any = stage_bytes_ > 0 || ns_per_byte > 0;
   const CUfunction kernel = sum_count_ > 0 ? (any ? kernels.copy_any_and_sum : kernels.copy_and_sum)
@@ -223,13 +223,11 @@ Result<void> PreparedCopies::launch_kernel(const Launch& launch, uint32_t item_c
                                              kCopyThreads, 1, 1, stage_bytes_, launch.stream,
                                              pointers.data(), nullptr));
   }
-  TRANSFUSE_RETURN_IF_ERROR(scaled_.launch(
-      {.stream = launch.stream,
-       .multiprocessors = launch.multiprocessors == 0
-                              ? device_->multiprocessors()
-                              : std::min(launch.multiprocessors, device_->multiprocessors()),
-       .bases = bases_.as<uint64_t>(),
-       .sums = work_.as<uint64_t>()}));
+  TRANSFUSE_RETURN_IF_ERROR(scaled_.launch({.stream = launch.stream,
+                                            .blocks = most,
+                                            .ns_per_byte = ns_per_byte,
+                                            .bases = bases_.as<uint64_t>(),
+                                            .sums = work_.as<uint64_t>()}));
   if (sum_count_ == 0) return {};
   return TRANSFUSE_CUDA(driver, cuMemcpyAsync, host_sums_.address(), work_.address(),
                         host_sums_.size_bytes(), launch.stream);
