@@ -17,6 +17,7 @@
 
 #include "gpu_stopwatch.h"
 #include "plan/copies.h"
+#include "scaled_rows.h"
 #include "shapes.h"
 #include "transfuse/copy.h"
 #include "transfuse/layout.h"
@@ -224,6 +225,9 @@ Result<void> run(bool small, std::string_view only) {
     }
     TRANSFUSE_ASSIGN_OR_RETURN(nlohmann::json shapes,
                                measure_shapes(*source, *target, small, only));
+    TRANSFUSE_ASSIGN_OR_RETURN(const nlohmann::json scaled,
+                               measure_scaled(*source, *target, small, only));
+    shapes.insert(shapes.end(), scaled.begin(), scaled.end());
     for (nlohmann::json& shape : shapes) {
       shape["gpus"] = source == target.get() ? 1 : 2;
       all.push_back(std::move(shape));
