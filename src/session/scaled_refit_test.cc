@@ -29,6 +29,7 @@
 #include "transfuse/control.h"
 #include "transfuse/layout.h"
 #include "transfuse/model.h"
+#include "transfuse/plan.h"
 #include "transfuse/publisher.h"
 #include "transfuse/receiver.h"
 #include "transfuse/result.h"
@@ -412,6 +413,64 @@ TEST_F(ScaledRefit, DeepseekInBf16FillsVllmInFp8AndTheFp8OfAnyEngineIsTheSame) {
       EXPECT_EQ(sums.emplace(name, sum).first->second, sum) << name;
     }
   }
+}
+
+// Whether one source tile holds all of the tensor's block (row, column).
+bool held_whole(const std::vector<Layout>& sources, const TensorSpec& tensor, int64_t row,
+                int64_t column) {
+  const int64_t low[2] = {row * 8, column * 8};
+  const int64_t high[2] = {std::min(low[0] + 8, tensor.shape[0]),
+                           std::min(low[1] + 8, tensor.shape[1])};
+  return std::ranges::any_of(sources, [&](const Layout& source) {
+    const auto held = source.find_tensor(tensor.name);
+    if (!held) return false;
+    return std::ranges::any_of(source.tiles_of(*held), [&](const Tile& tile) {
+      return tile.box.offset[0] <= low[0] && tile.box.offset[1] <= low[1] &&
+             tile.box.offset[0] + tile.box.length[0] >= high[0] &&
+             tile.box.offset[1] + tile.box.length[1] >= high[1];
+    });
+  });
+}
+
+// Tensors with a block that an engine holds and no single source.
+std::set<std::string> cut_tensors(const std::vector<Layout>& sources, const Layout& engine) {
+  std::set<std::string> cut;
+  for (const Quantization& q : engine.quantizations()) {
+    const TensorSpec& tensor = engine.tensors()[q.tensor];
+    for (const Tile& tile : engine.tiles_of(q.tensor)) {
+      const Box& box = tile.box;
+      for (int64_t i = box.offset[0] / 8; i * 8 < box.offset[0] + box.length[0]; ++i) {
+        for (int64_t j = box.offset[1] / 8; j * 8 < box.offset[1] + box.length[1]; ++j) {
+          if (!held_whole(sources, tensor, i, j)) cut.insert(tensor.name);
+        }
+      }
+    }
+  }
+  return cut;
+}
+
+TEST_F(ScaledRefit, PairsOfLayoutsAreRefusedWhereNoSourceHoldsABlockAndOnlyThere) {
+  int made = 0;
+  int refused = 0;
+  for (const char* from : {"hf", "fsdp:dp=2", "fsdp:dp=3", "fsdp:dp=4", "fsdp:dp=5", "fsdp:dp=8"}) {
+    const std::vector<Layout> sources = deepseek_layouts(false, from);
+    for (const char* to : {"hf", "vllm:tp=2", "sglang:tp=2", "vllm:tp=2,ep"}) {
+      for (const Layout& engine : deepseek_layouts(true, to)) {
+        SCOPED_TRACE(std::string(from) + " -> " + to);
+        const std::set<std::string> expected = cut_tensors(sources, engine);
+        std::set<std::string> found;
+        for (const Finding& finding : diagnose(engine, sources)) {
+          EXPECT_EQ(finding.kind, FindingKind::kBlock) << finding.reason;
+          found.insert(finding.tensor);
+        }
+        EXPECT_EQ(found, expected);
+        EXPECT_EQ(compile(engine, sources, {}).has_value(), expected.empty());
+        ++(expected.empty() ? made : refused);
+      }
+    }
+  }
+  EXPECT_GT(made, 5);
+  EXPECT_GT(refused, 8);
 }
 
 TEST_F(ScaledRefit, ACheckpointInFp8FillsAnEngineInBf16) {
