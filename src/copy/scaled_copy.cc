@@ -219,13 +219,15 @@ uint64_t run_scaled_copy(const StridedCopy& copy, const std::byte* source, bool 
   return ScaledWalk(copy, source, write, sum).run();
 }
 
-ScaledBand band_of(const StridedCopy& copy, const uint32_t (&first)[2], uint32_t count,
-                   uint32_t* fetched) {
+StridedCopy blocks_of(const StridedCopy& copy, const uint32_t (&first)[2], uint32_t count,
+                      BlockScales& blocks) {
   const BlockScales& scales = *copy.scales;
-  ScaledBand band{.scales = {}, .run = copy, .blocks = scales};
+  StridedCopy part = copy;
+  blocks = scales;
   const uint32_t end[2] = {first[0] + 1, first[1] + count};
   int64_t source = 0;
   int64_t target = 0;
+  int64_t scale = 0;
   for (int axis = 0; axis < 2; ++axis) {
     const auto begin_of = [&](uint32_t block) {
       return block == 0 ? 0 : int64_t{block} * scales.block[axis] - scales.phase[axis];
@@ -233,29 +235,38 @@ ScaledBand band_of(const StridedCopy& copy, const uint32_t (&first)[2], uint32_t
     const int level = axis + 1;
     const int64_t begin = begin_of(first[axis]);
     const int64_t length = std::min(begin_of(end[axis]), int64_t{copy.count[level]}) - begin;
-    band.run.count[level] = static_cast<uint32_t>(length);
+    part.count[level] = static_cast<uint32_t>(length);
     source += begin * copy.source_stride[level];
     target += begin * copy.target_stride[level];
-    band.run.linear_index += static_cast<uint64_t>(begin * copy.index_stride[level]);
-    if (first[axis] > 0) band.blocks.phase[axis] = 0;
+    scale += first[axis] * scales.stride[axis];
+    part.linear_index += static_cast<uint64_t>(begin * copy.index_stride[level]);
+    blocks.linear_index += static_cast<uint64_t>(first[axis] * scales.index_stride[axis]);
+    if (first[axis] > 0) blocks.phase[axis] = 0;
   }
-  band.run.source_offset_bytes += static_cast<uint64_t>(source) * source_element_bytes(copy.op);
+  part.source_offset_bytes += static_cast<uint64_t>(source) * source_element_bytes(copy.op);
   if (copy.target != nullptr) {
-    band.run.target = copy.target + target * target_element_bytes(copy.op);
+    part.target = copy.target + target * target_element_bytes(copy.op);
   }
-  band.blocks.stride[0] = 0;
-  band.blocks.stride[1] = 1;
-  band.blocks.fetched = reinterpret_cast<const std::byte*>(fetched);
+  blocks.source_offset_bytes += static_cast<uint64_t>(scale * kScaleBytes);
+  if (scales.target != nullptr) blocks.target = scales.target + scale * kScaleBytes;
+  if (scales.fetched != nullptr) blocks.fetched = scales.fetched + scale * kScaleBytes;
+  part.scales = nullptr;
+  return part;
+}
 
+ScaledBand band_of(const StridedCopy& copy, const uint32_t (&first)[2], uint32_t count,
+                   uint32_t* fetched) {
+  ScaledBand band;
+  band.run = blocks_of(copy, first, count, band.blocks);
   band.scales.op = ElementOp::kCopy4;
   band.scales.target = reinterpret_cast<std::byte*>(fetched);
   band.scales.count[2] = count;
-  band.scales.source_stride[2] = scales.stride[1];
+  band.scales.source_stride[2] = band.blocks.stride[1];
   band.scales.target_stride[2] = 1;
-  band.scales.source_offset_bytes =
-      scales.source_offset_bytes +
-      static_cast<uint64_t>((first[0] * scales.stride[0] + first[1] * scales.stride[1]) *
-                            kScaleBytes);
+  band.scales.source_offset_bytes = band.blocks.source_offset_bytes;
+  band.blocks.stride[0] = 0;
+  band.blocks.stride[1] = 1;
+  band.blocks.fetched = reinterpret_cast<const std::byte*>(fetched);
   return band;
 }
 

@@ -62,13 +62,17 @@ Result<void> for_each_part(const StridedCopy& copy, uint64_t most_elements, Visi
 // Scales that are brought at once where they lie in another region than their numbers.
 inline constexpr uint32_t kBandScales = 256;
 
+// The `count` blocks from (row, column) on of one row of blocks, as a copy of their own; `blocks`
+// becomes its scales.
+StridedCopy blocks_of(const StridedCopy& copy, const uint32_t (&first)[2], uint32_t count,
+                      BlockScales& blocks);
+
 // Blocks of one row of blocks, as a copy whose scales have been fetched.
 struct ScaledBand {
   StridedCopy scales;  // into the fetched ones
   StridedCopy run;     // its scales are below
   BlockScales blocks;
 };
-// Of the `count` blocks from (row, column) on.
 ScaledBand band_of(const StridedCopy& copy, const uint32_t (&first)[2], uint32_t count,
                    uint32_t* fetched);
 

@@ -68,6 +68,10 @@ uint32_t multiprocessors_for(const CopyLimits& limits) {
                                    kGigabytesPerMultiprocessor);
 }
 
+Error scales_on_device() {
+  return {ErrorCode::kInvalidArgument, "a read of memory of the host finds its scales on a device"};
+}
+
 }  // namespace
 
 // Safe to call from any thread. All reads of devices go over one stream: one that comes after a
@@ -368,10 +372,7 @@ Result<TicketId> CudaTransport::submit(const ReadRequest& request) {
     inner.region = region->host();
     if (request.scale_region != nullptr) {
       inner.scale_region = static_cast<const CudaRemoteRegion*>(request.scale_region)->host();
-      if (inner.scale_region == nullptr) {
-        return Error{ErrorCode::kInvalidArgument,
-                     "a read of memory of the host finds its scales on a device"};
-      }
+      if (inner.scale_region == nullptr) return scales_on_device();
     }
     return core_->host->submit(inner);
   }
@@ -408,11 +409,6 @@ Result<void> CudaTransport::start(Ticket& ticket, const CopyLimits& limits) {
 }
 
 Result<TicketId> CudaTransport::submit_staged(const ReadRequest& request) {
-  if (std::ranges::any_of(request.copies, is_scaled, &StridedCopy::op)) {
-    return Error{ErrorCode::kUnsupported,
-                 "fp8 with block scales is not made or read on the way between host and device: "
-                 "let both sides keep their weights on GPUs, or both in memory of the host"};
-  }
   auto read = std::make_unique<StagedRead>();
   read->copies = request.copies;
   read->fingerprints = request.fingerprints;
@@ -422,13 +418,19 @@ Result<TicketId> CudaTransport::submit_staged(const ReadRequest& request) {
     read->host_region = region->host();
     distinct_.assign(1, region);
     sources_.assign(request.copies.size(), 0);
-    scale_sources_.assign(request.copies.size(), 0);
+    if (request.scale_region != nullptr) {
+      distinct_.push_back(static_cast<const CudaRemoteRegion*>(request.scale_region));
+      read->host_scales = distinct_.back()->host();
+      if (read->host_scales == nullptr) return scales_on_device();
+    }
+    scale_sources_.assign(request.copies.size(), static_cast<uint32_t>(distinct_.size() - 1));
     TRANSFUSE_RETURN_IF_ERROR(check_copies(request));
   } else {
     TRANSFUSE_RETURN_IF_ERROR(number_sources(request));
     for (size_t i = 0; i < request.copies.size(); ++i) {
       TRANSFUSE_RETURN_IF_ERROR(check_sources(request, i));
       read->bases.push_back(bases_[sources_[i]]);
+      read->scale_bases.push_back(bases_[scale_sources_[i]]);
     }
   }
   TRANSFUSE_RETURN_IF_ERROR(staged_.submit(*read));
