@@ -16,6 +16,7 @@
 #include "gpu_stopwatch.h"
 #include "measure_gpu.h"
 #include "plan/copies.h"
+#include "scaled_rows.h"
 #include "shapes.h"
 #include "transfuse/copy.h"
 #include "transfuse/layout.h"
@@ -95,9 +96,9 @@ class Bench {
       bool fingerprint;
       bool engines;
     };
-    for (const Mode mode : {Mode{"kernel", false, false}, Mode{"kernel, fingerprints", true, false},
-                            Mode{"kernel and copy engines", false, true},
-                            Mode{"both, fingerprints", true, true}}) {
+    for (const Mode mode :
+         {Mode{"kernel", false, false}, Mode{"kernel, fingerprints", true, false},
+          Mode{"kernel and copy engines", false, true}, Mode{"both, fingerprints", true, true}}) {
       TRANSFUSE_ASSIGN_OR_RETURN(nlohmann::json found, measure(copies, placed, bases, into,
                                                                mode.fingerprint, mode.engines));
       found["ratio"] = found["gb_s"].get<double>() / ceiling;
@@ -234,6 +235,9 @@ Result<nlohmann::json> measure_gpu(const GpuOptions& options) {
       all.push_back(std::move(*found));
     }
     TRANSFUSE_ASSIGN_OR_RETURN(nlohmann::json shapes, measure_shapes(*source, *target, options));
+    TRANSFUSE_ASSIGN_OR_RETURN(const nlohmann::json scaled,
+                               measure_scaled(*source, *target, options));
+    shapes.insert(shapes.end(), scaled.begin(), scaled.end());
     for (nlohmann::json& shape : shapes) {
       shape["gpus"] = source == target.get() ? 1 : 2;
       all.push_back(std::move(shape));

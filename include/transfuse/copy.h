@@ -41,8 +41,10 @@ uint32_t target_element_bytes(ElementOp op);
 // both). Rows are the copy's middle level, columns its inner level; its outer level counts 1.
 struct BlockScales {
   std::byte* target = nullptr;  // quantising: where the first block's scale is written
-  // Dequantising: where the first block's scale lies at the source, from the copy's first element.
-  int64_t source_distance_bytes = 0;
+  // Dequantising: where the first block's scale lies, from the start of the region that holds it.
+  uint64_t source_offset_bytes = 0;
+  // Dequantising: that scale in this process, where the scales were brought here before the copy.
+  const std::byte* fetched = nullptr;
   uint64_t linear_index = 0;     // quantising: of the first scale in its catalog tensor
   uint64_t fingerprint_key = 0;  // quantising: of that tensor
   uint32_t block[2] = {128, 128};
@@ -73,9 +75,11 @@ struct StridedCopy {
   // Blocks of a scaled copy along its rows (0) or columns (1).
   uint64_t block_count(int axis) const;
   uint64_t target_bytes() const;  // of the elements, and of the scales that are written
-  // One past the last source byte this copy reads, from the start of the region. Strides are not
+  // One past the last element this copy reads, from the start of the region. Strides are not
   // negative.
   uint64_t source_end_bytes() const;
+  // One past the last scale this copy reads, from the start of the region that holds them; 0: none.
+  uint64_t scales_end_bytes() const;
 };
 
 // The fingerprint of a quantising copy is that of its elements plus that of its scales.

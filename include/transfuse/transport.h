@@ -58,6 +58,10 @@ struct ReadRequest {
       fingerprints{};  // empty, or one per copy: written where copies[i].fingerprint is set
   // Empty, or one per copy: all of them join (RemoteRegion::joins_requests()).
   std::span<const RemoteRegion* const> regions{};
+  // Where the scales lie that dequantising copies read, if not in the region of their numbers: of
+  // every copy, or (empty, or one per copy; null: with its numbers) where `regions` is not empty.
+  const RemoteRegion* scale_region = nullptr;
+  std::span<const RemoteRegion* const> scale_regions{};
   CopyLimits limits{};  // where the region joins
 };
 

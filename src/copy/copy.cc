@@ -346,18 +346,20 @@ uint64_t StridedCopy::source_end_bytes() const {
     last +=
         static_cast<unsigned __int128>(static_cast<uint64_t>(source_stride[i])) * (count[i] - 1u);
   }
-  unsigned __int128 end = (last + 1) * source_element_bytes(op) + source_offset_bytes;
-  if (is_scaled(op) && !quantizes(op) && scales != nullptr) {
-    unsigned __int128 scale = 0;
-    for (int axis = 0; axis < 2; ++axis) {
-      scale += static_cast<unsigned __int128>(static_cast<uint64_t>(scales->stride[axis])) *
-               (block_count(axis) - 1);
-    }
-    const auto first = static_cast<__int128>(source_offset_bytes) + scales->source_distance_bytes;
-    if (first >= 0) {
-      end = std::max(end, static_cast<unsigned __int128>(first) + (scale + 1) * sizeof(float));
-    }
+  const unsigned __int128 end = (last + 1) * source_element_bytes(op) + source_offset_bytes;
+  return end > kMax ? kMax : static_cast<uint64_t>(end);
+}
+
+uint64_t StridedCopy::scales_end_bytes() const {
+  constexpr uint64_t kMax = std::numeric_limits<uint64_t>::max();
+  const bool reads = is_scaled(op) && !quantizes(op) && scales != nullptr;
+  if (!reads || scales->fetched != nullptr || element_count() == 0) return 0;
+  unsigned __int128 last = 0;
+  for (int axis = 0; axis < 2; ++axis) {
+    last += static_cast<unsigned __int128>(static_cast<uint64_t>(scales->stride[axis])) *
+            (block_count(axis) - 1);
   }
+  const unsigned __int128 end = (last + 1) * sizeof(float) + scales->source_offset_bytes;
   return end > kMax ? kMax : static_cast<uint64_t>(end);
 }
 
@@ -393,16 +395,13 @@ Result<void> check_scales(const StridedCopy& copy) {
                    "copy: the blocks of axis " + std::to_string(axis) + " are malformed"};
     }
   }
-  if (!quantizes(copy.op) &&
-      static_cast<__int128>(copy.source_offset_bytes) + scales.source_distance_bytes < 0) {
-    return Error{ErrorCode::kCorrupt, "copy: its scales begin before the region"};
-  }
   return {};
 }
 
 }  // namespace
 
-Result<void> check_copy(const StridedCopy& copy, uint64_t source_size_bytes) {
+Result<void> check_copy(const StridedCopy& copy, uint64_t source_size_bytes,
+                        uint64_t scales_size_bytes) {
   for (int i = 0; i < 3; ++i) {
     if (copy.source_stride[i] < 0 || copy.target_stride[i] < 0 || copy.index_stride[i] < 0) {
       return Error{ErrorCode::kCorrupt,
@@ -419,6 +418,12 @@ Result<void> check_copy(const StridedCopy& copy, uint64_t source_size_bytes) {
   if (end > source_size_bytes) {
     return Error{ErrorCode::kCorrupt, "copy reads up to byte " + std::to_string(end) +
                                           " of a region of " + std::to_string(source_size_bytes) +
+                                          " bytes"};
+  }
+  const uint64_t scales_end = copy.scales_end_bytes();
+  if (scales_end > scales_size_bytes) {
+    return Error{ErrorCode::kCorrupt, "copy reads scales up to byte " + std::to_string(scales_end) +
+                                          " of a region of " + std::to_string(scales_size_bytes) +
                                           " bytes"};
   }
   return {};

@@ -16,7 +16,8 @@ ElementOp plain_copy(uint32_t element_bytes);
 
 // Executes `copy`. `source` is the address of element (0, 0, 0): source_offset_bytes is already
 // applied. Returns the fingerprint of the elements as written, 0 if copy.fingerprint is not set.
-// Source and target do not overlap; neither needs any alignment. Safe to call from any thread.
+// Source and target do not overlap; neither needs any alignment. Scales that were not fetched lie
+// where their offset says, seen from the copy's. Safe to call from any thread.
 //
 // Large runs are written with streaming stores, which other threads may see late: call copy_fence()
 // on the same thread after the last run_copy() and before saying that the bytes are there (through
@@ -39,9 +40,13 @@ uint32_t f16_bits_to_f32(uint16_t bits);
 uint8_t f32_bits_to_e4m3(uint32_t bits);
 uint32_t e4m3_bits_to_f32(uint8_t bits);  // exact; NaN keeps its sign
 
-// kCorrupt unless every byte that `copy` reads lies in a region of `source_size_bytes`, nothing
-// overflows and no stride is negative (I13).
-Result<void> check_copy(const StridedCopy& copy, uint64_t source_size_bytes);
+// kCorrupt unless every byte that `copy` reads lies in a region of `source_size_bytes`, scales in
+// one of `scales_size_bytes`, nothing overflows and no stride is negative (I13).
+Result<void> check_copy(const StridedCopy& copy, uint64_t source_size_bytes,
+                        uint64_t scales_size_bytes);
+inline Result<void> check_copy(const StridedCopy& copy, uint64_t source_size_bytes) {
+  return check_copy(copy, source_size_bytes, source_size_bytes);
+}
 
 // Which code runs; chosen once from what the CPU has.
 enum class CopyPath : uint8_t { kPortable, kNeon, kAvx2, kAvx512 };

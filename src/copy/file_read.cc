@@ -120,7 +120,16 @@ Result<void> read_direct(const FileSpan& file, const StridedCopy& copy) {
 
 // `write`: false sums only.
 Result<void> scaled_file_copy(const FileSpan& file, const StridedCopy& copy,
-                              std::span<std::byte> scratch, bool write, uint64_t* sum) {
+                              std::span<std::byte> scratch, bool write, uint64_t* sum,
+                              const FileSpan* scales) {
+  if (scales != nullptr && copy.scales_end_bytes() > 0) {
+    return for_each_band(
+        copy,
+        [&](const StridedCopy& plain) { return run_file_copy(*scales, plain, scratch, nullptr); },
+        [&](const StridedCopy& run) {
+          return scaled_file_copy(file, run, scratch, write, sum, nullptr);
+        });
+  }
   return run_staged_scaled_copy(copy, scratch, write, sum,
                                 [&file](const StridedCopy& plain, std::span<std::byte> rest) {
                                   return run_file_copy(file, plain, rest, nullptr);
@@ -152,9 +161,9 @@ Result<void> read_file(const FileSpan& file, uint64_t offset_bytes, std::span<st
 }
 
 Result<void> run_file_copy(const FileSpan& file, const StridedCopy& copy,
-                           std::span<std::byte> scratch, uint64_t* sum) {
+                           std::span<std::byte> scratch, uint64_t* sum, const FileSpan* scales) {
   if (copy.element_count() == 0) return {};
-  if (is_scaled(copy.op)) return scaled_file_copy(file, copy, scratch, true, sum);
+  if (is_scaled(copy.op)) return scaled_file_copy(file, copy, scratch, true, sum, scales);
   if (sum == nullptr && goes_direct(copy)) return read_direct(file, copy);
   return for_each_block(copy, scratch.size(),
                         [&](StridedCopy& block, uint64_t begin, uint64_t span) -> Result<void> {
@@ -167,9 +176,9 @@ Result<void> run_file_copy(const FileSpan& file, const StridedCopy& copy,
 }
 
 Result<void> sum_file_copy(const FileSpan& file, const StridedCopy& copy,
-                           std::span<std::byte> scratch, uint64_t& sum) {
+                           std::span<std::byte> scratch, uint64_t& sum, const FileSpan* scales) {
   if (copy.element_count() == 0) return {};
-  if (is_scaled(copy.op)) return scaled_file_copy(file, copy, scratch, false, &sum);
+  if (is_scaled(copy.op)) return scaled_file_copy(file, copy, scratch, false, &sum, scales);
   return for_each_block(copy, scratch.size(),
                         [&](StridedCopy& block, uint64_t begin, uint64_t span) -> Result<void> {
                           TRANSFUSE_RETURN_IF_ERROR(read_file(file, begin, scratch.first(span)));

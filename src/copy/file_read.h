@@ -28,11 +28,14 @@ Result<void> read_file(const FileSpan& file, uint64_t offset_bytes, std::span<st
 
 // As run_copy(), with source_offset_bytes from the start of the span; `scratch` has at least 16
 // bytes. Adds the fingerprint to *sum where `sum` is not null. Call copy_fence() after the last
-// one. Allocates nothing on success. Safe to call from any thread.
+// one. Allocates nothing on success. Safe to call from any thread. `scales`: that the offset of the
+// scales counts from; null: `file`.
 Result<void> run_file_copy(const FileSpan& file, const StridedCopy& copy,
-                           std::span<std::byte> scratch, uint64_t* sum);
+                           std::span<std::byte> scratch, uint64_t* sum,
+                           const FileSpan* scales = nullptr);
 // As sum_copy(): adds to `sum`, writes nothing.
 Result<void> sum_file_copy(const FileSpan& file, const StridedCopy& copy,
-                           std::span<std::byte> scratch, uint64_t& sum);
+                           std::span<std::byte> scratch, uint64_t& sum,
+                           const FileSpan* scales = nullptr);
 
 }  // namespace transfuse

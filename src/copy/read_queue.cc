@@ -23,6 +23,7 @@
 #include "base/affinity.h"
 #include "base/mutex.h"
 #include "copy/copy.h"
+#include "copy/scaled_copy.h"
 #include "transfuse/copy.h"
 #include "transfuse/deadline.h"
 #include "transfuse/result.h"
@@ -85,6 +86,7 @@ struct FreeMemory {
 struct ReadQueue::Ticket {
   TicketId id{};  // 0: free
   const ReadSource* source = nullptr;
+  const ReadSource* scales = nullptr;  // null: in `source`
   std::span<const StridedCopy> copies;
   std::span<uint64_t> fingerprints;
   size_t next_copy = 0;
@@ -103,13 +105,20 @@ struct ReadQueue::Ticket {
   Ticket* previous = nullptr;
 
   bool poisoned() const { return cancelled && !ended; }
+  bool reads(const ReadSource& one) const { return source == &one || scales == &one; }
 };
 
 struct ReadQueue::Batch {
   Ticket* ticket = nullptr;  // nullptr: nothing to do
   const ReadSource* source = nullptr;
+  const ReadSource* scales = nullptr;
   std::span<const StridedCopy> copies;
   std::span<uint64_t> fingerprints;
+
+  Result<void> read(std::span<std::byte> scratch) const {
+    return scales == nullptr ? source->read(copies, fingerprints, scratch)
+                             : read_apart(*source, *scales, copies, fingerprints, scratch);
+  }
 };
 
 namespace {
@@ -145,6 +154,32 @@ Result<void> MappedSource::read(std::span<const StridedCopy> copies,
     }
     const uint64_t sum = run_copy(copies[i], source);
     if (copies[i].fingerprint && !fingerprints.empty()) fingerprints[i] = sum;
+  }
+  return {};
+}
+
+Result<void> read_apart(const ReadSource& source, const ReadSource& scales,
+                        std::span<const StridedCopy> copies, std::span<uint64_t> fingerprints,
+                        std::span<std::byte> scratch) {
+  for (size_t i = 0; i < copies.size(); ++i) {
+    const StridedCopy& copy = copies[i];
+    const std::span<uint64_t> sum =
+        fingerprints.empty() ? fingerprints : fingerprints.subspan(i, 1);
+    if (copy.scales_end_bytes() == 0) {
+      TRANSFUSE_RETURN_IF_ERROR(source.read({&copy, 1}, sum, scratch));
+      continue;
+    }
+    uint64_t all = 0;
+    const auto read_scales = [&](const StridedCopy& plain) {
+      return scales.read({&plain, 1}, {}, scratch);
+    };
+    const auto read_numbers = [&](const StridedCopy& run) -> Result<void> {
+      TRANSFUSE_RETURN_IF_ERROR(source.read({&run, 1}, sum, scratch));
+      if (run.fingerprint && !sum.empty()) all += sum[0];
+      return {};
+    };
+    TRANSFUSE_RETURN_IF_ERROR(for_each_band(copy, read_scales, read_numbers));
+    if (copy.fingerprint && !sum.empty()) sum[0] = all;
   }
   return {};
 }
@@ -205,8 +240,7 @@ void ReadQueue::work() {
     const Batch batch = take_batch();
     if (batch.ticket != nullptr) {
       mutex_.unlock();
-      const Result<void> outcome =
-          batch.source->read(batch.copies, batch.fingerprints, {scratch.get(), scratch_bytes});
+      const Result<void> outcome = batch.read({scratch.get(), scratch_bytes});
       copy_fence();
       const uint64_t bytes = target_bytes(batch.copies);
       mutex_.lock();
@@ -231,6 +265,7 @@ ReadQueue::Batch ReadQueue::take_batch() {
   ++ticket->active;
   return {.ticket = ticket,
           .source = ticket->source,
+          .scales = ticket->scales,
           .copies = ticket->copies.subspan(first, count),
           .fingerprints = ticket->fingerprints.empty()
                               ? ticket->fingerprints
@@ -270,7 +305,7 @@ void ReadQueue::settle(Ticket& ticket) {
     poisoned_bytes_ -= ticket.total_bytes;
   }
   ticket.ended = true;
-  ticket.source = nullptr;
+  ticket.source = ticket.scales = nullptr;
   if (ticket.abandoned) release(ticket);
   wake_waiters();
 }
@@ -293,7 +328,7 @@ void ReadQueue::wake_waiters() {
 }
 
 Result<TicketId> ReadQueue::submit(const ReadSource& source, std::span<const StridedCopy> copies,
-                                   std::span<uint64_t> fingerprints) {
+                                   std::span<uint64_t> fingerprints, const ReadSource* scales) {
   if (getpid() != pid_) {
     return Error{ErrorCode::kUnavailable,
                  "submit: this process is a fork of the one that opened the transport; open one "
@@ -305,9 +340,10 @@ Result<TicketId> ReadQueue::submit(const ReadSource& source, std::span<const Str
                      std::to_string(copies.size()) + " copies, expected none or one each"};
   }
   const uint64_t source_size = source.size_bytes();
+  const uint64_t scales_size = scales == nullptr ? source_size : scales->size_bytes();
   uint64_t total = 0;
   for (const StridedCopy& copy : copies) {
-    TRANSFUSE_RETURN_IF_ERROR(check_copy(copy, source_size));
+    TRANSFUSE_RETURN_IF_ERROR(check_copy(copy, source_size, scales_size));
     total += copy.target_bytes();
   }
 
@@ -322,6 +358,7 @@ Result<TicketId> ReadQueue::submit(const ReadSource& source, std::span<const Str
   TRANSFUSE_CHECK(sequence_ < uint64_t{1} << (64 - kSlotBits));
   ticket->id = TicketId{(sequence_ << kSlotBits) | ticket->slot};
   ticket->source = &source;
+  ticket->scales = scales == &source ? nullptr : scales;
   ticket->copies = copies;
   ticket->fingerprints = fingerprints;
   ticket->total_bytes = total;
@@ -397,13 +434,13 @@ Result<void> ReadQueue::finish(TicketId id) {
 
 void ReadQueue::stop_all(const ReadSource& source, const Error& error) {
   for (const auto& ticket : tickets_) {
-    if (ticket->source == &source && !ticket->ended) stop(*ticket, error);
+    if (ticket->reads(source) && !ticket->ended) stop(*ticket, error);
   }
 }
 
 bool ReadQueue::in_use(const ReadSource& source) const {
   return std::any_of(tickets_.begin(), tickets_.end(),
-                     [&](const auto& ticket) { return ticket->source == &source; });
+                     [&](const auto& ticket) { return ticket->reads(source); });
 }
 
 void ReadQueue::fail(const ReadSource& source, const Error& error) {

@@ -60,6 +60,12 @@ struct ReadQueueOptions {
   uint64_t batch_bytes = uint64_t{1} << 20;
 };
 
+// Executes `copies` of `source` as its read() does; dequantising ones find their scales in
+// `scales`.
+Result<void> read_apart(const ReadSource& source, const ReadSource& scales,
+                        std::span<const StridedCopy> copies, std::span<uint64_t> fingerprints,
+                        std::span<std::byte> scratch);
+
 // Executes ReadRequests copy by copy on its own threads, with the meaning that transport.h gives to
 // submit, poll, wait_any, progress_bytes, cancel and finish. Threads start with the first submit;
 // submit allocates nothing once as many tickets were live before. A worker passes copy_fence() and
@@ -76,9 +82,11 @@ class ReadQueue {
 
   // kCorrupt: a copy reads beyond `source`. kPoisoned: a target may still be written by a cancelled
   // ticket (judged by the address range that a copy spans). kInvalidArgument: fingerprints neither
-  // empty nor one per copy. An empty request lands at once.
+  // empty nor one per copy. An empty request lands at once. `scales`: where dequantising copies
+  // find theirs, if not in `source`; the same that `source` is to the queue.
   Result<TicketId> submit(const ReadSource& source, std::span<const StridedCopy> copies,
-                          std::span<uint64_t> fingerprints) EXCLUDES(mutex_);
+                          std::span<uint64_t> fingerprints, const ReadSource* scales = nullptr)
+      EXCLUDES(mutex_);
   // A ticket that was finished, or never given out, aborts: ids are the caller's to keep.
   TicketState poll(TicketId ticket) EXCLUDES(mutex_);
   // While workers have plenty to do, waiters are woken in groups, at most about 0.5 ms late.

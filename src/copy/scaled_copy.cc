@@ -96,7 +96,7 @@ class ScaledWalk {
     const auto place =
         static_cast<int64_t>(i) * scales_.stride[0] + static_cast<int64_t>(j) * scales_.stride[1];
     if (!quantizes(copy_.op)) {
-      scale_ = load<uint32_t>(source_ + scales_.source_distance_bytes + place * kScaleBytes);
+      scale_ = load<uint32_t>(first_scale() + place * kScaleBytes);
       dequantize(part);
       return;
     }
@@ -107,6 +107,11 @@ class ScaledWalk {
                            i * static_cast<uint64_t>(scales_.index_stride[0]) +
                            j * static_cast<uint64_t>(scales_.index_stride[1]);
     total_ += element_fingerprint(scales_.fingerprint_key, index, scale_, kScaleBytes);
+  }
+
+  const std::byte* first_scale() const {
+    if (scales_.fetched != nullptr) return scales_.fetched;
+    return source_ + static_cast<int64_t>(scales_.source_offset_bytes - copy_.source_offset_bytes);
   }
 
   // A block in pieces that fit the buffers.
@@ -214,12 +219,64 @@ uint64_t run_scaled_copy(const StridedCopy& copy, const std::byte* source, bool 
   return ScaledWalk(copy, source, write, sum).run();
 }
 
+StridedCopy blocks_of(const StridedCopy& copy, const uint32_t (&first)[2], uint32_t count,
+                      BlockScales& blocks) {
+  const BlockScales& scales = *copy.scales;
+  StridedCopy part = copy;
+  blocks = scales;
+  const uint32_t end[2] = {first[0] + 1, first[1] + count};
+  int64_t source = 0;
+  int64_t target = 0;
+  int64_t scale = 0;
+  for (int axis = 0; axis < 2; ++axis) {
+    const auto begin_of = [&](uint32_t block) {
+      return block == 0 ? 0 : int64_t{block} * scales.block[axis] - scales.phase[axis];
+    };
+    const int level = axis + 1;
+    const int64_t begin = begin_of(first[axis]);
+    const int64_t length = std::min(begin_of(end[axis]), int64_t{copy.count[level]}) - begin;
+    part.count[level] = static_cast<uint32_t>(length);
+    source += begin * copy.source_stride[level];
+    target += begin * copy.target_stride[level];
+    scale += first[axis] * scales.stride[axis];
+    part.linear_index += static_cast<uint64_t>(begin * copy.index_stride[level]);
+    blocks.linear_index += static_cast<uint64_t>(first[axis] * scales.index_stride[axis]);
+    if (first[axis] > 0) blocks.phase[axis] = 0;
+  }
+  part.source_offset_bytes += static_cast<uint64_t>(source) * source_element_bytes(copy.op);
+  if (copy.target != nullptr) {
+    part.target = copy.target + target * target_element_bytes(copy.op);
+  }
+  blocks.source_offset_bytes += static_cast<uint64_t>(scale * kScaleBytes);
+  if (scales.target != nullptr) blocks.target = scales.target + scale * kScaleBytes;
+  if (scales.fetched != nullptr) blocks.fetched = scales.fetched + scale * kScaleBytes;
+  part.scales = nullptr;
+  return part;
+}
+
+ScaledBand band_of(const StridedCopy& copy, const uint32_t (&first)[2], uint32_t count,
+                   uint32_t* fetched) {
+  ScaledBand band;
+  band.run = blocks_of(copy, first, count, band.blocks);
+  band.scales.op = ElementOp::kCopy4;
+  band.scales.target = reinterpret_cast<std::byte*>(fetched);
+  band.scales.count[2] = count;
+  band.scales.source_stride[2] = band.blocks.stride[1];
+  band.scales.target_stride[2] = 1;
+  band.scales.source_offset_bytes = band.blocks.source_offset_bytes;
+  band.blocks.stride[0] = 0;
+  band.blocks.stride[1] = 1;
+  band.blocks.fetched = reinterpret_cast<const std::byte*>(fetched);
+  return band;
+}
+
 Result<void> stage_part(const StridedCopy& copy, const ScaledPart& part,
                         std::span<std::byte> buffer, StagedPart& staged) {
   const BlockScales& scales = *copy.scales;
   const uint32_t in = source_element_bytes(copy.op);
   const uint64_t size_bytes = (part.rows * part.columns * in + 3) / 4 * 4;
-  const uint64_t scale_bytes = quantizes(copy.op) ? 0 : kScaleBytes;
+  const bool reads_scale = !quantizes(copy.op) && scales.fetched == nullptr;
+  const uint64_t scale_bytes = reads_scale ? kScaleBytes : 0;
   if (size_bytes + scale_bytes > buffer.size()) {
     return Error{ErrorCode::kUnsupported,
                  fmt::format("a block of {}x{} elements that share a scale has {} bytes, and this "
@@ -259,19 +316,21 @@ Result<void> stage_part(const StridedCopy& copy, const ScaledPart& part,
   }
 
   staged.scales = {
-      .source_distance_bytes = static_cast<int64_t>(size_bytes),
+      .source_offset_bytes = size_bytes,
       .linear_index = scales.linear_index + static_cast<uint64_t>(scale_at(scales.index_stride)),
       .fingerprint_key = scales.fingerprint_key,
       .block = {run.count[1], run.count[2]}};
   if (scales.target != nullptr) {
     staged.scales.target = scales.target + scale_at(scales.stride) * kScaleBytes;
   }
+  if (scales.fetched != nullptr) {
+    staged.scales.fetched = scales.fetched + scale_at(scales.stride) * kScaleBytes;
+  }
   staged.scale = {};
-  staged.scale.count[2] = quantizes(copy.op) ? 0 : 1;
+  staged.scale.count[2] = reads_scale ? 1 : 0;
   staged.scale.op = ElementOp::kCopy4;
   staged.scale.source_offset_bytes =
-      copy.source_offset_bytes +
-      static_cast<uint64_t>(scales.source_distance_bytes + scale_at(scales.stride) * kScaleBytes);
+      scales.source_offset_bytes + static_cast<uint64_t>(scale_at(scales.stride) * kScaleBytes);
   staged.scale.target = buffer.data() + size_bytes;
   return {};
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -53,6 +54,41 @@ Result<void> for_each_part(const StridedCopy& copy, uint64_t most_elements, Visi
           TRANSFUSE_RETURN_IF_ERROR(visit(part));
         }
       }
+    }
+  }
+  return {};
+}
+
+// Scales that are brought at once where they lie in another region than their numbers.
+inline constexpr uint32_t kBandScales = 256;
+
+// The `count` blocks from (row, column) on of one row of blocks, as a copy of their own; `blocks`
+// becomes its scales.
+StridedCopy blocks_of(const StridedCopy& copy, const uint32_t (&first)[2], uint32_t count,
+                      BlockScales& blocks);
+
+// Blocks of one row of blocks, as a copy whose scales have been fetched.
+struct ScaledBand {
+  StridedCopy scales;  // into the fetched ones
+  StridedCopy run;     // its scales are below
+  BlockScales blocks;
+};
+ScaledBand band_of(const StridedCopy& copy, const uint32_t (&first)[2], uint32_t count,
+                   uint32_t* fetched);
+
+// Executes a dequantising copy whose scales lie elsewhere than its numbers. `read_scales(plain)`
+// executes a copy without a cast before it returns, `read_numbers(run)` one with fetched scales.
+template <typename ReadScales, typename ReadNumbers>
+Result<void> for_each_band(const StridedCopy& copy, ReadScales&& read_scales,
+                           ReadNumbers&& read_numbers) {
+  std::array<uint32_t, kBandScales> fetched{};
+  const auto columns = static_cast<uint32_t>(copy.block_count(1));
+  for (uint32_t i = 0; i < copy.block_count(0); ++i) {
+    for (uint32_t j = 0; j < columns; j += kBandScales) {
+      ScaledBand band = band_of(copy, {i, j}, std::min(kBandScales, columns - j), fetched.data());
+      band.run.scales = &band.blocks;
+      TRANSFUSE_RETURN_IF_ERROR(read_scales(band.scales));
+      TRANSFUSE_RETURN_IF_ERROR(read_numbers(band.run));
     }
   }
   return {};

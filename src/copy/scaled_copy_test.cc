@@ -111,7 +111,8 @@ uint32_t random_value(Random& random, ElementOp op, float magnitude) {
   return op == ElementOp::kBF16ToE4M3 ? f32_bits_to_bf16(bits) : f32_bits_to_f16(bits);
 }
 
-Scenario random_scenario(Random& random, ElementOp op, uint32_t largest_count) {
+Scenario random_scenario(Random& random, ElementOp op, uint32_t largest_count,
+                         uint32_t largest_block) {
   Scenario made;
   StridedCopy& copy = made.copy;
   BlockScales& scales = made.scales;
@@ -121,8 +122,8 @@ Scenario random_scenario(Random& random, ElementOp op, uint32_t largest_count) {
   copy.linear_index = random.chance(0.3) ? random.next() >> 8 : random.below(1000);
   for (int axis = 0; axis < 2; ++axis) {
     copy.count[axis + 1] = 1 + static_cast<uint32_t>(random.below(largest_count));
-    scales.block[axis] = 1 + static_cast<uint32_t>(random.below(2 * largest_count));
-    if (random.chance(0.4)) scales.block[axis] = 128;
+    scales.block[axis] = 1 + static_cast<uint32_t>(random.below(largest_block));
+    if (largest_block > 4 && random.chance(0.4)) scales.block[axis] = 128;
     if (!quantizes(op)) {
       scales.phase[axis] = static_cast<uint32_t>(random.below(scales.block[axis]));
     }
@@ -158,13 +159,17 @@ Scenario random_scenario(Random& random, ElementOp op, uint32_t largest_count) {
       const uint32_t scale = random_value(random, ElementOp::kF32ToE4M3, magnitude);
       std::memcpy(made.source.data() + scales_at + i * 4, &scale, 4);
     }
-    scales.source_distance_bytes = static_cast<int64_t>(scales_at - made.source_shift);
+    scales.source_offset_bytes = scales_at;
   }
   copy.source_offset_bytes = made.source_shift;
   made.target.resize(
       span_elements(copy.count + 1, copy.target_stride + 1, 2) * target_element_bytes(op) + 64,
       std::byte{0xA5});
   return made;
+}
+
+Scenario random_scenario(Random& random, ElementOp op, uint32_t largest_count) {
+  return random_scenario(random, op, largest_count, 2 * largest_count);
 }
 
 void check_against_model(Random& random, Scenario& made) {
@@ -238,6 +243,48 @@ TEST(ScaledCopy, StagedThroughABufferItIsTheSame) {
   }
 }
 
+// Numbers and scales that lie apart: scales are fetched band by band, also more than fit one.
+TEST(ScaledCopy, WithScalesThatAreFetchedItIsTheSame) {
+  uint64_t split_rows = 0;
+  for (uint64_t seed = 1; seed <= 200; ++seed) {
+    Random random(seed);
+    SCOPED_TRACE("seed " + std::to_string(seed));
+    const ElementOp op = kScaledOps[3 + random.below(3)];
+    const bool many = seed % 8 == 0;
+    Scenario made = random_scenario(random, op, many ? 900 : 24, many ? 2 : 48);
+    made.copy.scales = &made.scales;
+    made.copy.fingerprint = true;
+    auto expected = made.target;
+    const uint64_t sum = slow_scaled_copy(made.copy, made.from(), expected.data(), nullptr);
+    // Another offset: what it says of the numbers' region is nobody's to read.
+    const std::vector<std::byte> apart(
+        made.source.begin() + static_cast<int64_t>(made.scales.source_offset_bytes),
+        made.source.end());
+    made.scales.source_offset_bytes = 0;
+    made.copy.target = made.target.data();
+    uint64_t found = 0;
+    uint64_t bands = 0;
+    const auto read_scales = [&](const StridedCopy& plain) -> Result<void> {
+      TRANSFUSE_RETURN_IF_ERROR(check_copy(plain, apart.size()));
+      run_copy(plain, apart.data() + plain.source_offset_bytes);
+      return {};
+    };
+    const auto read_numbers = [&](const StridedCopy& run) -> Result<void> {
+      TRANSFUSE_RETURN_IF_ERROR(check_copy(run, made.source.size(), 0));
+      found += run_copy(run, made.source.data() + run.source_offset_bytes);
+      ++bands;
+      return {};
+    };
+    const auto done = for_each_band(made.copy, read_scales, read_numbers);
+    ASSERT_TRUE(done) << done.error().message;
+    copy_fence();
+    EXPECT_EQ(found, sum);
+    ASSERT_TRUE(made.target == expected);
+    split_rows += bands > made.copy.block_count(0) ? 1U : 0U;
+  }
+  EXPECT_GT(split_rows, 5U);
+}
+
 TEST(ScaledCopy, BlocksLargerThanAnyBufferHaveOneScale) {
   for (const ElementOp op : kScaledOps) {
     Random random(7);
@@ -262,7 +309,7 @@ TEST(ScaledCopy, BlocksLargerThanAnyBufferHaveOneScale) {
       }
       if (!quantizes(op)) {
         const float scale = 0.013F;
-        made.scales.source_distance_bytes = static_cast<int64_t>(made.source.size());
+        made.scales.source_offset_bytes = made.source.size();
         made.source.resize(made.source.size() + 4);
         std::memcpy(made.source.data() + elements, &scale, 4);
       } else {
@@ -367,13 +414,16 @@ TEST(ScaledCopy, I13_MalformedScalesAreRefused) {
       });
       continue;
     }
-    refused([](Scenario& bad) { bad.scales.source_distance_bytes = -100000; });
-    refused([](Scenario& bad) {
-      bad.scales.source_distance_bytes = static_cast<int64_t>(bad.source.size());
-    });
-    refused([](Scenario& bad) {
-      bad.scales.source_distance_bytes = std::numeric_limits<int64_t>::max();
-    });
+    for (const uint64_t offset : {made.scales.source_offset_bytes + 1, made.source.size(),
+                                  std::numeric_limits<uint64_t>::max() - 3}) {
+      refused([offset](Scenario& bad) { bad.scales.source_offset_bytes = offset; });
+    }
+    // Numbers and scales each have a region of their own.
+    const uint64_t scales_end = made.copy.scales_end_bytes();
+    const uint64_t end = made.copy.source_end_bytes();
+    EXPECT_TRUE(check_copy(made.copy, end, scales_end));
+    EXPECT_FALSE(check_copy(made.copy, end - 1, scales_end));
+    EXPECT_FALSE(check_copy(made.copy, end, scales_end - 1));
   }
 }
 

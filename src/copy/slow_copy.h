@@ -185,7 +185,10 @@ inline uint64_t slow_scaled_copy(const StridedCopy& copy, const std::byte* sourc
         }
       } else {
         float scale = 0;
-        std::memcpy(&scale, source + blocks.source_distance_bytes + place, 4);
+        const auto apart =
+            static_cast<int64_t>(blocks.source_offset_bytes - copy.source_offset_bytes);
+        std::memcpy(&scale, (blocks.fetched != nullptr ? blocks.fetched : source + apart) + place,
+                    4);
         const float value = slow_value(copy, source, row, column) * scale;
         const uint32_t wide = std::isnan(value) ? 0x7FC00000u : std::bit_cast<uint32_t>(value);
         bits = wide;

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -111,18 +112,6 @@ Result<std::unique_ptr<CheckpointSource>> CheckpointSource::open(const Checkpoin
 
 std::string CheckpointSource::endpoint() const { return file_endpoint(identified(side_)); }
 
-// From fp8 numbers to their scales, which are read through one open file.
-Result<int64_t> CheckpointSource::distance_of_scales(const StoredPlace& numbers,
-                                                     const StoredPlace& scales) const {
-  if (numbers.file != scales.file) {
-    return Error{ErrorCode::kUnsupported,
-                 fmt::format("fp8 numbers are read with scales of the same file; found them in {} "
-                             "and {}",
-                             side_.files[numbers.file].path(), side_.files[scales.file].path())};
-  }
-  return static_cast<int64_t>(scales.offset_bytes - numbers.offset_bytes);
-}
-
 Result<void> CheckpointSource::sum_runs(const CopyTable& copies, uint32_t source_layout,
                                         size_t rank, std::span<uint64_t> sums, uint32_t threads,
                                         const std::function<Result<void>()>& go_on) const {
@@ -140,18 +129,16 @@ Result<void> CheckpointSource::sum_runs(const CopyTable& copies, uint32_t source
       const std::vector<StoredPlace>& places = side_.ranks[rank].places;
       StridedCopy copy = copies.copy(run, *own, 0, nullptr, true);
       BlockScales scales;
+      std::optional<FileSpan> scale_file;
       if (const ScaleRun* const at = copies.scale_run(run, *own)) {
-        int64_t distance = 0;
-        if (run.scales == 0) {
-          TRANSFUSE_ASSIGN_OR_RETURN(
-              distance, distance_of_scales(places[own->parameter], places[at->parameter]));
-        }
-        scales = copies.block_scales(run, *own, nullptr, distance);
+        scales = copies.block_scales(run, *own, nullptr, 0);
         copy.scales = &scales;
+        if (run.scales == 0) scale_file = side_.span(places[at->parameter]);
       }
       sums[i] = 0;
-      TRANSFUSE_RETURN_IF_ERROR(
-          sum_file_copy(side_.span(places[own->parameter]), copy, scratch.of(worker), sums[i]));
+      TRANSFUSE_RETURN_IF_ERROR(sum_file_copy(side_.span(places[own->parameter]), copy,
+                                              scratch.of(worker), sums[i],
+                                              scale_file ? &*scale_file : nullptr));
     }
     return {};
   };

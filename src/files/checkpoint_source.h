@@ -50,7 +50,6 @@ class CheckpointSource {
 
  private:
   CheckpointSource(std::string path, ReadableSide side, Recorded words);
-  Result<int64_t> distance_of_scales(const StoredPlace& numbers, const StoredPlace& scales) const;
 
   const std::string path_;
   const ReadableSide side_;

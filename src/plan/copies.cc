@@ -110,7 +110,7 @@ const ScaleRun* CopyTable::scale_run(const Run& run, const Holder& holder) const
 }
 
 BlockScales CopyTable::block_scales(const Run& run, const Holder& holder, std::byte* target,
-                                    int64_t source_distance_bytes) const {
+                                    uint64_t source_offset_bytes) const {
   constexpr auto kScaleBytes = static_cast<int64_t>(sizeof(float));
   const ScaleRun* const at = scale_run(run, holder);
   TRANSFUSE_CHECK(at != nullptr);
@@ -126,8 +126,8 @@ BlockScales CopyTable::block_scales(const Run& run, const Holder& holder, std::b
     scales.linear_index = static_cast<uint64_t>(at->linear_index);
     scales.fingerprint_key = keys_[at->tensor];
   } else {
-    scales.source_distance_bytes =
-        source_distance_bytes + at->offset * kScaleBytes - holder.source_offset;
+    scales.source_offset_bytes =
+        source_offset_bytes + static_cast<uint64_t>(at->offset * kScaleBytes);
   }
   return scales;
 }

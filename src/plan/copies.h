@@ -27,26 +27,24 @@ class CopyTable {
   // The scales that `run` writes, or else those that it reads at `holder`; null if neither.
   const ScaleRun* scale_run(const Run& run, const Holder& holder) const;
   // `target` is where the parameter of the scales starts (null for a sum without a write), as far
-  // as they are written; `source_distance_bytes`, as far as they are read, where that parameter
-  // starts at the source, counted from the start of the holder's.
+  // as they are written; `source_offset_bytes`, as far as they are read, where that parameter
+  // starts in its region at the source.
   BlockScales block_scales(const Run& run, const Holder& holder, std::byte* target,
-                           int64_t source_distance_bytes) const;
+                           uint64_t source_offset_bytes) const;
   // The fingerprint of `run` as `holder` holds it; data(parameter) is where a parameter of the
   // holder's layout starts in this process.
   template <typename Data>
   uint64_t sum(const Run& run, const Holder& holder, Data&& data) const {
-    const std::byte* const source = data(holder.parameter);
-    StridedCopy held = copy(run, holder, 0, nullptr, true);
+    const auto address = [&data](uint32_t parameter) {
+      return static_cast<uint64_t>(reinterpret_cast<uintptr_t>(data(parameter)));
+    };
+    StridedCopy held = copy(run, holder, address(holder.parameter), nullptr, true);
     BlockScales scales;
     if (const ScaleRun* const at = scale_run(run, holder)) {
-      const int64_t distance =
-          run.scales != 0 ? 0
-                          : static_cast<int64_t>(reinterpret_cast<uintptr_t>(data(at->parameter)) -
-                                                 reinterpret_cast<uintptr_t>(source));
-      scales = block_scales(run, holder, nullptr, distance);
+      scales = block_scales(run, holder, nullptr, run.scales != 0 ? 0 : address(at->parameter));
       held.scales = &scales;
     }
-    return sum_copy(held, source + held.source_offset_bytes);
+    return sum_copy(held, reinterpret_cast<const std::byte*>(held.source_offset_bytes));
   }
   // The runs that source layout `source_layout` holds, rising.
   std::span<const uint32_t> held_runs(uint32_t source_layout) const;

@@ -203,8 +203,9 @@ void execute(Random& random, const Plan& plan, std::vector<Memory>& sources, Mem
       BlockScales scales;
       if (const ScaleRun* at = table.scale_run(run, holder)) {
         const bool writes = run.scales != 0;
-        scales = table.block_scales(run, holder, writes ? target.data(at->parameter) : nullptr,
-                                    writes ? 0 : source.data(at->parameter) - base);
+        scales = table.block_scales(
+            run, holder, writes ? target.data(at->parameter) : nullptr,
+            writes ? 0 : static_cast<uint64_t>(source.data(at->parameter) - base));
         copy.scales = &scales;
       }
       EXPECT_EQ(copy.target_bytes(), table.target_bytes(run));

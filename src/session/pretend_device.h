@@ -70,7 +70,8 @@ class PretendDevice final : public Transport {
       outcome = read_each(request);
     } else {
       ReadRequest inner = request;
-      inner.region = static_cast<const JoiningRegion*>(request.region)->inside();
+      inner.region = inside(request.region);
+      inner.scale_region = inside(request.scale_region);
       TRANSFUSE_ASSIGN_OR_RETURN(const TicketId ticket, inside_->submit(inner));
       inside_->wait_any({&ticket, 1}, Deadline::after_ms(10000));
       outcome = inside_->finish(ticket);
@@ -143,6 +144,9 @@ class PretendDevice final : public Transport {
   static Result<std::unique_ptr<LocalRegion>> wrap(std::unique_ptr<LocalRegion> region) {
     return std::unique_ptr<LocalRegion>(std::make_unique<DeviceRegion>(std::move(region)));
   }
+  static const RemoteRegion* inside(const RemoteRegion* region) {
+    return region == nullptr ? nullptr : static_cast<const JoiningRegion*>(region)->inside();
+  }
   Result<void> copy_own(const ReadRequest& request) {
     if (fail_next_.exchange(false)) return Error{ErrorCode::kUnavailable, "the device is lost"};
     for (size_t i = 0; i < request.copies.size(); ++i) {
@@ -156,13 +160,15 @@ class PretendDevice final : public Transport {
   }
   Result<void> read_each(const ReadRequest& request) {
     for (size_t i = 0; i < request.copies.size(); ++i) {
-      const auto* region = static_cast<const JoiningRegion*>(request.regions[i])->inside();
+      const RemoteRegion* scales =
+          request.scale_regions.empty() ? nullptr : inside(request.scale_regions[i]);
       const std::span<uint64_t> sums =
           request.fingerprints.empty() ? request.fingerprints : request.fingerprints.subspan(i, 1);
-      TRANSFUSE_ASSIGN_OR_RETURN(
-          const TicketId ticket,
-          inside_->submit(
-              {.region = region, .copies = request.copies.subspan(i, 1), .fingerprints = sums}));
+      TRANSFUSE_ASSIGN_OR_RETURN(const TicketId ticket,
+                                 inside_->submit({.region = inside(request.regions[i]),
+                                                  .copies = request.copies.subspan(i, 1),
+                                                  .fingerprints = sums,
+                                                  .scale_region = scales}));
       inside_->wait_any({&ticket, 1}, Deadline::after_ms(10000));
       TRANSFUSE_RETURN_IF_ERROR(inside_->finish(ticket));
     }

@@ -58,6 +58,8 @@ class RemappingTransport final : public Transport {
     }
     ReadRequest inner = request;
     inner.region = region->inside();
+    const auto* scales = dynamic_cast<const Opened*>(request.scale_region);
+    if (scales != nullptr) inner.scale_region = scales->inside();
     return inside_->submit(inner);
   }
   TicketState poll(TicketId ticket) override { return inside_->poll(ticket); }

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <filesystem>
 #include <fstream>
 #include <map>
@@ -21,12 +22,14 @@
 
 #include "copy/copy.h"
 #include "copy/slow_copy.h"
+#include "session/pretend_device.h"
 #include "session/refit_world.h"
 #include "session/stored_weights.h"
 #include "transfuse/checkpoint.h"
 #include "transfuse/control.h"
 #include "transfuse/layout.h"
 #include "transfuse/model.h"
+#include "transfuse/plan.h"
 #include "transfuse/publisher.h"
 #include "transfuse/receiver.h"
 #include "transfuse/result.h"
@@ -141,6 +144,24 @@ Numbers numbers_of(Parameters& parameters) {
   return numbers;
 }
 
+// Numbers of an engine in fp8, read under their scales.
+Numbers dequantised(const Numbers& stored) {
+  Numbers expected;
+  for (const auto& [name, shape] :
+       {std::pair(std::string("up.weight"), kUp), std::pair(std::string("down.weight"), kDown)}) {
+    for (int64_t i = 0; i < shape.product(); ++i) {
+      const int64_t block = i / shape[1] / kBlock * scales_shape(shape)[1] + i % shape[1] / kBlock;
+      const auto scale = std::bit_cast<float>(
+          static_cast<uint32_t>(stored.at(name + "_scale_inv")[static_cast<size_t>(block)]));
+      const auto number = static_cast<uint8_t>(stored.at(name)[static_cast<size_t>(i)]);
+      expected[name].push_back(f32_bits_to_bf16(
+          std::bit_cast<uint32_t>(static_cast<float>(e4m3_value(number)) * scale)));
+    }
+  }
+  expected["norm.weight"] = stored.at("norm.weight");
+  return expected;
+}
+
 class ScaledRefit : public ::testing::Test {
  protected:
   std::unique_ptr<Transport> transport_ = open_local_transport().value();
@@ -207,44 +228,70 @@ TEST_F(ScaledRefit, AnEngineInFp8FillsOthersInFp8AsTheyAreAndInBf16) {
   const auto report = wide.refit();
   ASSERT_TRUE(report) << report.error().to_string();
   EXPECT_EQ(report->verified_bytes, report->size_bytes);
-  Numbers stored = expected_numbers(1);
-  Numbers expected;
-  for (const auto& [name, shape] :
-       {std::pair(std::string("up.weight"), kUp), std::pair(std::string("down.weight"), kDown)}) {
-    for (int64_t i = 0; i < shape.product(); ++i) {
-      const int64_t block = i / shape[1] / kBlock * scales_shape(shape)[1] + i % shape[1] / kBlock;
-      const auto scale = std::bit_cast<float>(
-          static_cast<uint32_t>(stored[name + "_scale_inv"][static_cast<size_t>(block)]));
-      const auto number = static_cast<uint8_t>(stored[name][static_cast<size_t>(i)]);
-      expected[name].push_back(f32_bits_to_bf16(
-          std::bit_cast<uint32_t>(static_cast<float>(e4m3_value(number)) * scale)));
-    }
-  }
-  expected["norm.weight"] = stored["norm.weight"];
-  EXPECT_EQ(numbers_of(wide.parameters), expected);
+  EXPECT_EQ(numbers_of(wide.parameters), dequantised(expected_numbers(1)));
 }
 
-TEST_F(ScaledRefit, Fp8AndScalesInTwoRegionsAreRefusedForATargetInBf16) {
-  std::vector<std::unique_ptr<LocalRegion>> regions;  // one for each parameter
-  std::vector<ParameterMemory> memory;
-  PublisherOptions options;
-  options.name = "fp8";
-  const Layout layout = engine_layout();
-  for (const ParameterSpec& spec : layout.parameters()) {
-    const uint64_t size = static_cast<uint64_t>(spec.element_count) * dtype_size_bytes(spec.dtype);
-    regions.push_back(value_or_fail(transport_->allocate(size), "region"));
-    options.arenas.push_back(regions.back().get());
-    memory.push_back(
-        {.name = spec.name, .data = regions.back()->bytes().data(), .size_bytes = size});
+// A trainer in fp8 each of whose parameters is a region of its own, as an allocator gives them;
+// others lie between them.
+class ScatteredFp8 {
+ public:
+  ScatteredFp8(Transport& transport, Control& control, const Numbers& numbers) {
+    const Layout layout = engine_layout();
+    PublisherOptions options;
+    options.name = "fp8";
+    options.fingerprint_threads = 1;
+    std::vector<ParameterMemory> memory;
+    for (const ParameterSpec& spec : layout.parameters()) {
+      const uint64_t element = dtype_size_bytes(spec.dtype);
+      auto& buffer = buffers_.emplace_back(static_cast<uint64_t>(spec.element_count) * element);
+      for (size_t i = 0; i < numbers.at(spec.name).size(); ++i) {
+        std::memcpy(buffer.data() + i * element, &numbers.at(spec.name)[i], element);
+      }
+      regions_.push_back(value_or_fail(transport.register_memory(buffer), "region"));
+      options.arenas.push_back(regions_.back().get());
+      memory.push_back({.name = spec.name, .data = buffer.data(), .size_bytes = buffer.size()});
+    }
+    publisher_ =
+        value_or_fail(Publisher::open(transport, control, layout, memory, options), "publisher");
+    EXPECT_TRUE(publisher_->begin_write(1));
+    EXPECT_TRUE(publisher_->publish(1));
   }
-  const auto source =
-      value_or_fail(Publisher::open(*transport_, *control_, layout, memory, options), "publisher");
-  ASSERT_TRUE(source->begin_write(1));
-  ASSERT_TRUE(source->publish(1));
-  Engine wide(*transport_, *control_, trainer_layout({}), "wide");
-  const auto report = wide.refit({}, 2000);
-  ASSERT_FALSE(report);
-  EXPECT_THAT(report.error().message, HasSubstr("one arena"));
+
+ private:
+  std::deque<std::vector<std::byte>> buffers_;
+  std::vector<std::unique_ptr<LocalRegion>> regions_;
+  std::unique_ptr<Publisher> publisher_;
+};
+
+TEST_F(ScaledRefit, Fp8AndScalesInTwoRegionsFillATargetInBf16) {
+  const Numbers stored = expected_numbers(1);
+  const ScatteredFp8 source(*transport_, *control_, stored);
+  for (const uint64_t chunk_bytes : {uint64_t{512}, uint64_t{1} << 20}) {
+    ReceiverOptions options;
+    options.plan.chunk_bytes = chunk_bytes;
+    Engine wide(*transport_, *control_, trainer_layout({}), "wide", options);
+    const auto report = wide.refit();
+    ASSERT_TRUE(report) << report.error().to_string();
+    EXPECT_EQ(report->verified_bytes, report->size_bytes);
+    EXPECT_EQ(numbers_of(wide.parameters), dequantised(stored));
+  }
+}
+
+// The same where all regions are one request's.
+TEST_F(ScaledRefit, OnADeviceFp8AndScalesInTwoRegionsFillATargetInBf16) {
+  testing::PretendDevice device(open_local_transport().value());
+  const Numbers stored = expected_numbers(1);
+  const ScatteredFp8 source(device, *control_, stored);
+  Engine wide(device, *control_, trainer_layout({0, 50, 3, 41}), "wide");
+  const auto report = wide.refit();
+  ASSERT_TRUE(report) << report.error().to_string();
+  EXPECT_EQ(report->verified_bytes, report->size_bytes);
+  EXPECT_EQ(device.joined_requests(), 1U);
+  Numbers expected = dequantised(stored);
+  std::fill(expected["up.weight"].begin() + 50 * 48, expected["up.weight"].end(), 0);
+  std::fill(expected["down.weight"].begin(), expected["down.weight"].begin() + 3 * 70, 0);
+  std::fill(expected["down.weight"].begin() + 41 * 70, expected["down.weight"].end(), 0);
+  EXPECT_EQ(numbers_of(wide.parameters), expected);
 }
 
 TEST_F(ScaledRefit, FaultsOfTheTransportNeverLeaveWrongNumbersOrScales) {
@@ -366,6 +413,64 @@ TEST_F(ScaledRefit, DeepseekInBf16FillsVllmInFp8AndTheFp8OfAnyEngineIsTheSame) {
       EXPECT_EQ(sums.emplace(name, sum).first->second, sum) << name;
     }
   }
+}
+
+// Whether one source tile holds all of the tensor's block (row, column).
+bool held_whole(const std::vector<Layout>& sources, const TensorSpec& tensor, int64_t row,
+                int64_t column) {
+  const int64_t low[2] = {row * 8, column * 8};
+  const int64_t high[2] = {std::min(low[0] + 8, tensor.shape[0]),
+                           std::min(low[1] + 8, tensor.shape[1])};
+  return std::ranges::any_of(sources, [&](const Layout& source) {
+    const auto held = source.find_tensor(tensor.name);
+    if (!held) return false;
+    return std::ranges::any_of(source.tiles_of(*held), [&](const Tile& tile) {
+      return tile.box.offset[0] <= low[0] && tile.box.offset[1] <= low[1] &&
+             tile.box.offset[0] + tile.box.length[0] >= high[0] &&
+             tile.box.offset[1] + tile.box.length[1] >= high[1];
+    });
+  });
+}
+
+// Tensors with a block that an engine holds and no single source.
+std::set<std::string> cut_tensors(const std::vector<Layout>& sources, const Layout& engine) {
+  std::set<std::string> cut;
+  for (const Quantization& q : engine.quantizations()) {
+    const TensorSpec& tensor = engine.tensors()[q.tensor];
+    for (const Tile& tile : engine.tiles_of(q.tensor)) {
+      const Box& box = tile.box;
+      for (int64_t i = box.offset[0] / 8; i * 8 < box.offset[0] + box.length[0]; ++i) {
+        for (int64_t j = box.offset[1] / 8; j * 8 < box.offset[1] + box.length[1]; ++j) {
+          if (!held_whole(sources, tensor, i, j)) cut.insert(tensor.name);
+        }
+      }
+    }
+  }
+  return cut;
+}
+
+TEST_F(ScaledRefit, PairsOfLayoutsAreRefusedWhereNoSourceHoldsABlockAndOnlyThere) {
+  int made = 0;
+  int refused = 0;
+  for (const char* from : {"hf", "fsdp:dp=2", "fsdp:dp=3", "fsdp:dp=4", "fsdp:dp=5", "fsdp:dp=8"}) {
+    const std::vector<Layout> sources = deepseek_layouts(false, from);
+    for (const char* to : {"hf", "vllm:tp=2", "sglang:tp=2", "vllm:tp=2,ep"}) {
+      for (const Layout& engine : deepseek_layouts(true, to)) {
+        SCOPED_TRACE(std::string(from) + " -> " + to);
+        const std::set<std::string> expected = cut_tensors(sources, engine);
+        std::set<std::string> found;
+        for (const Finding& finding : diagnose(engine, sources)) {
+          EXPECT_EQ(finding.kind, FindingKind::kBlock) << finding.reason;
+          found.insert(finding.tensor);
+        }
+        EXPECT_EQ(found, expected);
+        EXPECT_EQ(compile(engine, sources, {}).has_value(), expected.empty());
+        ++(expected.empty() ? made : refused);
+      }
+    }
+  }
+  EXPECT_GT(made, 5);
+  EXPECT_GT(refused, 8);
 }
 
 TEST_F(ScaledRefit, ACheckpointInFp8FillsAnEngineInBf16) {

@@ -488,8 +488,9 @@ Result<void> ServedWeights::sum_chunks(const Table& table, uint32_t slot,
     StridedCopy copy = table.copies.copy(run, holder, 0, nullptr, true);
     copy.source_offset_bytes += reinterpret_cast<uintptr_t>(of(holder.parameter));
     if (const ScaleRun* const read = table.copies.scale_run(run, holder)) {
-      const int64_t distance = run.scales != 0 ? 0 : of(read->parameter) - of(holder.parameter);
-      scales.push_back(table.copies.block_scales(run, holder, nullptr, distance));
+      const uint64_t at_scales =
+          run.scales != 0 ? 0 : reinterpret_cast<uintptr_t>(of(read->parameter));
+      scales.push_back(table.copies.block_scales(run, holder, nullptr, at_scales));
     }
     on_device_copies.push_back(copy);
   }

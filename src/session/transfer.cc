@@ -52,43 +52,42 @@ void Transfer::fail_link(uint32_t link, Error error) {
   if (!failed(link)) failures_.push_back({link, std::move(error)});
 }
 
-Result<void> Transfer::add(const TransferOrder& order, Slot& slot, uint32_t number,
-                           const SourceLink::Where& where, Deadline limit) {
+Result<Transfer::Place> Transfer::place_of(const TransferOrder& order, uint32_t number,
+                                           Deadline limit) const {
+  const CopyTable& copies = *order.copies;
+  const Run& run = copies.plan().runs()[number];
+  const Holder& holder = copies.plan().holders()[order.holder[number]];
+  const uint32_t link = order.link_of[number];
+  const auto where = [&](uint32_t parameter) {
+    return order.links[link]->where(parameter, order.slots[link], limit);
+  };
+  Place place;
+  TRANSFUSE_ASSIGN_OR_RETURN(place.numbers, where(holder.parameter));
+  const ScaleRun* const scales = copies.scale_run(run, holder);
+  if (scales != nullptr && run.scales == 0) {
+    TRANSFUSE_ASSIGN_OR_RETURN(place.scales, where(scales->parameter));
+  }
+  return place;
+}
+
+void Transfer::add(const TransferOrder& order, Slot& slot, uint32_t number,
+                   const Place& place) const {
   const CopyTable& copies = *order.copies;
   const Run& run = copies.plan().runs()[number];
   const Holder& holder = copies.plan().holders()[order.holder[number]];
   if (const ScaleRun* const scales = copies.scale_run(run, holder)) {
-    std::byte* target = nullptr;
-    int64_t distance = 0;
-    if (run.scales != 0) {
-      target = order.target[scales->parameter];
-    } else {
-      SourceLink& link = *order.links[order.link_of[number]];
-      TRANSFUSE_ASSIGN_OR_RETURN(
-          const SourceLink::Where other,
-          link.where(scales->parameter, order.slots[order.link_of[number]], limit));
-      if (other.region != where.region) {
-        return Error{
-            ErrorCode::kUnsupported,
-            fmt::format("source '{}' keeps tensor '{}', which is fp8, and its scales in two "
-                        "registered regions; one read reads one: let it keep both in one arena, "
-                        "or let the target take fp8 and scales as they are",
-                        link.info().name, copies.plan().target().tensors()[run.tensor].name)};
-      }
-      distance = static_cast<int64_t>(other.offset_bytes - where.offset_bytes);
-    }
-    slot.scales.push_back(copies.block_scales(run, holder, target, distance));
+    slot.scales.push_back(copies.block_scales(
+        run, holder, run.scales != 0 ? order.target[scales->parameter] : nullptr,
+        place.scales.offset_bytes));
   }
-  slot.copies.push_back(
-      copies.copy(run, holder, where.offset_bytes, order.target[run.parameter], order.fingerprint));
+  slot.copies.push_back(copies.copy(run, holder, place.numbers.offset_bytes,
+                                    order.target[run.parameter], order.fingerprint));
   slot.runs.push_back(number);
   slot.bytes += copies.target_bytes(run);
-  return {};
 }
 
 // All runs of the slot's link from next_ on that join, up to a request's worth.
 void Transfer::gather(const TransferOrder& order, Slot& slot, Deadline limit) {
-  const Plan& plan = order.copies->plan();
   uint64_t most = kJoinedBytes;
   if (order.limits.gigabytes_per_second > 0) {
     const double paced = order.limits.gigabytes_per_second * 1e9 * kJoinedSeconds;
@@ -98,19 +97,15 @@ void Transfer::gather(const TransferOrder& order, Slot& slot, Deadline limit) {
   for (; at < order.runs.size() && slot.bytes < most; ++at) {
     const uint32_t run = order.runs[at];
     if (order.link_of[run] != slot.link) continue;
-    const Holder& holder = plan.holders()[order.holder[run]];
-    const auto where =
-        order.links[slot.link]->where(holder.parameter, order.slots[slot.link], limit);
-    if (!where) {
-      fail_link(slot.link, where.error());
+    const auto place = place_of(order, run, limit);
+    if (!place) {
+      fail_link(slot.link, place.error());
       break;
     }
-    if (!where->region->joins_requests()) continue;
-    if (auto added = add(order, slot, run, *where, limit); !added) {
-      fail_link(slot.link, std::move(added).error());
-      break;
-    }
-    slot.regions.push_back(where->region);
+    if (!place->numbers.region->joins_requests()) continue;
+    add(order, slot, run, *place);
+    slot.regions.push_back(place->numbers.region);
+    slot.scale_regions.push_back(place->scales.region);
   }
   gathered_to_[slot.link] = at;
 }
@@ -124,6 +119,8 @@ bool Transfer::fill(const TransferOrder& order, Slot& slot) {
   slot.scales.clear();
   slot.runs.clear();
   slot.regions.clear();
+  slot.scale_regions.clear();
+  slot.scale_region = nullptr;
   slot.bytes = 0;
   const RemoteRegion* region = nullptr;
   // A region that is not open yet is asked for: a source that does not answer is a stalled one.
@@ -137,33 +134,32 @@ bool Transfer::fill(const TransferOrder& order, Slot& slot) {
       ++next_;
       continue;
     }
-    const Run& run = plan.runs()[number];
-    const Holder& holder = plan.holders()[order.holder[number]];
-    const auto where = order.links[link]->where(holder.parameter, order.slots[link], limit);
-    if (!where) {
-      fail_link(link, where.error());
+    const auto place = place_of(order, number, limit);
+    if (!place) {
+      fail_link(link, place.error());
       continue;
     }
-    if (where->region->joins_requests()) {
+    const RemoteRegion* const numbers = place->numbers.region;
+    if (numbers->joins_requests()) {
       if (next_ < gathered_to_[link]) {
         ++next_;
         continue;
       }
       if (region != nullptr) break;
-      region = where->region;
+      region = numbers;
       slot.link = link;
       gather(order, slot, limit);
       break;
     }
-    if (region != nullptr && where->region != region) break;
-    const uint64_t bytes = order.copies->target_bytes(run);
+    if (region != nullptr && numbers != region) break;
+    const RemoteRegion* const scales = place->scales.region;
+    if (scales != nullptr && slot.scale_region != nullptr && scales != slot.scale_region) break;
+    const uint64_t bytes = order.copies->target_bytes(plan.runs()[number]);
     // A run that would make the ticket half as large again goes to the next one.
     if (slot.bytes > 0 && slot.bytes + bytes > ticket_bytes + ticket_bytes / 2) break;
-    if (auto added = add(order, slot, number, *where, limit); !added) {
-      fail_link(link, std::move(added).error());
-      continue;
-    }
-    region = where->region;
+    add(order, slot, number, *place);
+    if (scales != nullptr) slot.scale_region = scales;
+    region = numbers;
     slot.link = link;
     ++next_;
   }
@@ -189,6 +185,8 @@ void Transfer::submit(const TransferOrder& order, Slot& slot, const RemoteRegion
                                    .copies = slot.copies,
                                    .fingerprints = slot.sums,
                                    .regions = slot.regions,
+                                   .scale_region = slot.scale_region,
+                                   .scale_regions = slot.scale_regions,
                                    .limits = order.limits});
   if (!ticket) {
     fail_link(slot.link, std::move(ticket).error());

@@ -64,14 +64,22 @@ class Transfer {
     std::vector<uint64_t> sums;
     std::vector<uint32_t> runs;
     std::vector<const RemoteRegion*> regions;  // per copy; empty: all read one
+    // Where scales are read: per copy, null for those that read none; or of all copies.
+    std::vector<const RemoteRegion*> scale_regions;
+    const RemoteRegion* scale_region = nullptr;
   };
 
   bool held_back(const TransferOrder& order) const;
   bool fill(const TransferOrder& order, Slot& slot);
   void gather(const TransferOrder& order, Slot& slot, Deadline limit);
-  // Appends the copy of a run that lies at `where` in its source.
-  Result<void> add(const TransferOrder& order, Slot& slot, uint32_t number,
-                   const SourceLink::Where& where, Deadline limit);
+  // Where a run's numbers lie in its source, and the scales that it reads.
+  struct Place {
+    SourceLink::Where numbers;
+    SourceLink::Where scales{};  // of no region: it reads none
+  };
+  Result<Place> place_of(const TransferOrder& order, uint32_t number, Deadline limit) const;
+  // Appends the copy of a run.
+  void add(const TransferOrder& order, Slot& slot, uint32_t number, const Place& place) const;
   void submit(const TransferOrder& order, Slot& slot, const RemoteRegion& region);
   bool reap(const TransferOrder& order, Slot& slot, std::span<uint8_t> landed,
             std::span<uint64_t> sums);

@@ -94,10 +94,11 @@ class Conformance : public testing::TestWithParam<Backend> {
   }
 
   Result<void> read(const RemoteRegion& region, std::span<const StridedCopy> copies,
-                    std::span<uint64_t> fingerprints = {}) {
-    TRANSFUSE_ASSIGN_OR_RETURN(
-        const TicketId ticket,
-        reader_->submit({.region = &region, .copies = copies, .fingerprints = fingerprints}));
+                    std::span<uint64_t> fingerprints = {}, const RemoteRegion* scales = nullptr) {
+    TRANSFUSE_ASSIGN_OR_RETURN(const TicketId ticket, reader_->submit({.region = &region,
+                                                                       .copies = copies,
+                                                                       .fingerprints = fingerprints,
+                                                                       .scale_region = scales}));
     EXPECT_TRUE(reader_->wait_any({&ticket, 1}, soon()));
     if (reader_->poll(ticket) == TicketState::kPending) return unfinished(ticket);
     return reader_->finish(ticket);

@@ -179,8 +179,7 @@ void random_scaled_read(Random& random, uint64_t source_bytes, ScaledRead& made)
       made.scales.stride[1] = 1;
     }
     copy.source_offset_bytes = random.below(source_bytes);
-    made.scales.source_distance_bytes = static_cast<int64_t>(random.below(source_bytes)) -
-                                        static_cast<int64_t>(copy.source_offset_bytes);
+    made.scales.source_offset_bytes = random.below(source_bytes);
   } while (!check_copy(copy, source_bytes));
   made.target.assign(copy.element_count() * target_element_bytes(copy.op), std::byte{0x5A});
   made.written_scales.assign(copy.block_count(0) * copy.block_count(1) * sizeof(float),
@@ -198,9 +197,12 @@ TEST_P(TransportTest, Fp8BlocksAndTheirScalesAreThoseOfTheSlowModel) {
     SCOPED_TRACE("seed " + std::to_string(seed));
     Random random(seed);
     const bool use_mapped = seed % 2 == 0;
+    const bool scales_mapped = seed % 4 < 2;  // where they are read
     const auto bytes = pattern(kSize, use_mapped ? 21 : 22);
+    const auto scale_bytes = pattern(kSize, scales_mapped ? 21 : 22);
     ScaledRead made;
     random_scaled_read(random, kSize, made);
+    made.scales.fetched = scale_bytes.data() + made.scales.source_offset_bytes;
     std::vector<std::byte> expected = made.target;
     std::vector<std::byte> expected_scales = made.written_scales;
     const Target target = make_target(expected);
@@ -209,13 +211,66 @@ TEST_P(TransportTest, Fp8BlocksAndTheirScalesAreThoseOfTheSlowModel) {
     made.scales.target = scales.data();
     const uint64_t sum = slow_scaled_copy(made.copy, bytes.data() + made.copy.source_offset_bytes,
                                           expected.data(), expected_scales.data());
+    made.scales.fetched = nullptr;
     uint64_t found = 1;
-    const auto outcome = read(use_mapped ? *mapped : *owned, {&made.copy, 1}, {&found, 1});
+    const auto outcome = read(use_mapped ? *mapped : *owned, {&made.copy, 1}, {&found, 1},
+                              scales_mapped ? mapped.get() : owned.get());
     ASSERT_TRUE(outcome) << outcome.error().to_string();
     ASSERT_TRUE(target.bytes() == expected);
     EXPECT_TRUE(scales.bytes() == expected_scales);
     ASSERT_EQ(found, made.copy.fingerprint ? sum : 1);
   }
+}
+
+TEST_P(TransportTest, I13_ScalesBeyondTheirOwnRegionAreRefused) {
+  const auto peer = make_peer();
+  const auto connection = connect(*peer);
+  const auto numbers = connection->open_region(peer->allocate(4096, 1), soon()).value();
+  const auto few = connection->open_region(peer->register_memory(8, 1), soon()).value();
+  std::vector<uint16_t> target(4096);
+  BlockScales scales{.block = {16, 32}, .stride = {2, 1}};
+  StridedCopy copy;
+  copy.op = ElementOp::kE4M3ToBF16;
+  copy.target = reinterpret_cast<std::byte*>(target.data());
+  copy.scales = &scales;
+  copy.count[1] = copy.count[2] = 64;  // 4 by 2 blocks
+  copy.source_stride[1] = copy.target_stride[1] = 64;
+  copy.source_stride[2] = copy.target_stride[2] = 1;
+  const auto outcome = read(*numbers, {&copy, 1}, {}, few.get());
+  ASSERT_FALSE(outcome);
+  EXPECT_EQ(outcome.error().code, ErrorCode::kCorrupt);
+  EXPECT_EQ(target, std::vector<uint16_t>(4096));
+  copy.count[1] = 16;  // one row of blocks
+  EXPECT_TRUE(read(*numbers, {&copy, 1}, {}, few.get()));
+  scales.source_offset_bytes = 1;
+  EXPECT_FALSE(read(*numbers, {&copy, 1}, {}, few.get()));
+}
+
+TEST_P(TransportTest, WhereTheRegionOfTheScalesIsClosedNothingIsReadAnyMore) {
+  constexpr uint32_t kSide = 2048;
+  const auto peer = make_peer();
+  const auto connection = connect(*peer);
+  const auto numbers =
+      connection->open_region(peer->allocate(uint64_t{kSide} * kSide, 1), soon()).value();
+  auto others = connection->open_region(peer->allocate(uint64_t{kSide} * kSide * 4, 2), soon());
+  std::vector<uint16_t> target(uint64_t{kSide} * kSide);
+  const BlockScales scales{.block = {1, 1}, .stride = {kSide, 1}};
+  StridedCopy copy;
+  copy.op = ElementOp::kE4M3ToBF16;
+  copy.target = reinterpret_cast<std::byte*>(target.data());
+  copy.scales = &scales;
+  copy.count[1] = copy.count[2] = kSide;
+  copy.source_stride[1] = copy.target_stride[1] = kSide;
+  copy.source_stride[2] = copy.target_stride[2] = 1;
+  const auto ticket = reader_->submit(
+      {.region = numbers.get(), .copies = {&copy, 1}, .scale_region = others->get()});
+  ASSERT_TRUE(ticket) << ticket.error().to_string();
+  others->reset();  // ends the ticket before the scales go
+  EXPECT_NE(reader_->poll(*ticket), TicketState::kPending);
+  const auto before = target;
+  std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  EXPECT_TRUE(target == before);
+  static_cast<void>(reader_->finish(*ticket));
 }
 
 TEST_P(TransportTest, ProgressGrowsToTheTargetBytesOfTheRequest) {

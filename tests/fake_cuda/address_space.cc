@@ -149,6 +149,30 @@ CUresult AddressSpace::allocate_pinned(uint64_t size_bytes, void*& address) {
   return CUDA_SUCCESS;
 }
 
+CUresult AddressSpace::pin(CUdeviceptr address, uint64_t size_bytes) {
+  if (size_bytes == 0) return CUDA_ERROR_INVALID_VALUE;
+  const MutexLock lock(mutex_);
+  ++last_number_;
+  const bool added = ranges_
+                         .try_emplace(address, Range{.kind = RangeKind::kRegistered,
+                                                     .size_bytes = size_bytes,
+                                                     .buffer_id = last_number_,
+                                                     .block_id = last_number_})
+                         .second;
+  return added ? CUDA_SUCCESS : CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED;
+}
+
+CUresult AddressSpace::unpin(CUdeviceptr address) {
+  Stream::wait_for_all();
+  const MutexLock lock(mutex_);
+  const auto found = ranges_.find(address);
+  if (found == ranges_.end() || found->second.kind != RangeKind::kRegistered) {
+    return CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED;
+  }
+  ranges_.erase(found);
+  return CUDA_SUCCESS;
+}
+
 CUresult AddressSpace::free(CUdeviceptr address, bool pinned) {
   Stream::wait_for_all();
   const MutexLock lock(mutex_);

@@ -27,12 +27,13 @@ struct KernelEntry {
   std::string_view name;
   Kernel kernel;
 };
-constexpr std::array<KernelEntry, 5> kKernels = {
+constexpr std::array<KernelEntry, 6> kKernels = {
     KernelEntry{"transfuse_copy", Kernel::kCopy},
     KernelEntry{"transfuse_copy_and_sum", Kernel::kCopyAndSum},
     KernelEntry{"transfuse_copy_any", Kernel::kCopyAny},
     KernelEntry{"transfuse_copy_any_and_sum", Kernel::kCopyAnyAndSum},
-    KernelEntry{"transfuse_scaled_copy", Kernel::kScaledCopy}};
+    KernelEntry{"transfuse_scaled_copy", Kernel::kScaledCopy},
+    KernelEntry{"transfuse_scaled_copy_paced", Kernel::kScaledCopyPaced}};
 
 // A primary context is known by its device; contexts are current per thread.
 struct Context {
@@ -61,7 +62,9 @@ uint64_t attribute_of(CUpointer_attribute attribute, const AddressSpace::Found& 
   const Range& range = found.range;
   switch (attribute) {
     case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
-      return range.kind == RangeKind::kPinned ? CU_MEMORYTYPE_HOST : CU_MEMORYTYPE_DEVICE;
+      return range.kind == RangeKind::kPinned || range.kind == RangeKind::kRegistered
+                 ? CU_MEMORYTYPE_HOST
+                 : CU_MEMORYTYPE_DEVICE;
     case CU_POINTER_ATTRIBUTE_IS_MANAGED:
       return range.kind == RangeKind::kManaged ? 1 : 0;
     case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL:
@@ -214,7 +217,7 @@ CUresult CUDAAPI cuLaunchKernel(CUfunction function, unsigned blocks, unsigned, 
             .kernel = entry->kernel,
             .threads = threads,
             .shared_bytes = shared_bytes};
-  if (entry->kernel == Kernel::kScaledCopy) {
+  if (entry->kernel >= Kernel::kScaledCopy) {
     task.kind = Task::Kind::kScaledKernel;
     task.scaled = *static_cast<const ScaledLaunch*>(arguments[0]);
   } else {
@@ -248,6 +251,21 @@ CUresult CUDAAPI cuMemHostAlloc(void** address, size_t size, unsigned) {
 CUresult CUDAAPI cuMemFreeHost(void* address) {
   if (current() == nullptr) return CUDA_ERROR_INVALID_CONTEXT;
   return AddressSpace::instance().free(reinterpret_cast<CUdeviceptr>(address), true);
+}
+CUresult CUDAAPI cuMemHostRegister(void* address, size_t size, unsigned flags) {
+  if (current() == nullptr) return CUDA_ERROR_INVALID_CONTEXT;
+  // A mapping that is only read is refused otherwise.
+  if ((flags & CU_MEMHOSTREGISTER_READ_ONLY) == 0) return CUDA_ERROR_INVALID_VALUE;
+  return AddressSpace::instance().pin(reinterpret_cast<CUdeviceptr>(address), size);
+}
+CUresult CUDAAPI cuMemHostUnregister(void* address) {
+  if (current() == nullptr) return CUDA_ERROR_INVALID_CONTEXT;
+  return AddressSpace::instance().unpin(reinterpret_cast<CUdeviceptr>(address));
+}
+CUresult CUDAAPI cuMemHostGetDevicePointer(CUdeviceptr* device, void* address, unsigned) {
+  if (current() == nullptr) return CUDA_ERROR_INVALID_CONTEXT;
+  *device = reinterpret_cast<CUdeviceptr>(address);
+  return CUDA_SUCCESS;
 }
 CUresult CUDAAPI cuMemGetInfo(size_t* free, size_t* total) {
   if (current() == nullptr) return CUDA_ERROR_INVALID_CONTEXT;

@@ -64,6 +64,18 @@ void walk_table(const Task& task) {
   }
 }
 
+// Lanes come one after another here, and none can wait for what the others find.
+uint32_t held_magnitude(const ScaledView& view, uint32_t lane) {
+  uint64_t none = 0;
+  uint32_t found = 0;
+  const auto keep = [&](uint32_t magnitude) {
+    found = magnitude;
+    return kF32Nan;  // under which nothing moves
+  };
+  (void)move_held(view, lane, keep, none);
+  return found;
+}
+
 }  // namespace
 
 void run_copy_kernel(const Task& task) {
@@ -74,22 +86,34 @@ void run_copy_kernel(const Task& task) {
 
 void run_scaled_kernel(const Task& task) {
   const ScaledLaunch& launch = task.scaled;
-  TRANSFUSE_CHECK(*launch.next == 0);
+  TRANSFUSE_CHECK((task.kernel == Kernel::kScaledCopyPaced) == (launch.ns_per_byte > 0));
+  CopyProgress& progress = *launch.progress;
+  TRANSFUSE_CHECK(progress.next == 0 && progress.begun_bytes == 0 && progress.start_ns == 0);
   alignas(kVectorBytes) std::array<std::byte, kScaledStageBytes> stage{};
-  for (; *launch.next < launch.item_count; ++*launch.next) {
-    const ScaledItem item = launch.items[*launch.next];
-    const ScaledRun& run = launch.runs[item.run];
-    const ScaledView view = view_of(
-        run, item, reinterpret_cast<const std::byte*>(launch.bases[run.source]), task.threads);
+  const auto start = std::chrono::steady_clock::now();
+  for (; progress.next < launch.item_count; ++progress.next) {
+    const ScaledItem item = launch.items[progress.next];
+    const ScaledView view = view_of(launch.runs[item.run], item, launch.bases, task.threads);
+    if (launch.ns_per_byte > 0) {
+      std::this_thread::sleep_until(
+          start + std::chrono::nanoseconds(due_after_ns(progress.begun_bytes, launch.ns_per_byte)));
+      progress.begun_bytes += view.size_bytes();
+    }
     const bool writes = quantizes_of(view.op);
     uint32_t largest = 0;
     for (uint32_t lane = 0; writes && lane < task.threads; ++lane) {
-      largest = std::max(largest, scaled_magnitude(view, lane, stage.data()));
+      largest = std::max(largest, view.held ? held_magnitude(view, lane)
+                                            : scaled_magnitude(view, lane, stage.data()));
     }
     const uint32_t scale = writes ? scale_bits_of_block(largest) : read_scale(view);
     uint64_t sum = writes ? write_scale(view, scale) : 0;
     for (uint32_t lane = 0; lane < task.threads; ++lane) {
-      sum += scaled_move(view, lane, stage.data(), scale);
+      uint64_t own = 0;
+      const auto known = [&](uint32_t) { return scale; };
+      if (!view.held || !move_held(view, lane, known, own)) {
+        own = scaled_move(view, lane, stage.data(), scale);
+      }
+      sum += own;
     }
     if (view.fingerprint) add_sum(launch.sums[view.sum], sum);
   }

@@ -40,7 +40,15 @@ struct Physical {
   unsigned handle_types = 0;
 };
 
-enum class RangeKind : uint8_t { kDevice, kPooled, kManaged, kPinned, kMapped, kOpened };
+enum class RangeKind : uint8_t {
+  kDevice,
+  kPooled,
+  kManaged,
+  kPinned,
+  kMapped,
+  kOpened,
+  kRegistered
+};
 struct Range {
   RangeKind kind = RangeKind::kDevice;
   uint64_t size_bytes = 0;
@@ -60,6 +68,9 @@ class AddressSpace {
       EXCLUDES(mutex_);
   CUresult free(CUdeviceptr address, bool pinned) EXCLUDES(mutex_);
   CUresult allocate_pinned(uint64_t size_bytes, void*& address) EXCLUDES(mutex_);
+  // Memory of the host that is there already.
+  CUresult pin(CUdeviceptr address, uint64_t size_bytes) EXCLUDES(mutex_);
+  CUresult unpin(CUdeviceptr address) EXCLUDES(mutex_);
   uint64_t free_bytes(int device) EXCLUDES(mutex_);
 
   // The range that contains `address`, and where it begins.
@@ -122,7 +133,14 @@ struct Event {
   void wait(uint64_t record) EXCLUDES(mutex);
 };
 
-enum class Kernel : uint8_t { kCopy, kCopyAndSum, kCopyAny, kCopyAnyAndSum, kScaledCopy };
+enum class Kernel : uint8_t {
+  kCopy,
+  kCopyAndSum,
+  kCopyAny,
+  kCopyAnyAndSum,
+  kScaledCopy,
+  kScaledCopyPaced
+};
 
 // Holds no memory of its own, so that a warm stream allocates nothing.
 struct Task {

@@ -198,6 +198,140 @@ TEST_F(CudaTransportTest, ReadsOfTheHostIntoTheDeviceAndBackAreStaged) {
   EXPECT_EQ(back, expected);
 }
 
+// A matrix in blocks of 128x128 that share a scale, in a dtype on one side and fp8 on the other.
+struct ScaledMatrix {
+  static constexpr uint32_t kRows = 4100;
+  static constexpr uint32_t kColumns = 6008;  // ragged at both ends
+  static constexpr uint64_t kNumbers = uint64_t{kRows} * kColumns;
+  static constexpr uint64_t kScaleBytes = uint64_t{33} * 47 * 4;
+
+  ScaledMatrix(ElementOp op, std::byte* target, std::byte* scale_target) {
+    scales.target = scale_target;
+    scales.fingerprint_key = 6;
+    scales.stride[0] = scales.index_stride[0] = 47;
+    scales.stride[1] = scales.index_stride[1] = 1;
+    copy = {.target = target,
+            .fingerprint_key = 5,
+            .count = {1, kRows, kColumns},
+            .op = op,
+            .fingerprint = true,
+            .source_stride = {0, kColumns, 1},
+            .target_stride = {0, kColumns, 1},
+            .index_stride = {0, kColumns, 1},
+            .scales = &scales};
+  }
+  BlockScales scales;
+  StridedCopy copy;
+};
+
+// Every way between host and device, and within the device; scales in a region of their own.
+TEST_F(CudaTransportTest, Fp8AndItsScalesGoBetweenHostAndDevice) {
+  using Matrix = ScaledMatrix;
+  const auto bytes_of = [](const auto& region) { return region->bytes(); };
+  const auto connection = transport_->connect(transport_->endpoint().value(), "", soon()).value();
+  const auto open = [&](const auto& region) {
+    return connection->open_region(region->descriptor(), soon()).value();
+  };
+  const auto run = [&](const RemoteRegion& region, const Matrix& matrix, uint64_t& sum,
+                       const RemoteRegion* scales) -> Result<void> {
+    const std::array regions = {&region};
+    const std::array scale_regions = {scales};
+    ReadRequest request{.region = &region, .copies = {&matrix.copy, 1}, .fingerprints = {&sum, 1}};
+    request.scale_region = scales;
+    if (region.joins_requests()) {
+      request.regions = regions;
+      request.scale_regions = scale_regions;
+    }
+    TRANSFUSE_ASSIGN_OR_RETURN(const TicketId ticket, transport_->submit(request));
+    EXPECT_TRUE(transport_->wait_any({&ticket, 1}, soon()));
+    return transport_->finish(ticket);
+  };
+  const auto to_device = [&](const RemoteRegion& from, const LocalRegion& to) {
+    const StridedCopy plain{.target = to.bytes().data(),
+                            .count = {1, 1, static_cast<uint32_t>(to.bytes().size())},
+                            .source_stride = {0, 0, 1},
+                            .target_stride = {0, 0, 1}};
+    ASSERT_TRUE(read(from, {&plain, 1}));
+  };
+  const auto from_device = [&](const LocalRegion& from) {
+    std::vector<std::byte> bytes(from.bytes().size());
+    const StridedCopy plain{.target = bytes.data(),
+                            .count = {1, 1, static_cast<uint32_t>(bytes.size())},
+                            .source_stride = {0, 0, 1},
+                            .target_stride = {0, 0, 1}};
+    EXPECT_TRUE(read(*open(&from), {&plain, 1}));
+    return bytes;
+  };
+
+  // What the CPU makes of it.
+  const auto floats = transport_->allocate(Matrix::kNumbers * 4).value();
+  for (uint64_t i = 0; i < Matrix::kNumbers; ++i) {
+    const float value = (static_cast<float>(i % 100003) - 50000.5F) * 1e-6F;
+    std::memcpy(bytes_of(floats).data() + i * 4, &value, 4);
+  }
+  const auto numbers = transport_->allocate(Matrix::kNumbers).value();
+  const auto scales = transport_->allocate(Matrix::kScaleBytes).value();
+  const Matrix quantising(ElementOp::kF32ToE4M3, bytes_of(numbers).data(), bytes_of(scales).data());
+  const uint64_t sum = run_copy(quantising.copy, bytes_of(floats).data());
+  std::vector<std::byte> wide(Matrix::kNumbers * 2);
+  Matrix dequantising(ElementOp::kE4M3ToBF16, wide.data(), nullptr);
+  dequantising.scales.fetched = bytes_of(scales).data();
+  const uint64_t wide_sum = run_copy(dequantising.copy, bytes_of(numbers).data());
+  copy_fence();
+
+  const auto device_floats = transport_->allocate_on_device(Matrix::kNumbers * 4).value();
+  const auto device_numbers = transport_->allocate_on_device(Matrix::kNumbers).value();
+  const auto device_scales = transport_->allocate_on_device(Matrix::kScaleBytes).value();
+  const auto device_wide = transport_->allocate_on_device(Matrix::kNumbers * 2).value();
+  const auto host_floats = open(floats);
+  to_device(*host_floats, *device_floats);
+  std::vector<std::byte> back(Matrix::kNumbers);
+  std::vector<std::byte> back_scales(Matrix::kScaleBytes);
+  std::vector<std::byte> back_wide(Matrix::kNumbers * 2);
+  const auto expect_fp8 = [&](std::span<const std::byte> found, std::span<const std::byte> of) {
+    EXPECT_TRUE(std::ranges::equal(found, bytes_of(numbers)));
+    EXPECT_TRUE(std::ranges::equal(of, bytes_of(scales)));
+  };
+  uint64_t found = 0;
+  const Matrix into_device(ElementOp::kF32ToE4M3, device_numbers->bytes().data(),
+                           device_scales->bytes().data());
+  for (const auto* from : {&floats, &device_floats}) {
+    auto done = run(*open(*from), into_device, found, nullptr);
+    ASSERT_TRUE(done) << done.error().to_string();
+    EXPECT_EQ(found, sum);
+    expect_fp8(from_device(*device_numbers), from_device(*device_scales));
+  }
+  auto done = run(*open(device_floats),
+                  Matrix(ElementOp::kF32ToE4M3, back.data(), back_scales.data()), found, nullptr);
+  ASSERT_TRUE(done) << done.error().to_string();
+  EXPECT_EQ(found, sum);
+  expect_fp8(back, back_scales);
+
+  const Matrix wide_on_device(ElementOp::kE4M3ToBF16, device_wide->bytes().data(), nullptr);
+  for (const bool from_host : {true, false}) {
+    done = run(*open(from_host ? numbers : device_numbers), wide_on_device, found,
+               open(from_host ? scales : device_scales).get());
+    ASSERT_TRUE(done) << done.error().to_string();
+    EXPECT_EQ(found, wide_sum);
+    EXPECT_TRUE(from_device(*device_wide) == wide);
+  }
+  const Matrix wide_in_host(ElementOp::kE4M3ToBF16, back_wide.data(), nullptr);
+  done = run(*open(device_numbers), wide_in_host, found, open(device_scales).get());
+  ASSERT_TRUE(done) << done.error().to_string();
+  EXPECT_EQ(found, wide_sum);
+  EXPECT_TRUE(back_wide == wide);
+  // I13: too few scales, on a device and in the host.
+  for (const auto* few : {&device_scales, &scales}) {
+    Matrix beyond = wide_on_device;
+    beyond.copy.scales = &beyond.scales;
+    beyond.scales.source_offset_bytes = 4;
+    const auto refused =
+        run(*open(few == &scales ? numbers : device_numbers), beyond, found, open(*few).get());
+    ASSERT_FALSE(refused);
+    EXPECT_EQ(refused.error().code, ErrorCode::kCorrupt);
+  }
+}
+
 TEST_F(CudaTransportTest, CopiesAndSumsWithinItsOwnMemory) {
   constexpr uint64_t kSize = 3 << 20;
   const auto a = transport_->allocate_on_device(kSize).value();

@@ -20,6 +20,7 @@ class ShortDriver {
   enum Made : uint8_t {
     kMemory,
     kPinned,
+    kRegistered,
     kStream,
     kEvent,
     kModule,
@@ -112,6 +113,8 @@ class ShortDriver {
     TRANSFUSE_TAKES(cuMemFree, kMemory);
     TRANSFUSE_MAKES(cuMemHostAlloc, kPinned)
     TRANSFUSE_TAKES(cuMemFreeHost, kPinned);
+    TRANSFUSE_MAKES(cuMemHostRegister, kRegistered)
+    TRANSFUSE_TAKES(cuMemHostUnregister, kRegistered);
     TRANSFUSE_MAKES(cuStreamCreate, kStream)
     TRANSFUSE_TAKES(cuStreamDestroy, kStream);
     TRANSFUSE_MAKES(cuEventCreate, kEvent)

@@ -64,7 +64,8 @@ Result<double> pace_of(double gigabytes_per_second) {
 Result<PreparedCopies> PreparedCopies::make(const Device& device,
                                             std::span<const StridedCopy> copies,
                                             std::span<const uint32_t> sources,
-                                            uint32_t source_count, const CopyOptions& options) {
+                                            uint32_t source_count, const CopyOptions& options,
+                                            std::span<const uint32_t> scale_sources) {
   TRANSFUSE_CHECK(copies.size() == sources.size());
   PreparedCopies prepared;
   prepared.device_ = &device;
@@ -80,8 +81,10 @@ Result<PreparedCopies> PreparedCopies::make(const Device& device,
     prepared.target_bytes_ += copy.target_bytes();
     prepared.source_bytes_ += copy.element_count() * source_bytes_of(copy.op);
     if (is_scaled(copy.op)) {
-      TRANSFUSE_RETURN_IF_ERROR(
-          add_scaled(copy, sources[i], i, options.table.base_alignment, scaled));
+      const ScaledSources bases = {sources[i],
+                                   scale_sources.empty() ? sources[i] : scale_sources[i]};
+      TRANSFUSE_CHECK(bases.scales < source_count);
+      TRANSFUSE_RETURN_IF_ERROR(add_scaled(copy, bases, i, options.table.base_alignment, scaled));
       continue;
     }
     const uint64_t piece = engines ? contiguous_bytes(copy) : 0;
@@ -284,13 +287,11 @@ Result<void> PreparedCopies::launch_items(const Launch& launch, uint32_t count, 
         TRANSFUSE_CUDA(driver, cuLaunchKernel, kernel, std::min(blocks, count), 1, 1, kCopyThreads,
                        1, 1, stage_bytes_, launch.stream, pointers.data(), nullptr));
   }
-  return scaled_.launch(
-      {.stream = launch.stream,
-       .multiprocessors = launch.multiprocessors == 0
-                              ? device_->multiprocessors()
-                              : std::min(launch.multiprocessors, device_->multiprocessors()),
-       .bases = bases_.as<uint64_t>(),
-       .sums = work_.as<uint64_t>()});
+  return scaled_.launch({.stream = launch.stream,
+                         .blocks = blocks,
+                         .ns_per_byte = copies.ns_per_byte,
+                         .bases = bases_.as<uint64_t>(),
+                         .sums = work_.as<uint64_t>()});
 }
 
 std::span<const uint64_t> PreparedCopies::sums() const {

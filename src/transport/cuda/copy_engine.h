@@ -38,11 +38,13 @@ struct CopyOptions {
 class PreparedCopies {
  public:
   // Copy i reads the region of bases[sources[i]] and sums into sum i if its fingerprint is set.
-  // `source_count` bases. kResourceExhausted where the device has no room for the table; nothing is
+  // `source_count` bases. `scale_sources`: whose base the scales count from that copy i reads;
+  // empty: sources[i]. kResourceExhausted where the device has no room for the table; nothing is
   // left behind then.
   static Result<PreparedCopies> make(const Device& device, std::span<const StridedCopy> copies,
                                      std::span<const uint32_t> sources, uint32_t source_count,
-                                     const CopyOptions& options);
+                                     const CopyOptions& options,
+                                     std::span<const uint32_t> scale_sources = {});
 
   struct Launch {
     CUstream stream = nullptr;     // the copies come after what it was given before

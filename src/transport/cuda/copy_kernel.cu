@@ -12,16 +12,6 @@ namespace {
 
 constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 
-__device__ inline uint64_t clock_ns() {
-  uint64_t now;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-  return now;
-}
-
-__device__ __noinline__ void wait_until(uint64_t due) {
-  for (uint64_t now = clock_ns(); now < due; now = clock_ns()) __nanosleep(nap_ns(due - now));
-}
-
 // What the threads of a block share of one item.
 struct Taken {
   ItemView view;
@@ -41,11 +31,8 @@ __device__ __forceinline__ void take(const CopyLaunch& launch, Taken& taken) {
   taken.view =
       view_of(run, item, reinterpret_cast<const std::byte*>(launch.bases[run.source]), blockDim.x);
   if (!kPaced || launch.ns_per_byte == 0) return;
-  const auto word = [](uint64_t& at) { return reinterpret_cast<unsigned long long*>(&at); };
-  const uint64_t now = clock_ns();
-  const uint64_t known = atomicCAS(word(progress->start_ns), 0ull, now);
-  const uint64_t before = atomicAdd(word(progress->begun_bytes), item_bytes(run, item));
-  taken.due_ns = (known == 0 ? now : known) + due_after_ns(before, launch.ns_per_byte);
+  taken.due_ns = due_at_ns(progress->start_ns, progress->begun_bytes, item_bytes(run, item),
+                           launch.ns_per_byte);
 }
 // A function of its own: inlined, it would take registers from the loops that move.
 __device__ __noinline__ void take_any(const CopyLaunch& launch, Taken& taken) {

@@ -42,8 +42,9 @@ Row row_of(const StridedCopy& copy, uint32_t source) {
 
 }  // namespace
 
-CopyKey key_of(std::span<const StridedCopy> copies, std::span<const uint32_t> sources, bool sums) {
-  TRANSFUSE_CHECK(copies.size() == sources.size());
+CopyKey key_of(std::span<const StridedCopy> copies, std::span<const uint32_t> sources,
+               std::span<const uint32_t> scale_sources, bool sums) {
+  TRANSFUSE_CHECK(copies.size() == sources.size() && copies.size() == scale_sources.size());
   std::array<Row, kRows> rows;
   XXH128_hash_t hash{.low64 = copies.size(), .high64 = sums ? 1U : 0U};
   for (size_t first = 0; first < copies.size(); first += kRows) {
@@ -52,11 +53,11 @@ CopyKey key_of(std::span<const StridedCopy> copies, std::span<const uint32_t> so
     const XXH128_hash_t part = XXH3_128bits_withSeed(rows.data(), count * sizeof(Row), hash.low64);
     hash = {.low64 = part.low64, .high64 = part.high64 ^ (hash.high64 * 0x9E3779B97F4A7C15U + 1)};
   }
-  for (const StridedCopy& copy : copies) {
-    if (copy.scales == nullptr) continue;
-    const BlockScales& scales = *copy.scales;
+  for (size_t i = 0; i < copies.size(); ++i) {
+    if (copies[i].scales == nullptr) continue;
+    const BlockScales& scales = *copies[i].scales;
     const Row row = {reinterpret_cast<uintptr_t>(scales.target),
-                     static_cast<uint64_t>(scales.source_distance_bytes),
+                     scales.source_offset_bytes,
                      scales.linear_index,
                      scales.fingerprint_key,
                      uint64_t{scales.block[0]} << 32 | scales.block[1],
@@ -64,7 +65,8 @@ CopyKey key_of(std::span<const StridedCopy> copies, std::span<const uint32_t> so
                      static_cast<uint64_t>(scales.stride[0]),
                      static_cast<uint64_t>(scales.stride[1]),
                      static_cast<uint64_t>(scales.index_stride[0]),
-                     static_cast<uint64_t>(scales.index_stride[1])};
+                     static_cast<uint64_t>(scales.index_stride[1]),
+                     scale_sources[i]};
     const XXH128_hash_t part = XXH3_128bits_withSeed(row.data(), sizeof(Row), hash.low64);
     hash = {.low64 = part.low64, .high64 = part.high64 ^ (hash.high64 * 0x9E3779B97F4A7C15U + 1)};
   }

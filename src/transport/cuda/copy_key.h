@@ -16,7 +16,8 @@ struct CopyKey {
   bool operator==(const CopyKey&) const = default;
 };
 
-// `sources`: per copy. `sums`: whether fingerprints are taken from it at all.
-CopyKey key_of(std::span<const StridedCopy> copies, std::span<const uint32_t> sources, bool sums);
+// `sources`, `scale_sources`: per copy. `sums`: whether fingerprints are taken from it at all.
+CopyKey key_of(std::span<const StridedCopy> copies, std::span<const uint32_t> sources,
+               std::span<const uint32_t> scale_sources, bool sums);
 
 }  // namespace transfuse::cuda

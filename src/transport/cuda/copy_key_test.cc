@@ -26,12 +26,13 @@ std::vector<StridedCopy> some_copies() {
 
 TEST(CopyKey, IsTheSameForTheSameCopies) {
   const std::vector<uint32_t> sources(70, 0);
-  EXPECT_EQ(key_of(some_copies(), sources, true), key_of(some_copies(), sources, true));
+  EXPECT_EQ(key_of(some_copies(), sources, sources, true),
+            key_of(some_copies(), sources, sources, true));
 }
 
 TEST(CopyKey, DiffersWhereAnythingDiffers) {
   const std::vector<uint32_t> sources(70, 0);
-  const CopyKey key = key_of(some_copies(), sources, true);
+  const CopyKey key = key_of(some_copies(), sources, sources, true);
   const std::vector<std::function<void(StridedCopy&)>> changes = {
       [](StridedCopy& c) { ++c.source_offset_bytes; },
       [](StridedCopy& c) { ++c.target; },
@@ -51,16 +52,31 @@ TEST(CopyKey, DiffersWhereAnythingDiffers) {
     for (size_t i = 0; i < changes.size(); ++i) {
       auto copies = some_copies();
       changes[i](copies[at]);
-      EXPECT_NE(key_of(copies, sources, true), key) << "copy " << at << ", change " << i;
+      EXPECT_NE(key_of(copies, sources, sources, true), key) << "copy " << at << ", change " << i;
     }
     auto other = sources;
     other[at] = 1;
-    EXPECT_NE(key_of(some_copies(), other, true), key);
+    EXPECT_NE(key_of(some_copies(), other, sources, true), key);
   }
-  EXPECT_NE(key_of(some_copies(), sources, false), key);
+  EXPECT_NE(key_of(some_copies(), sources, sources, false), key);
   auto fewer = some_copies();
   fewer.pop_back();
-  EXPECT_NE(key_of(fewer, std::vector<uint32_t>(69, 0), true), key);
+  const std::vector<uint32_t> fewer_sources(69, 0);
+  EXPECT_NE(key_of(fewer, fewer_sources, fewer_sources, true), key);
+}
+
+TEST(CopyKey, DiffersWhereScalesAreReadElsewhere) {
+  const std::vector<uint32_t> sources(70, 0);
+  auto copies = some_copies();
+  BlockScales scales;
+  for (StridedCopy& copy : copies) copy.op = ElementOp::kE4M3ToBF16;
+  for (StridedCopy& copy : copies) copy.scales = &scales;
+  const CopyKey key = key_of(copies, sources, sources, true);
+  auto other = sources;
+  other[33] = 1;
+  EXPECT_NE(key_of(copies, sources, other, true), key);
+  ++scales.source_offset_bytes;
+  EXPECT_NE(key_of(copies, sources, sources, true), key);
 }
 
 }  // namespace

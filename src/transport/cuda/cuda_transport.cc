@@ -71,6 +71,10 @@ uint32_t multiprocessors_for(const CopyLimits& limits) {
                                    kGigabytesPerMultiprocessor);
 }
 
+Error scales_on_device() {
+  return {ErrorCode::kInvalidArgument, "a read of memory of the host finds its scales on a device"};
+}
+
 }  // namespace
 
 // Safe to call from any thread. All reads of devices go over one stream: one that comes after a
@@ -144,6 +148,8 @@ class CudaTransport final : public Transport, private CudaTickets {
     uint64_t id = 0;  // 0: free
     const RemoteRegion* region = nullptr;
     std::span<const RemoteRegion* const> regions;
+    const RemoteRegion* scale_region = nullptr;
+    std::span<const RemoteRegion* const> scale_regions;
     std::span<const StridedCopy> copies;
     std::span<uint64_t> fingerprints;
     Prepared* prepared = nullptr;  // null: staged
@@ -153,7 +159,11 @@ class CudaTransport final : public Transport, private CudaTickets {
     std::optional<Result<void>> outcome;  // once it has ended
 
     bool reads(const CudaRemoteRegion& one) const {
-      return regions.empty() ? region == &one : std::ranges::find(regions, &one) != regions.end();
+      const auto among = [&one](std::span<const RemoteRegion* const> list) {
+        return std::ranges::find(list, &one) != list.end();
+      };
+      return (regions.empty() && region == &one) || scale_region == &one || among(regions) ||
+             among(scale_regions);
     }
     uint64_t target_bytes() const;
   };
@@ -176,6 +186,8 @@ class CudaTransport final : public Transport, private CudaTickets {
   }
   Ticket& new_ticket(const ReadRequest& request) REQUIRES(mutex_);
   Result<void> number_sources(const ReadRequest& request) REQUIRES(mutex_);
+  Result<uint32_t> number_of(const RemoteRegion* region_of_peer) REQUIRES(mutex_);
+  Result<void> check_sources(const ReadRequest& request, size_t copy) const REQUIRES(mutex_);
   Result<void> check_copies(const ReadRequest& request) const REQUIRES(mutex_);
   Result<Prepared*> prepare(const ReadRequest& request) REQUIRES(mutex_);
   Result<TicketId> submit_on_device(const ReadRequest& request) REQUIRES(mutex_);
@@ -201,7 +213,8 @@ class CudaTransport final : public Transport, private CudaTickets {
   uint64_t requests_ GUARDED_BY(mutex_) = 0;
   // Of the request that is being submitted.
   std::vector<const CudaRemoteRegion*> distinct_ GUARDED_BY(mutex_);
-  std::vector<uint32_t> sources_ GUARDED_BY(mutex_);  // per copy: index into distinct_
+  std::vector<uint32_t> sources_ GUARDED_BY(mutex_);        // per copy: index into distinct_
+  std::vector<uint32_t> scale_sources_ GUARDED_BY(mutex_);  // likewise, of the scales it reads
   std::vector<CUdeviceptr> bases_ GUARDED_BY(mutex_);
 };
 
@@ -243,6 +256,8 @@ CudaTransport::Ticket& CudaTransport::new_ticket(const ReadRequest& request) {
   free->id = ++last_ticket_ | kDeviceBit;
   free->region = request.region;
   free->regions = request.regions;
+  free->scale_region = request.scale_region;
+  free->scale_regions = request.scale_regions;
   free->copies = request.copies;
   free->fingerprints = request.fingerprints;
   free->prepared = nullptr;
@@ -251,48 +266,68 @@ CudaTransport::Ticket& CudaTransport::new_ticket(const ReadRequest& request) {
   return *free;
 }
 
-// Says which regions are read, each once, and which of them each copy reads.
+// The region's number among those that the request reads, each once.
+Result<uint32_t> CudaTransport::number_of(const RemoteRegion* region_of_peer) {
+  const CudaRemoteRegion* const region = ours(region_of_peer);
+  if (region == nullptr) return not_ours();
+  if (region->request == requests_) return region->number;
+  if (!region->on_device()) {
+    return Error{ErrorCode::kInvalidArgument,
+                 "a request that joins regions reads one that does not join"};
+  }
+  // What was read before other memory was mapped is the generation's to judge; until the region is
+  // closed the physical memory stays, so that no read meets a hole.
+  if (!region->current()) {
+    return Error{ErrorCode::kTornRead,
+                 "device memory: its owner mapped other memory there since it was opened, or "
+                 "took it back: it is to be opened anew"};
+  }
+  region->request = requests_;
+  region->number = static_cast<uint32_t>(distinct_.size());
+  distinct_.push_back(region);
+  bases_.push_back(region->address());
+  return region->number;
+}
+
+// Says which regions are read, and which of them each copy reads.
 Result<void> CudaTransport::number_sources(const ReadRequest& request) {
   ++requests_;
   distinct_.clear();
   bases_.clear();
   sources_.resize(request.copies.size());
+  scale_sources_.resize(request.copies.size());
   const RemoteRegion* last = nullptr;
-  const CudaRemoteRegion* region = nullptr;
   for (size_t i = 0; i < request.copies.size(); ++i) {
     const RemoteRegion* const named = request.regions.empty() ? request.region : request.regions[i];
-    if (named != last) region = ours(named);
-    last = named;
-    if (region == nullptr) return not_ours();
-    if (region->request != requests_) {
-      if (!region->on_device()) {
-        return Error{ErrorCode::kInvalidArgument,
-                     "a request that joins regions reads one that does not join"};
-      }
-      // What was read before other memory was mapped is the generation's to judge; until the region
-      // is closed the physical memory stays, so that no read meets a hole.
-      if (!region->current()) {
-        return Error{ErrorCode::kTornRead,
-                     "device memory: its owner mapped other memory there since it was opened, or "
-                     "took it back: it is to be opened anew"};
-      }
-      region->request = requests_;
-      region->number = static_cast<uint32_t>(distinct_.size());
-      distinct_.push_back(region);
-      bases_.push_back(region->address());
+    if (named != nullptr && named == last) {
+      sources_[i] = sources_[i - 1];
+    } else {
+      TRANSFUSE_ASSIGN_OR_RETURN(sources_[i], number_of(named));
     }
-    sources_[i] = region->number;
+    last = named;
+    const RemoteRegion* const scales =
+        request.scale_regions.empty() ? request.scale_region : request.scale_regions[i];
+    scale_sources_[i] = sources_[i];
+    if (scales != nullptr) {
+      TRANSFUSE_ASSIGN_OR_RETURN(scale_sources_[i], number_of(scales));
+    }
   }
   return {};
 }
 
-// Bounds of the sources (I13), and that the targets can be written at all: a kernel that writes
+// Bounds of the sources (I13).
+Result<void> CudaTransport::check_sources(const ReadRequest& request, size_t copy) const {
+  return check_copy(request.copies[copy], distinct_[sources_[copy]]->size_bytes(),
+                    distinct_[scale_sources_[copy]]->size_bytes());
+}
+
+// Bounds, and that the targets can be written at all: a kernel that writes
 // elsewhere would take the whole context with it.
 Result<void> CudaTransport::check_copies(const ReadRequest& request) const {
   std::span<std::byte> known;
   for (size_t i = 0; i < request.copies.size(); ++i) {
     const StridedCopy& copy = request.copies[i];
-    TRANSFUSE_RETURN_IF_ERROR(check_copy(copy, distinct_[sources_[i]]->size_bytes()));
+    TRANSFUSE_RETURN_IF_ERROR(check_sources(request, i));
     const std::byte* const target = copy.target;
     if (target == nullptr ||
         (!known.empty() && target >= known.data() && target < known.data() + known.size())) {
@@ -316,7 +351,7 @@ Result<void> CudaTransport::check_copies(const ReadRequest& request) const {
 Result<CudaTransport::Prepared*> CudaTransport::prepare(const ReadRequest& request) {
   const bool sums = !request.fingerprints.empty();
   const bool engines = std::ranges::all_of(distinct_, &CudaRemoteRegion::is_elsewhere);
-  CopyKey key = cuda::key_of(request.copies, sources_, sums);
+  CopyKey key = cuda::key_of(request.copies, sources_, scale_sources_, sums);
   key.high ^= engines ? 1 : 0;
   const auto found = std::ranges::find_if(
       kept_, [&](const auto& prepared) { return prepared->key == key && !prepared->busy; });
@@ -331,7 +366,7 @@ Result<CudaTransport::Prepared*> CudaTransport::prepare(const ReadRequest& reque
   TRANSFUSE_ASSIGN_OR_RETURN(
       PreparedCopies copies,
       PreparedCopies::make(*core_->device, request.copies, sources_,
-                           static_cast<uint32_t>(distinct_.size()), options));
+                           static_cast<uint32_t>(distinct_.size()), options, scale_sources_));
   if (kept_.size() >= kKeptTables) {
     const auto idle = std::ranges::find_if(kept_, [](const auto& old) { return !old->busy; });
     if (idle != kept_.end()) kept_.erase(idle);
@@ -347,7 +382,9 @@ Result<TicketId> CudaTransport::submit(const ReadRequest& request) {
                              request.copies.size())};
   }
   const CudaRemoteRegion* const region = ours(request.region);
-  if (region == nullptr) return not_ours();
+  const CudaRemoteRegion* const scales =
+      request.scale_region == nullptr ? region : ours(request.scale_region);
+  if (region == nullptr || scales == nullptr) return not_ours();
   bool into_device = true;  // a sum of device memory has no target
   if (!request.copies.empty() && request.copies[0].target != nullptr) {
     TRANSFUSE_ASSIGN_OR_RETURN(const Device* device,
@@ -358,10 +395,15 @@ Result<TicketId> CudaTransport::submit(const ReadRequest& request) {
   if (from_host && (!into_device || request.copies.empty())) {
     ReadRequest inner = request;
     inner.region = region->host();
+    if (request.scale_region != nullptr) {
+      inner.scale_region = scales->host();
+      if (inner.scale_region == nullptr) return scales_on_device();
+    }
     return core_->host->submit(inner);
   }
   const MutexLock lock(mutex_);
-  return region->on_device() && into_device ? submit_on_device(request) : submit_staged(request);
+  const bool reads = region->on_device() && scales->on_device();
+  return reads && into_device ? submit_on_device(request) : submit_staged(request);
 }
 
 Result<TicketId> CudaTransport::submit_on_device(const ReadRequest& request) {
@@ -394,11 +436,6 @@ Result<void> CudaTransport::start(Ticket& ticket, const CopyLimits& limits) {
 }
 
 Result<TicketId> CudaTransport::submit_staged(const ReadRequest& request) {
-  if (std::ranges::any_of(request.copies, is_scaled, &StridedCopy::op)) {
-    return Error{ErrorCode::kUnsupported,
-                 "fp8 with block scales is not made or read on the way between host and device: "
-                 "let both sides keep their weights on GPUs, or both in memory of the host"};
-  }
   auto read = std::make_unique<StagedRead>();
   read->copies = request.copies;
   read->fingerprints = request.fingerprints;
@@ -408,13 +445,19 @@ Result<TicketId> CudaTransport::submit_staged(const ReadRequest& request) {
     read->host_region = region->host();
     distinct_.assign(1, region);
     sources_.assign(request.copies.size(), 0);
+    if (request.scale_region != nullptr) {
+      distinct_.push_back(static_cast<const CudaRemoteRegion*>(request.scale_region));
+      read->host_scales = distinct_.back()->host();
+      if (read->host_scales == nullptr) return scales_on_device();
+    }
+    scale_sources_.assign(request.copies.size(), static_cast<uint32_t>(distinct_.size() - 1));
     TRANSFUSE_RETURN_IF_ERROR(check_copies(request));
   } else {
     TRANSFUSE_RETURN_IF_ERROR(number_sources(request));
     for (size_t i = 0; i < request.copies.size(); ++i) {
-      TRANSFUSE_RETURN_IF_ERROR(
-          check_copy(request.copies[i], distinct_[sources_[i]]->size_bytes()));
+      TRANSFUSE_RETURN_IF_ERROR(check_sources(request, i));
       read->bases.push_back(bases_[sources_[i]]);
+      read->scale_bases.push_back(bases_[scale_sources_[i]]);
     }
   }
   TRANSFUSE_RETURN_IF_ERROR(staged_.submit(*read));

@@ -54,6 +54,8 @@ Result<std::unique_ptr<Device>> Device::open(const Driver& driver, int ordinal) 
   TRANSFUSE_RETURN_IF_ERROR(find(device->kernels_.copy_any, "transfuse_copy_any"));
   TRANSFUSE_RETURN_IF_ERROR(find(device->kernels_.copy_any_and_sum, "transfuse_copy_any_and_sum"));
   TRANSFUSE_RETURN_IF_ERROR(find(device->kernels_.scaled_copy, "transfuse_scaled_copy"));
+  TRANSFUSE_RETURN_IF_ERROR(
+      find(device->kernels_.scaled_copy_paced, "transfuse_scaled_copy_paced"));
   return device;
 }
 

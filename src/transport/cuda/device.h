@@ -61,6 +61,7 @@ class Device {
     CUfunction copy_any = nullptr;  // of tables that use the stage, or at a pace
     CUfunction copy_any_and_sum = nullptr;
     CUfunction scaled_copy = nullptr;
+    CUfunction scaled_copy_paced = nullptr;
   };
   const Kernels& kernels() const { return kernels_; }
 

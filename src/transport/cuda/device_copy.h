@@ -358,7 +358,8 @@ struct VectorUnit {
 // the last one.
 class Walk {
  public:
-  TRANSFUSE_HOST_DEVICE Walk(const ItemView& view, uint64_t first, int64_t pitch, int64_t step,
+  template <class View>
+  TRANSFUSE_HOST_DEVICE Walk(const View& view, uint64_t first, int64_t pitch, int64_t step,
                              uint32_t row, uint32_t unit)
       : at_(first + static_cast<uint64_t>(row * pitch + unit * step)),
         advance_(static_cast<uint64_t>(view.row_step * pitch + view.unit_step * step)),

@@ -22,4 +22,27 @@ TRANSFUSE_HOST_DEVICE constexpr uint32_t nap_ns(uint64_t left_ns) {
   return static_cast<uint32_t>(half < kLongestNapNs ? half : kLongestNapNs);
 }
 
+#ifdef __CUDACC__
+__device__ inline uint64_t clock_ns() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  return now;
+}
+
+__device__ __noinline__ inline void wait_until(uint64_t due) {
+  for (uint64_t now = clock_ns(); now < due; now = clock_ns()) __nanosleep(nap_ns(due - now));
+}
+
+// When an item of `bytes` is due. Who asks first of a launch starts its clock: both words are zero
+// before it.
+__device__ inline uint64_t due_at_ns(uint64_t& start_ns, uint64_t& begun_bytes, uint64_t bytes,
+                                     double ns_per_byte) {
+  const auto word = [](uint64_t& at) { return reinterpret_cast<unsigned long long*>(&at); };
+  const uint64_t now = clock_ns();
+  const uint64_t known = atomicCAS(word(start_ns), 0ull, now);
+  const uint64_t before = atomicAdd(word(begun_bytes), bytes);
+  return (known == 0 ? now : known) + due_after_ns(before, ns_per_byte);
+}
+#endif
+
 }  // namespace transfuse

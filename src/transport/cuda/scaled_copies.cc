@@ -1,4 +1,4 @@
-// The table of blocks goes up once; a launch resets its counter.
+// The table of blocks goes up once; a launch resets its progress.
 #include "transport/cuda/scaled_copies.h"
 
 #include <algorithm>
@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "transfuse/result.h"
+#include "transport/cuda/copy_kernel.h"
 #include "transport/cuda/device.h"
 #include "transport/cuda/driver.h"
 #include "transport/cuda/scaled_kernel.h"
@@ -23,7 +24,7 @@ Result<ScaledCopies> ScaledCopies::make(const Device& device, const ScaledTable&
   };
   TRANSFUSE_ASSIGN_OR_RETURN(copies.runs_, allocate(table.runs.size() * sizeof(ScaledRun)));
   TRANSFUSE_ASSIGN_OR_RETURN(copies.items_, allocate(table.items.size() * sizeof(ScaledItem)));
-  TRANSFUSE_ASSIGN_OR_RETURN(copies.next_, allocate(sizeof(uint64_t)));
+  TRANSFUSE_ASSIGN_OR_RETURN(copies.progress_, allocate(sizeof(CopyProgress)));
   TRANSFUSE_ASSIGN_OR_RETURN(const Stream stream, Stream::create(device));
   const Current current = device.use();
   const Driver& driver = device.driver();
@@ -40,23 +41,25 @@ Result<ScaledCopies> ScaledCopies::make(const Device& device, const ScaledTable&
 Result<void> ScaledCopies::launch(const Launch& launch) {
   if (item_count_ == 0) return {};
   const Driver& driver = device_->driver();
-  TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(driver, cuMemsetD8Async, next_.address(), 0,
-                                           next_.size_bytes(), launch.stream));
+  TRANSFUSE_RETURN_IF_ERROR(TRANSFUSE_CUDA(driver, cuMemsetD8Async, progress_.address(), 0,
+                                           progress_.size_bytes(), launch.stream));
   ScaledLaunch arguments{.runs = runs_.as<ScaledRun>(),
                          .items = items_.as<ScaledItem>(),
                          .bases = launch.bases,
                          .sums = launch.sums,
-                         .next = next_.as<uint32_t>(),
+                         .progress = progress_.as<CopyProgress>(),
+                         .ns_per_byte = launch.ns_per_byte,
                          .item_count = item_count_};
   std::array<void*, 1> pointers = {&arguments};
-  const uint32_t blocks =
-      std::min(launch.multiprocessors * kScaledBlocksPerMultiprocessor, item_count_);
-  return TRANSFUSE_CUDA(driver, cuLaunchKernel, device_->kernels().scaled_copy, blocks, 1, 1,
+  const Device::Kernels& kernels = device_->kernels();
+  const CUfunction kernel =
+      launch.ns_per_byte > 0 ? kernels.scaled_copy_paced : kernels.scaled_copy;
+  return TRANSFUSE_CUDA(driver, cuLaunchKernel, kernel, std::min(launch.blocks, item_count_), 1, 1,
                         kScaledThreads, 1, 1, 0, launch.stream, pointers.data(), nullptr);
 }
 
 uint64_t ScaledCopies::memory_bytes() const {
-  return runs_.size_bytes() + items_.size_bytes() + next_.size_bytes();
+  return runs_.size_bytes() + items_.size_bytes() + progress_.size_bytes();
 }
 
 }  // namespace transfuse::cuda

@@ -19,7 +19,8 @@ class ScaledCopies {
 
   struct Launch {
     CUstream stream = nullptr;
-    uint32_t multiprocessors = 0;     // as many
+    uint32_t blocks = 0;              // of threads, at most
+    double ns_per_byte = 0;           // of the wider side; 0: no pace
     const uint64_t* bases = nullptr;  // device memory, per source
     uint64_t* sums = nullptr;         // device memory; what is summed is added
   };
@@ -33,7 +34,7 @@ class ScaledCopies {
   uint32_t item_count_ = 0;
   Memory runs_;
   Memory items_;
-  Memory next_;  // the number of the next item
+  Memory progress_;
 };
 
 }  // namespace transfuse::cuda

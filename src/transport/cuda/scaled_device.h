@@ -15,8 +15,10 @@
 
 namespace transfuse {
 
-// Elements of a block that are kept between its two passes: 128x128 of bf16 or f16. Larger ones are
-// read twice.
+// Units of a lane that are held in registers between the two passes over a block (held_units.h).
+inline constexpr uint32_t kHeldUnits = 4;
+// Elements that do not come in units are kept here: 128x128 of bf16 or f16. Larger blocks are read
+// twice.
 inline constexpr uint32_t kScaledStageBytes = 32768;
 
 // What the lanes of an item share, made by one of them.
@@ -36,15 +38,26 @@ struct ScaledView {
   uint32_t rows = 0;
   uint32_t units = 0;  // in a row
   uint32_t lanes = 1;
+  uint32_t row_step = 0;  // from a lane's unit to its next one
+  uint32_t unit_step = 0;
   uint32_t sum = 0;
   ElementOp op = ElementOp::kF32ToE4M3;
   bool fingerprint = false;
   bool vectors = false;
+  bool held = false;
   bool staged = false;
+
+  // Of the wider side.
+  TRANSFUSE_HOST_DEVICE uint64_t size_bytes() const {
+    const uint32_t in = source_bytes_of(op);
+    const uint32_t out = target_bytes_of(op);
+    return uint64_t{rows} * units * (vectors ? kScaledUnit : 1) * (in > out ? in : out);
+  }
 };
 
+// `bases`: addresses, per source.
 TRANSFUSE_HOST_DEVICE inline ScaledView view_of(const ScaledRun& run, const ScaledItem& item,
-                                                const std::byte* base, uint32_t lanes) {
+                                                const uint64_t* bases, uint32_t lanes) {
   int64_t first[2];
   uint32_t length[2];
   for (int axis = 0; axis < 2; ++axis) {
@@ -62,12 +75,14 @@ TRANSFUSE_HOST_DEVICE inline ScaledView view_of(const ScaledRun& run, const Scal
     return int64_t{item.block[0]} * stride[0] + int64_t{item.block[1]} * stride[1];
   };
   ScaledView view;
-  view.source = base + run.source_offset + at(run.source_stride);
+  view.source = reinterpret_cast<const std::byte*>(bases[run.source] + run.source_offset) +
+                at(run.source_stride);
   if (run.target != 0) {
     view.target = reinterpret_cast<std::byte*>(run.target) + at(run.target_stride);
   }
   if (!quantizes_of(run.op)) {
-    view.read_scale = base + run.scales + scale_at(run.scale_stride);
+    view.read_scale = reinterpret_cast<const std::byte*>(bases[run.scale_source] + run.scales) +
+                      scale_at(run.scale_stride);
   } else if (run.scales != 0 && run.target != 0) {
     view.written_scale = reinterpret_cast<std::byte*>(run.scales) + scale_at(run.scale_stride);
   }
@@ -87,11 +102,17 @@ TRANSFUSE_HOST_DEVICE inline ScaledView view_of(const ScaledRun& run, const Scal
   view.rows = length[0];
   view.units = run.vectors ? length[1] / kScaledUnit : length[1];
   view.lanes = lanes;
+  view.row_step = lanes / view.units;
+  view.unit_step = lanes % view.units;
   view.sum = run.sum;
   view.op = run.op;
   view.fingerprint = run.fingerprint;
   view.vectors = run.vectors;
-  view.staged = quantizes_of(run.op) &&
+  const int64_t span = (length[0] - int64_t{1}) * run.index_stride[0] +
+                       (length[1] - int64_t{1}) * run.index_stride[1];
+  view.held = run.vectors && uint64_t{view.rows} * view.units <= uint64_t{lanes} * kHeldUnits &&
+              (view.index + static_cast<uint64_t>(span)) >> 32 == view.index >> 32;
+  view.staged = !run.vectors && quantizes_of(run.op) &&
                 uint64_t{length[0]} * length[1] * source_bytes_of(run.op) <= kScaledStageBytes;
   return view;
 }
@@ -222,11 +243,6 @@ class ScaledLane {
     return sum;
   }
 
- private:
-  TRANSFUSE_HOST_DEVICE const std::byte* source_at(uint32_t u) const {
-    return view_.source + u / view_.units * view_.source_stride[0] +
-           static_cast<int64_t>(u % view_.units) * kCount * view_.source_stride[1];
-  }
   TRANSFUSE_HOST_DEVICE static uint32_t wide(uint32_t bits) {
     if constexpr (kOp == ElementOp::kF32ToE4M3) return bits;
     if constexpr (kOp == ElementOp::kBF16ToE4M3) {
@@ -243,6 +259,12 @@ class ScaledLane {
       if constexpr (kOp == ElementOp::kE4M3ToBF16) return cast_f32_bits_to_bf16(value);
       return cast_f32_bits_to_f16(value);
     }
+  }
+
+ private:
+  TRANSFUSE_HOST_DEVICE const std::byte* source_at(uint32_t u) const {
+    return view_.source + u / view_.units * view_.source_stride[0] +
+           static_cast<int64_t>(u % view_.units) * kCount * view_.source_stride[1];
   }
   TRANSFUSE_HOST_DEVICE uint64_t element_sum(uint64_t index, uint32_t bits) const {
     const auto high = static_cast<uint32_t>(index >> 32);
@@ -279,17 +301,21 @@ TRANSFUSE_HOST_DEVICE uint64_t with_lane(const ScaledView& view, uint32_t lane, 
   }
 }
 
-// The first pass over a block that is quantised.
-TRANSFUSE_HOST_DEVICE inline uint32_t scaled_magnitude(const ScaledView& view, uint32_t lane,
-                                                       std::byte* stage) {
+// The first pass over a block that is quantised. A function of its own on the device, as is the
+// second: what is held in registers needs them.
+TRANSFUSE_NOINLINE TRANSFUSE_HOST_DEVICE inline uint32_t scaled_magnitude(const ScaledView& view,
+                                                                          uint32_t lane,
+                                                                          std::byte* stage) {
   const auto use = [](const auto& of) -> uint64_t { return of.magnitude(); };
   return static_cast<uint32_t>(view.vectors ? with_lane<kScaledUnit>(view, lane, stage, use)
                                             : with_lane<1>(view, lane, stage, use));
 }
 
 // The only pass over a block that is dequantised, the second over one that is quantised.
-TRANSFUSE_HOST_DEVICE inline uint64_t scaled_move(const ScaledView& view, uint32_t lane,
-                                                  std::byte* stage, uint32_t scale) {
+TRANSFUSE_NOINLINE TRANSFUSE_HOST_DEVICE inline uint64_t scaled_move(const ScaledView& view,
+                                                                     uint32_t lane,
+                                                                     std::byte* stage,
+                                                                     uint32_t scale) {
   const auto use = [scale](const auto& of) -> uint64_t { return of.move(scale); };
   return view.vectors ? with_lane<kScaledUnit>(view, lane, stage, use)
                       : with_lane<1>(view, lane, stage, use);

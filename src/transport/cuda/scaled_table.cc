@@ -31,7 +31,7 @@ bool takes_vectors(const ScaledRun& run, uint64_t base_alignment) {
 
 }  // namespace
 
-Result<void> add_scaled(const StridedCopy& copy, uint32_t source, uint32_t sum,
+Result<void> add_scaled(const StridedCopy& copy, ScaledSources sources, uint32_t sum,
                         uint64_t base_alignment, ScaledTable& table) {
   if (copy.element_count() == 0 || (copy.target == nullptr && !copy.fingerprint)) return {};
   const BlockScales& scales = *copy.scales;
@@ -41,13 +41,13 @@ Result<void> add_scaled(const StridedCopy& copy, uint32_t source, uint32_t sum,
                 .key = copy.fingerprint_key,
                 .scale_linear_index = scales.linear_index,
                 .scale_key = scales.fingerprint_key,
-                .source = source,
+                .source = sources.numbers,
+                .scale_source = sources.scales,
                 .sum = sum,
                 .op = copy.op,
                 .fingerprint = copy.fingerprint};
-  run.scales = quantizes(copy.op)
-                   ? reinterpret_cast<uint64_t>(scales.target)
-                   : copy.source_offset_bytes + static_cast<uint64_t>(scales.source_distance_bytes);
+  run.scales =
+      quantizes(copy.op) ? reinterpret_cast<uint64_t>(scales.target) : scales.source_offset_bytes;
   for (int axis = 0; axis < 2; ++axis) {
     const int level = axis + 1;
     run.count[axis] = copy.count[level];

@@ -13,7 +13,7 @@ namespace transfuse {
 struct ScaledRun {
   uint64_t source_offset = 0;  // from the source's base
   uint64_t target = 0;         // device address; 0: sum only
-  // Of the first block's scale: a device address where it is written (0: sum only), else from the
+  // Of the first block's scale: a device address where it is written (0: sum only), else from its
   // source's base.
   uint64_t scales = 0;
   uint64_t linear_index = 0;
@@ -28,8 +28,9 @@ struct ScaledRun {
   uint32_t count[2] = {0, 0};
   uint32_t block[2] = {1, 1};
   uint32_t phase[2] = {0, 0};
-  uint32_t source = 0;  // whose base
-  uint32_t sum = 0;     // which sum its elements add to
+  uint32_t source = 0;        // whose base
+  uint32_t scale_source = 0;  // likewise of the scales that are read
+  uint32_t sum = 0;           // which sum its elements add to
   ElementOp op = ElementOp::kF32ToE4M3;
   bool fingerprint = false;
   bool vectors = false;  // rows are contiguous on both sides, and their units aligned
@@ -48,9 +49,15 @@ struct ScaledTable {
   std::vector<ScaledItem> items;
 };
 
+// Whose bases a copy reads its numbers and its scales from.
+struct ScaledSources {
+  uint32_t numbers = 0;
+  uint32_t scales = 0;
+};
+
 // Appends `copy`, which has scales and is checked (check_copy). The base of a source is a multiple
 // of `base_alignment`. kResourceExhausted beyond 2^32 - 1 runs or blocks.
-Result<void> add_scaled(const StridedCopy& copy, uint32_t source, uint32_t sum,
+Result<void> add_scaled(const StridedCopy& copy, ScaledSources sources, uint32_t sum,
                         uint64_t base_alignment, ScaledTable& table);
 
 }  // namespace transfuse

@@ -1,6 +1,8 @@
 // The two directions of a staged read, and the thread that walks them.
 #include "transport/cuda/staged_reads.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cstddef>
@@ -107,8 +109,8 @@ Result<void> StagedReads::run(StagedRead& read) {
   return outcome ? std::move(idle) : std::move(outcome);
 }
 
-bool StagedReads::next_pieces(const StagedRead& read, Cutting& cutting, Buffer& buffer,
-                              bool casts_first) {
+Result<bool> StagedReads::next_pieces(const StagedRead& read, Cutting& cutting, Buffer& buffer,
+                                      bool casts_first) {
   buffer.pieces.clear();
   buffer.copy_of.clear();
   buffer.staged.clear();
@@ -120,13 +122,24 @@ bool StagedReads::next_pieces(const StagedRead& read, Cutting& cutting, Buffer& 
       const uint32_t element = std::max(source_bytes_of(copy.op), target_bytes_of(copy.op));
       cutting.pieces.clear();
       cutting.used = 0;
-      cut_copy(copy, kPieceBytes / element, cutting.pieces);
+      if (is_scaled(copy.op)) {
+        cut_scaled_copy(copy, kPieceBytes / element, cutting.pieces, cutting.scales);
+      } else {
+        cut_copy(copy, kPieceBytes / element, cutting.pieces);
+      }
       continue;
     }
     const StridedCopy& piece = cutting.pieces[cutting.used];
-    const uint32_t element = casts_first ? target_bytes_of(piece.op) : source_bytes_of(piece.op);
     // Every piece begins where any element may.
-    const uint64_t size = (piece.element_count() * element + 15) / 16 * 16;
+    const uint64_t size = (staged_bytes(piece, casts_first) + 15) / 16 * 16;
+    if (size > kBufferBytes) {
+      return Error{
+          ErrorCode::kUnsupported,
+          fmt::format("a block of {}x{} elements that share a scale has {} bytes, and what "
+                      "goes between host and device goes through buffers of {}: let both "
+                      "sides keep it on GPUs, or both in memory of the host",
+                      piece.count[1], piece.count[2], size, kBufferBytes)};
+    }
     if (used + size > kBufferBytes) break;
     buffer.pieces.push_back(piece);
     buffer.copy_of.push_back(static_cast<uint32_t>(cutting.next - 1));
@@ -156,11 +169,16 @@ void StagedReads::keep_pace(const StagedRead& read, TimePoint start) const {
 // The host's transport gathers into the buffer, with cast and fingerprint.
 Result<void> StagedReads::read_host(const StagedRead& read, Buffer& buffer) {
   buffer.host_copies.clear();
-  for (const StagedPiece& staged : buffer.staged) buffer.host_copies.push_back(staged.to_stage);
+  for (const StagedPiece& staged : buffer.staged) {
+    buffer.host_copies.push_back(staged.to_stage);
+    if (is_scaled(staged.to_stage.op)) buffer.host_copies.back().scales = &staged.blocks;
+  }
   buffer.sums.assign(buffer.host_copies.size(), 0);
-  TRANSFUSE_ASSIGN_OR_RETURN(const TicketId ticket, host_.submit({.region = read.host_region,
-                                                                  .copies = buffer.host_copies,
-                                                                  .fingerprints = buffer.sums}));
+  TRANSFUSE_ASSIGN_OR_RETURN(const TicketId ticket,
+                             host_.submit({.region = read.host_region,
+                                           .copies = buffer.host_copies,
+                                           .fingerprints = buffer.sums,
+                                           .scale_region = read.host_scales}));
   bool told = false;
   while (true) {
     const TicketState state = host_.poll(ticket);
@@ -183,13 +201,19 @@ Result<void> StagedReads::to_device(StagedRead& read) {
     Buffer& buffer = buffers_[turn % 2];
     TRANSFUSE_RETURN_IF_ERROR(
         TRANSFUSE_CUDA(device_.driver(), cuEventSynchronize, buffer.idle.get()));
-    if (!next_pieces(read, cutting, buffer, true)) return {};
+    TRANSFUSE_ASSIGN_OR_RETURN(const bool more, next_pieces(read, cutting, buffer, true));
+    if (!more) return {};
     TRANSFUSE_RETURN_IF_ERROR(read_host(read, buffer));
     for (const StagedPiece& staged : buffer.staged) {
       const StridedCopy& box = staged.from_stage;
       TRANSFUSE_RETURN_IF_ERROR(enqueue(box, reinterpret_cast<CUdeviceptr>(box.target),
                                         buffer.memory.address() + box.source_offset_bytes,
                                         target_bytes_of(box.op), box.target_stride, true));
+      const StridedCopy& scales = staged.scales;
+      if (scales.element_count() == 0) continue;
+      TRANSFUSE_RETURN_IF_ERROR(enqueue(scales, reinterpret_cast<CUdeviceptr>(scales.target),
+                                        buffer.memory.address() + scales.source_offset_bytes,
+                                        target_bytes_of(scales.op), scales.target_stride, true));
     }
     TRANSFUSE_RETURN_IF_ERROR(
         TRANSFUSE_CUDA(device_.driver(), cuEventRecord, buffer.idle.get(), stream_.get()));
@@ -202,7 +226,10 @@ Result<void> StagedReads::to_device(StagedRead& read) {
 // The CPU spreads what has arrived in the buffer, with cast and fingerprint.
 Result<void> StagedReads::write_host(Buffer& buffer, const MappedSource& source) {
   buffer.host_copies.clear();
-  for (const StagedPiece& staged : buffer.staged) buffer.host_copies.push_back(staged.from_stage);
+  for (const StagedPiece& staged : buffer.staged) {
+    buffer.host_copies.push_back(staged.from_stage);
+    if (is_scaled(staged.from_stage.op)) buffer.host_copies.back().scales = &staged.blocks;
+  }
   buffer.sums.assign(buffer.host_copies.size(), 0);
   TRANSFUSE_RETURN_IF_ERROR(
       TRANSFUSE_CUDA(device_.driver(), cuEventSynchronize, buffer.idle.get()));
@@ -221,13 +248,22 @@ Result<void> StagedReads::from_device(StagedRead& read) {
   bool before = false;  // the other buffer is on its way
   for (size_t turn = 0;; ++turn) {
     Buffer& buffer = buffers_[turn % 2];
-    const bool more = !read.cancelled && next_pieces(read, cutting, buffer, false);
+    bool more = !read.cancelled;
+    if (more) {
+      TRANSFUSE_ASSIGN_OR_RETURN(more, next_pieces(read, cutting, buffer, false));
+    }
     for (size_t i = 0; more && i < buffer.staged.size(); ++i) {
       const StridedCopy& box = buffer.staged[i].to_stage;
       TRANSFUSE_RETURN_IF_ERROR(enqueue(box,
                                         read.bases[buffer.copy_of[i]] + box.source_offset_bytes,
                                         reinterpret_cast<CUdeviceptr>(box.target),
                                         source_bytes_of(box.op), box.source_stride, false));
+      const StridedCopy& scales = buffer.staged[i].scales;
+      if (scales.element_count() == 0) continue;
+      TRANSFUSE_RETURN_IF_ERROR(
+          enqueue(scales, read.scale_bases[buffer.copy_of[i]] + scales.source_offset_bytes,
+                  reinterpret_cast<CUdeviceptr>(scales.target), source_bytes_of(scales.op),
+                  scales.source_stride, false));
     }
     if (more) {
       TRANSFUSE_RETURN_IF_ERROR(

@@ -28,8 +28,10 @@ struct StagedRead {
   std::span<const StridedCopy> copies;
   std::span<uint64_t> fingerprints;           // empty, or one per copy
   const RemoteRegion* host_region = nullptr;  // the source, into memory of the device;
-  std::vector<CUdeviceptr> bases;   // or of each copy's source on the device, into the host's
-  double gigabytes_per_second = 0;  // of bytes written; 0: all there is
+  std::vector<CUdeviceptr> bases;  // or of each copy's source on the device, into the host's
+  const RemoteRegion* host_scales = nullptr;  // of the scales that are read; null: as the source
+  std::vector<CUdeviceptr> scale_bases;       // or likewise
+  double gigabytes_per_second = 0;            // of bytes written; 0: all there is
 
   std::atomic<bool> cancelled{false};
   std::atomic<uint64_t> progress{0};    // target bytes
@@ -67,6 +69,7 @@ class StagedReads {
   struct Cutting {
     size_t next = 0;
     std::vector<StridedCopy> pieces;
+    std::deque<BlockScales> scales;  // of pieces, also of those that the buffers still hold
     size_t used = 0;
   };
 
@@ -75,8 +78,10 @@ class StagedReads {
   Result<void> run(StagedRead& read);
   Result<void> to_device(StagedRead& read);
   Result<void> from_device(StagedRead& read);
-  // Fills the buffer's list with the next pieces; false if there are none.
-  bool next_pieces(const StagedRead& read, Cutting& cutting, Buffer& buffer, bool casts_first);
+  // Fills the buffer's list with the next pieces; false if there are none. kUnsupported: a block
+  // that shares a scale does not fit.
+  Result<bool> next_pieces(const StagedRead& read, Cutting& cutting, Buffer& buffer,
+                           bool casts_first);
   Result<void> read_host(const StagedRead& read, Buffer& buffer);
   Result<void> write_host(Buffer& buffer, const MappedSource& source);
   // Between a strided box of the device and the buffer, on the stream.

@@ -150,7 +150,13 @@ class FileTransport final : public Transport {
       return Error{ErrorCode::kInvalidArgument,
                    "submit: the region was not opened through this transport"};
     }
-    return core_.queue.submit(region->source(), request.copies, request.fingerprints);
+    const auto* const scales = dynamic_cast<const FileRemoteRegion*>(request.scale_region);
+    if (request.scale_region != nullptr && (scales == nullptr || !scales->belongs_to(core_))) {
+      return Error{ErrorCode::kInvalidArgument,
+                   "submit: the region of the scales was not opened through this transport"};
+    }
+    return core_.queue.submit(region->source(), request.copies, request.fingerprints,
+                              scales == nullptr ? nullptr : &scales->source());
   }
   TicketState poll(TicketId ticket) override { return core_.queue.poll(ticket); }
   bool wait_any(std::span<const TicketId> tickets, Deadline deadline) override {

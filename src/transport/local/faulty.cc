@@ -144,7 +144,8 @@ class FaultyPeer final : public Peer {
 
 struct FaultyTicket {
   Fault fault = Fault::kNone;
-  FaultyRegion* region = nullptr;  // nullptr once it was closed
+  FaultyRegion* region = nullptr;  // nullptr once it, or that of the scales, was closed
+  FaultyRegion* scales = nullptr;  // where they lie in another one
   std::vector<StridedCopy> copies;
   std::span<uint64_t> fingerprints;
   uint64_t size_bytes = 0;
@@ -228,7 +229,7 @@ class FaultyWrapper final : public FaultyTransport {
   void close(FaultyRegion& region) {
     MutexLock lock(mutex_);
     for (auto& [id, ticket] : tickets_) {
-      if (ticket.region != &region) continue;
+      if (ticket.region != &region && ticket.scales != &region) continue;
       ticket.region = nullptr;
       if (!ticket.ended && !ticket.inside) {
         end(ticket, Error{ErrorCode::kCancelled, "faulty transport: the region handle was closed"});
@@ -238,7 +239,8 @@ class FaultyWrapper final : public FaultyTransport {
 
  private:
   Fault draw() REQUIRES(mutex_);
-  Result<void> check(const FaultyRegion& region, const ReadRequest& request) REQUIRES(mutex_);
+  Result<void> check(const FaultyRegion& region, const FaultyRegion& scales,
+                     const ReadRequest& request) REQUIRES(mutex_);
   Result<void> begin(FaultyTicket& ticket) REQUIRES(mutex_);
   void kill(PeerState& peer) REQUIRES(mutex_);
   void advance(FaultyTicket& ticket) REQUIRES(mutex_);
@@ -295,13 +297,14 @@ Fault FaultyWrapper::draw() {
   return fault;
 }
 
-Result<void> FaultyWrapper::check(const FaultyRegion& region, const ReadRequest& request) {
+Result<void> FaultyWrapper::check(const FaultyRegion& region, const FaultyRegion& scales,
+                                  const ReadRequest& request) {
   if (!request.fingerprints.empty() && request.fingerprints.size() != request.copies.size()) {
     return Error{ErrorCode::kInvalidArgument, "submit: fingerprints are neither none nor one each"};
   }
   if (region.peer_->dead) return died();
   for (const StridedCopy& copy : request.copies) {
-    TRANSFUSE_RETURN_IF_ERROR(check_copy(copy, region.size_bytes()));
+    TRANSFUSE_RETURN_IF_ERROR(check_copy(copy, region.size_bytes(), scales.size_bytes()));
     for (const auto& [id, ticket] : tickets_) {
       if (state_of(ticket) != TicketState::kPoisoned) continue;
       for (const StridedCopy& poisoned : ticket.copies) {
@@ -317,17 +320,20 @@ Result<void> FaultyWrapper::check(const FaultyRegion& region, const ReadRequest&
 
 Result<TicketId> FaultyWrapper::submit(const ReadRequest& request) {
   auto* region = dynamic_cast<FaultyRegion*>(const_cast<RemoteRegion*>(request.region));
-  if (region == nullptr || &region->owner_ != this) {
+  auto* scales = dynamic_cast<FaultyRegion*>(const_cast<RemoteRegion*>(request.scale_region));
+  if (region == nullptr || &region->owner_ != this ||
+      (scales != nullptr && &scales->owner_ != this)) {
     return Error{ErrorCode::kInvalidArgument,
                  "submit: the region was not opened through this transport"};
   }
   MutexLock lock(mutex_);
   for (auto& [id, ticket] : tickets_) advance(ticket);
-  TRANSFUSE_RETURN_IF_ERROR(check(*region, request));
+  TRANSFUSE_RETURN_IF_ERROR(check(*region, scales == nullptr ? *region : *scales, request));
   const TicketId id{++last_id_};
   FaultyTicket& ticket = tickets_[id];
   ticket.fault = draw();
   ticket.region = region;
+  ticket.scales = scales;
   ticket.copies.assign(request.copies.begin(), request.copies.end());
   ticket.fingerprints = request.fingerprints;
   for (const StridedCopy& copy : ticket.copies) ticket.size_bytes += copy.target_bytes();
@@ -369,9 +375,13 @@ Result<void> FaultyWrapper::begin(FaultyTicket& ticket) {
   }
   // A late write is nobody's result: only the memory is still the caller's.
   if (ticket.cancelled) ticket.fingerprints = {};
-  TRANSFUSE_ASSIGN_OR_RETURN(ticket.inside, inside_->submit({.region = ticket.region->inside_.get(),
-                                                             .copies = ticket.copies,
-                                                             .fingerprints = ticket.fingerprints}));
+  TRANSFUSE_ASSIGN_OR_RETURN(
+      ticket.inside,
+      inside_->submit(
+          {.region = ticket.region->inside_.get(),
+           .copies = ticket.copies,
+           .fingerprints = ticket.fingerprints,
+           .scale_region = ticket.scales == nullptr ? nullptr : ticket.scales->inside_.get()}));
   return {};
 }
 

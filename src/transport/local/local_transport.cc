@@ -300,7 +300,13 @@ class LocalTransport final : public Transport {
       return Error{ErrorCode::kInvalidArgument,
                    "submit: the region was not opened through this transport"};
     }
-    return queue_.submit(region->source(), request.copies, request.fingerprints);
+    const auto* scales = dynamic_cast<const LocalRemoteRegion*>(request.scale_region);
+    if (request.scale_region != nullptr && (scales == nullptr || !scales->belongs_to(queue_))) {
+      return Error{ErrorCode::kInvalidArgument,
+                   "submit: the region of the scales was not opened through this transport"};
+    }
+    return queue_.submit(region->source(), request.copies, request.fingerprints,
+                         scales == nullptr ? nullptr : &scales->source());
   }
   TicketState poll(TicketId ticket) override { return queue_.poll(ticket); }
   bool wait_any(std::span<const TicketId> tickets, Deadline deadline) override {

@@ -273,7 +273,13 @@ class ShmTransport final : public Transport {
       return Error{ErrorCode::kInvalidArgument,
                    "shm read: expected a region that a peer of this transport opened"};
     }
-    return core_->queue.submit(region->source(), request.copies, request.fingerprints);
+    const auto* scales = dynamic_cast<const ShmRemoteRegion*>(request.scale_region);
+    if (request.scale_region != nullptr && (scales == nullptr || !scales->belongs_to(*core_))) {
+      return Error{ErrorCode::kInvalidArgument,
+                   "shm read: expected scales in a region that a peer of this transport opened"};
+    }
+    return core_->queue.submit(region->source(), request.copies, request.fingerprints,
+                               scales == nullptr ? nullptr : &scales->source());
   }
   TicketState poll(TicketId ticket) override {
     return core_->in_child() ? TicketState::kFailed : core_->queue.poll(ticket);
