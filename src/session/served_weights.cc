@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -43,8 +44,9 @@ constexpr size_t kMaxTables = 64;
 constexpr uint32_t kTableVersions = 64;
 // 4 TiB of target in chunks of 1 MiB; a peer that asks for more makes this process compile garbage.
 constexpr uint64_t kMaxTableChunks = uint64_t{1} << 22;
-constexpr int64_t kLayoutsMs = 5000;   // for the layouts of a plan to come
-constexpr int64_t kEventSliceMs = 50;  // how late stop_serving() is seen
+constexpr int64_t kLayoutsMs = 5000;    // for the layouts of a plan to come
+constexpr int64_t kEventSliceMs = 50;   // how late stop_serving() is seen
+constexpr int64_t kCancelSliceMs = 20;  // how late a cancelled copy is
 
 std::atomic_ref<uint64_t> word(uint64_t& value) { return std::atomic_ref<uint64_t>(value); }
 
@@ -181,20 +183,52 @@ void ServedWeights::begin_write(uint32_t slot) {
   while (slots_[slot].sums_in_flight > 0) changed_.wait(mutex_);
 }
 
-Result<void> ServedWeights::copy_weights(uint32_t slot) {
+Result<void> ServedWeights::copy_weights(uint32_t slot, CopyProgress& progress) {
   TRANSFUSE_CHECK(slot > 0 && slot < slot_count());
-  if (on_device(0)) {
-    return snapshots_.copy_from_device(transport_, memory_, slot - 1,
-                                       on_device(slot) ? CopyLimits{} : options_.snapshot_limits);
-  }
+  if (!on_device(0)) return copy_in_host(slot, progress);
+  CopyLimits limits;
+  if (!on_device(slot)) limits.gigabytes_per_second = options_.snapshot_gigabytes_per_second;
+  return snapshots_.copy_from_device(transport_, memory_, slot - 1, limits, progress);
+}
+
+Result<void> ServedWeights::copy_in_host(uint32_t slot, CopyProgress& progress) {
+  const size_t chunk_count = snapshots_.chunks().size();
+  const TimePoint start = std::chrono::steady_clock::now();
   const MutexLock lock(mutex_);
   TRANSFUSE_CHECK(slots_[slot].writing && !copy_work_);
-  copy_work_ = CopyWork{.slot = slot};
-  changed_.notify_all();
-  while (copy_a_chunk()) continue;
-  while (copy_work_->in_flight > 0) changed_.wait(mutex_);
+  CopyWork& work = copy_work_.emplace(CopyWork{.slot = slot, .progress = &progress});
+  while (work.next_chunk < chunk_count && !progress.cancelled) {
+    const TimePoint next_due = make_due(work, start);
+    if (copy_a_chunk()) continue;
+    if (work.next_chunk == chunk_count) break;
+    changed_.wait_until(mutex_, Deadline(next_due).earlier(Deadline::after_ms(kCancelSliceMs)));
+  }
+  const bool copied = work.next_chunk == chunk_count;
+  work.due_chunks = work.next_chunk;  // nobody takes another one
+  while (work.in_flight > 0) changed_.wait(mutex_);
   copy_work_.reset();
-  return {};
+  if (copied) return {};
+  return Error{ErrorCode::kCancelled, "a copy of the weights was cancelled"};
+}
+
+// A chunk may begin when the bytes before it are due. The other threads are called only where this
+// one is behind.
+TimePoint ServedWeights::make_due(CopyWork& work, TimePoint start) {
+  const std::span<const SnapshotChunk> chunks = snapshots_.chunks();
+  const double bytes_per_second = options_.snapshot_gigabytes_per_second * 1e9;
+  const auto due_at = [&](uint64_t bytes) {
+    return bytes_per_second > 0
+               ? start + std::chrono::duration_cast<Duration>(std::chrono::duration<double>(
+                             static_cast<double>(bytes) / bytes_per_second))
+               : start;
+  };
+  const TimePoint now = std::chrono::steady_clock::now();
+  const size_t before = work.due_chunks;
+  while (work.due_chunks < chunks.size() && due_at(work.due_bytes) <= now) {
+    work.due_bytes += chunks[work.due_chunks++].size_bytes;
+  }
+  if (work.due_chunks > before && work.due_chunks - work.next_chunk > 1) changed_.notify_all();
+  return due_at(work.due_bytes);
 }
 
 Generation ServedWeights::end_write(uint32_t slot) {
@@ -389,7 +423,7 @@ void ServedWeights::work_loop() {
 }
 
 bool ServedWeights::copy_a_chunk() {
-  if (!copy_work_ || copy_work_->next_chunk == snapshots_.chunks().size()) return false;
+  if (!copy_work_ || copy_work_->next_chunk == copy_work_->due_chunks) return false;
   const SnapshotChunk chunk = snapshots_.chunks()[copy_work_->next_chunk++];
   const uint32_t snapshot = copy_work_->slot - 1;
   ++copy_work_->in_flight;
@@ -399,6 +433,7 @@ bool ServedWeights::copy_a_chunk() {
   copy_fence();
 
   mutex_.lock();
+  copy_work_->progress->copied_bytes += chunk.size_bytes;
   if (--copy_work_->in_flight == 0) changed_.notify_all();
   return true;
 }

@@ -93,12 +93,13 @@ void Snapshots::copy(const BoundMemory& from, uint32_t snapshot, const SnapshotC
 }
 
 Result<void> Snapshots::copy_from_device(Transport& transport, const BoundMemory& from,
-                                         uint32_t snapshot, const CopyLimits& limits) const {
+                                         uint32_t snapshot, const CopyLimits& limits,
+                                         CopyProgress& progress) const {
   std::vector<StridedCopy> copies;
   for (uint32_t i = 0; i < offsets_.size(); ++i) {
     add_plain(copies, data(snapshot, i), from.data(i), sizes_bytes_[i]);
   }
-  return run_on_device(transport, copies, {}, limits);
+  return run_on_device(transport, copies, {}, limits, &progress);
 }
 
 }  // namespace transfuse

@@ -8,6 +8,7 @@
 #include <span>
 #include <vector>
 
+#include "session/device_work.h"
 #include "session/memory.h"
 #include "transfuse/layout.h"
 #include "transfuse/transport.h"
@@ -45,7 +46,7 @@ class Snapshots {
   void copy(const BoundMemory& from, uint32_t snapshot, const SnapshotChunk& chunk) const;
   // All of it, where the weights lie on the device.
   Result<void> copy_from_device(Transport& transport, const BoundMemory& from, uint32_t snapshot,
-                                const CopyLimits& limits) const;
+                                const CopyLimits& limits, CopyProgress& progress) const;
 
  private:
   std::vector<std::unique_ptr<LocalRegion>> regions_;
