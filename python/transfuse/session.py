@@ -25,6 +25,7 @@ from transfuse._transfuse import (
     RefitReport,
     Retention,
     SnapshotPlace,
+    SnapshotProgress,
     StageProgress,
     Verify,
     VerifyReport,
@@ -105,7 +106,14 @@ class Publisher:
     revoke the readers of the oldest), "wait" (DeadlineExceededError after drain_s, readers are left
     alone), "revoke" (at once) or "skip" (readers never see this version). `snapshot_place` of
     weights on a GPU: "with_weights", or "host", which takes no memory of the GPU and copies over
-    PCIe, at most `snapshot_gigabytes_per_second` (0: as fast as possible).
+    PCIe. Copies into memory of the host, from wherever, keep to `snapshot_gigabytes_per_second`
+    (0: as fast as possible).
+
+    `snapshot_async`: publish() returns when the copy has begun, and readers see the version when it
+    is whole. Until the next begin_write() the weights may be read (a forward and a backward pass),
+    and must not be written, moved or put to sleep: begin_write(), publish(), set_retention() and
+    close() wait for the copy, drain_s at most, and raise why it failed; then publish() that version
+    again, or abort_write() it. `snapshot` says how far it is, from any thread.
 
     `kind` says for which consumer the values were made ("hf_raw", "vllm_fused", "deepgemm_fp8",
     "cutlass_fp8", "trtllm", or a word of yours; None: what the layout says), `metadata` whatever
@@ -131,6 +139,7 @@ class Publisher:
         snapshot_slots: int | None = None,
         snapshot_place: SnapshotPlace | str = SnapshotPlace.WITH_WEIGHTS,
         snapshot_gigabytes_per_second: float = 0.0,
+        snapshot_async: bool = False,
         when_leased: WhenLeased | str = WhenLeased.REVOKE_AT_DEADLINE,
         fingerprint_threads: int = 0,
         kind: str | None = None,
@@ -157,6 +166,7 @@ class Publisher:
             snapshot_slots=snapshot_slots,
             snapshot_place=_choice("snapshot_place", snapshot_place, _SNAPSHOT_PLACES),
             snapshot_gigabytes_per_second=snapshot_gigabytes_per_second,
+            snapshot_async=snapshot_async,
             when_leased=_choice("when_leased", when_leased, _WHEN_LEASED),
             fingerprint_threads=fingerprint_threads,
             metadata=metadata_of(metadata),
@@ -184,7 +194,8 @@ class Publisher:
     def begin_write(self, version: int) -> WriteTiming:
         """Waits until nobody reads the weights themselves (drain_s, then readers are revoked).
 
-        Versions rise. With snapshots nobody is waited for.
+        Versions rise. With snapshots nobody is waited for, but with `snapshot_async` the copy of
+        the version before.
         """
         return self._native.begin_write(version)
 
@@ -209,8 +220,20 @@ class Publisher:
         """From the next begin_write() on; not while a version is being written."""
         self._native.set_retention(_choice("retention", retention, _RETENTIONS))
 
+    @property
+    def snapshot(self) -> SnapshotProgress:
+        """What became of the last version with `snapshot_async`; may be asked from any thread."""
+        return self._native.snapshot
+
+    def wait_published(self, timeout_s: float = 60.0) -> SnapshotProgress:
+        """With `snapshot_async`: returns when the last version is there; raises why it failed.
+
+        DeadlineExceededError: it is still being copied, and goes on; so it does after Ctrl-C.
+        """
+        return self._native.wait_published(_milliseconds(timeout_s))
+
     def abort_write(self, reason: str) -> None:
-        """Gives up the version that is being written.
+        """Gives up the version that is being written, or copied.
 
         The one before is gone too, unless it is a snapshot.
         """
