@@ -34,6 +34,8 @@ class PretendDevice final : public Transport {
   void set_room(uint64_t allocations) { room_ = allocations; }
   // The next request within the device fails.
   void fail_next() { fail_next_ = true; }
+  // The first byte that the next request within the device writes is wrong afterwards.
+  void spoil_next_copy() { spoil_next_ = true; }
   // Copies within the device (no sums) wait for let_go(), or end when they are cancelled.
   void hold_copies() { holding_ = true; }
   void let_go() {
@@ -184,6 +186,9 @@ class PretendDevice final : public Transport {
       if (copy.fingerprint && !request.fingerprints.empty()) request.fingerprints[i] = sum;
       summed_copies_ += copy.fingerprint && copy.target != nullptr;
     }
+    if (request.copies[0].target != nullptr && spoil_next_.exchange(false)) {
+      *request.copies[0].target ^= std::byte{1};
+    }
     copy_fence();
     return {};
   }
@@ -209,6 +214,7 @@ class PretendDevice final : public Transport {
   std::atomic<uint64_t> room_{UINT64_MAX};
   std::atomic<bool> fail_next_{false};
   std::atomic<bool> holding_{false};
+  std::atomic<bool> spoil_next_{false};
   std::atomic<uint64_t> summed_copies_{0};
   Mutex mutex_;
   CondVar changed_;

@@ -1,9 +1,8 @@
-// Generation words, table requests, and the threads that sum and copy.
+// Generation words, table requests, and the threads that sum.
 #include "session/served_weights.h"
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -20,7 +19,6 @@
 #include "base/random.h"
 #include "base/seqlock.h"
 #include "base/thread.h"
-#include "copy/copy.h"
 #include "plan/copies.h"
 #include "session/descriptor.h"
 #include "session/device_work.h"
@@ -44,9 +42,8 @@ constexpr size_t kMaxTables = 64;
 constexpr uint32_t kTableVersions = 64;
 // 4 TiB of target in chunks of 1 MiB; a peer that asks for more makes this process compile garbage.
 constexpr uint64_t kMaxTableChunks = uint64_t{1} << 22;
-constexpr int64_t kLayoutsMs = 5000;    // for the layouts of a plan to come
-constexpr int64_t kEventSliceMs = 50;   // how late stop_serving() is seen
-constexpr int64_t kCancelSliceMs = 20;  // how late a cancelled copy is
+constexpr int64_t kLayoutsMs = 5000;   // for the layouts of a plan to come
+constexpr int64_t kEventSliceMs = 50;  // how late stop_serving() is seen
 
 std::atomic_ref<uint64_t> word(uint64_t& value) { return std::atomic_ref<uint64_t>(value); }
 
@@ -181,54 +178,10 @@ void ServedWeights::begin_write(uint32_t slot) {
   }
   begin_generation(words(slot));
   while (slots_[slot].sums_in_flight > 0) changed_.wait(mutex_);
-}
-
-Result<void> ServedWeights::copy_weights(uint32_t slot, CopyProgress& progress) {
-  TRANSFUSE_CHECK(slot > 0 && slot < slot_count());
-  if (!on_device(0)) return copy_in_host(slot, progress);
-  CopyLimits limits;
-  if (!on_device(slot)) limits.gigabytes_per_second = options_.snapshot_gigabytes_per_second;
-  return snapshots_.copy_from_device(transport_, memory_, slot - 1, limits, progress);
-}
-
-Result<void> ServedWeights::copy_in_host(uint32_t slot, CopyProgress& progress) {
-  const size_t chunk_count = snapshots_.chunks().size();
-  const TimePoint start = std::chrono::steady_clock::now();
-  const MutexLock lock(mutex_);
-  TRANSFUSE_CHECK(slots_[slot].writing && !copy_work_);
-  CopyWork& work = copy_work_.emplace(CopyWork{.slot = slot, .progress = &progress});
-  while (work.next_chunk < chunk_count && !progress.cancelled) {
-    const TimePoint next_due = make_due(work, start);
-    if (copy_a_chunk()) continue;
-    if (work.next_chunk == chunk_count) break;
-    changed_.wait_until(mutex_, Deadline(next_due).earlier(Deadline::after_ms(kCancelSliceMs)));
+  for (const auto& table : tables_) {
+    table->sums[slot].copied.clear();
+    table->sums[slot].copied_count = 0;
   }
-  const bool copied = work.next_chunk == chunk_count;
-  work.due_chunks = work.next_chunk;  // nobody takes another one
-  while (work.in_flight > 0) changed_.wait(mutex_);
-  copy_work_.reset();
-  if (copied) return {};
-  return Error{ErrorCode::kCancelled, "a copy of the weights was cancelled"};
-}
-
-// A chunk may begin when the bytes before it are due. The other threads are called only where this
-// one is behind.
-TimePoint ServedWeights::make_due(CopyWork& work, TimePoint start) {
-  const std::span<const SnapshotChunk> chunks = snapshots_.chunks();
-  const double bytes_per_second = options_.snapshot_gigabytes_per_second * 1e9;
-  const auto due_at = [&](uint64_t bytes) {
-    return bytes_per_second > 0
-               ? start + std::chrono::duration_cast<Duration>(std::chrono::duration<double>(
-                             static_cast<double>(bytes) / bytes_per_second))
-               : start;
-  };
-  const TimePoint now = std::chrono::steady_clock::now();
-  const size_t before = work.due_chunks;
-  while (work.due_chunks < chunks.size() && due_at(work.due_bytes) <= now) {
-    work.due_bytes += chunks[work.due_chunks++].size_bytes;
-  }
-  if (work.due_chunks > before && work.due_chunks - work.next_chunk > 1) changed_.notify_all();
-  return due_at(work.due_bytes);
 }
 
 Generation ServedWeights::end_write(uint32_t slot) {
@@ -280,6 +233,10 @@ void ServedWeights::want(Table& table, uint32_t slot) {
   TableHeader* header = table.header(slot);
   word(header->counter).store(0, std::memory_order_release);
   word(header->progress).store(0, std::memory_order_relaxed);
+  const Sums& sums = table.sums[slot];
+  if (sums.copied.empty() || sums.copied_count < sums.copied.size()) return;
+  table.sums[slot].wanted = false;  // the copy has made them all
+  word(header->counter).store(slots_[slot].counter, std::memory_order_release);
 }
 
 void ServedWeights::event_loop(MemberId member) {
@@ -422,22 +379,6 @@ void ServedWeights::work_loop() {
   }
 }
 
-bool ServedWeights::copy_a_chunk() {
-  if (!copy_work_ || copy_work_->next_chunk == copy_work_->due_chunks) return false;
-  const SnapshotChunk chunk = snapshots_.chunks()[copy_work_->next_chunk++];
-  const uint32_t snapshot = copy_work_->slot - 1;
-  ++copy_work_->in_flight;
-  mutex_.unlock();
-
-  snapshots_.copy(memory_, snapshot, chunk);
-  copy_fence();
-
-  mutex_.lock();
-  copy_work_->progress->copied_bytes += chunk.size_bytes;
-  if (--copy_work_->in_flight == 0) changed_.notify_all();
-  return true;
-}
-
 // The table that is due in the slot that was written first: what readers of an older version wait
 // for is not put off by every new one.
 ServedWeights::Table* ServedWeights::next_table(uint32_t& slot) {
@@ -508,16 +449,19 @@ Result<void> ServedWeights::sum_chunks(const Table& table, uint32_t slot,
   const std::span<const uint32_t> held = table.copies.held_runs(table.own);
   const uint32_t end = chunks.back().first_run + chunks.back().run_count;
   const auto first = std::ranges::lower_bound(held, chunks.front().first_run);
+  const std::vector<bool>& copied = table.sums[slot].copied;  // changes while nobody sums
   std::vector<StridedCopy> on_device_copies;
+  std::vector<size_t> summed;       // held runs
   std::vector<BlockScales> scales;  // of those of them that have some, in their order
-  auto at = first;
-  for (; at != held.end() && *at < end; ++at) {
+  for (auto at = first; at != held.end() && *at < end; ++at) {
+    const auto number = static_cast<size_t>(at - held.begin());
+    if (!copied.empty() && copied[number]) continue;
     const Run& run = plan.runs()[*at];
     const Holder& holder =
         *std::ranges::find(plan.holders_of(run), table.own, &Holder::source_layout);
     const auto of = [&](uint32_t parameter) { return data(slot, parameter); };
     if (!on_device(slot)) {
-      sums[at - held.begin()] = table.copies.sum(run, holder, of);
+      sums[number] = table.copies.sum(run, holder, of);
       continue;
     }
     StridedCopy copy = table.copies.copy(run, holder, 0, nullptr, true);
@@ -527,13 +471,16 @@ Result<void> ServedWeights::sum_chunks(const Table& table, uint32_t slot,
       scales.push_back(table.copies.block_scales(run, holder, nullptr, distance));
     }
     on_device_copies.push_back(copy);
+    summed.push_back(number);
   }
   auto next_scales = scales.begin();
   for (StridedCopy& copy : on_device_copies) {
     if (is_scaled(copy.op)) copy.scales = &*next_scales++;
   }
-  return run_on_device(transport_, on_device_copies,
-                       {sums + (first - held.begin()), on_device_copies.size()});
+  std::vector<uint64_t> results(summed.size());
+  TRANSFUSE_RETURN_IF_ERROR(run_on_device(transport_, on_device_copies, results));
+  for (size_t i = 0; i < summed.size(); ++i) sums[summed[i]] = results[i];
+  return {};
 }
 
 }  // namespace transfuse

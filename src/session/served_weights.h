@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <thread>
 #include <vector>
@@ -16,6 +17,7 @@
 #include "session/device_work.h"
 #include "session/memory.h"
 #include "session/snapshots.h"
+#include "session/summed_copies.h"
 #include "transfuse/control.h"
 #include "transfuse/layout.h"
 #include "transfuse/transport.h"
@@ -53,7 +55,8 @@ struct ServedWeightsOptions {
 
 // Slot 0 is the weights themselves, slots 1 to snapshot_slots are snapshots; each has its own
 // generation. Sums tables on its own threads, which help with copies first; begin_write() stops
-// sums of its slot. Slots on a device are copied and summed by the device, whole. Writes and copies
+// sums of its slot. Slots on a device are copied and summed by the device, whole; a
+// copy from a device sums what it can of the tables that are known. Writes and copies
 // from one thread at a time, the rest internal. Outlived by `transport`, `control` and the memory.
 class ServedWeights {
  public:
@@ -95,6 +98,9 @@ class ServedWeights {
     uint32_t next_chunk = 0;  // to be summed
     uint32_t in_flight = 0;   // chunks
     bool wanted = false;      // sums are due for the slot's generation
+    // The copy into the slot has made some of the sums: true at their held runs. Empty: none.
+    std::vector<bool> copied;
+    uint32_t copied_count = 0;
   };
   // The tables of one plan, under construction or complete. The plan names the runs; this layout is
   // number `own` of its source layouts.
@@ -134,6 +140,17 @@ class ServedWeights {
   void announce_tables(MemberId member);
   void want(Table& table, uint32_t slot) REQUIRES(mutex_);
   void make_room_for_table() REQUIRES(mutex_);
+  // Sums what it can of the known tables on the way.
+  Result<void> copy_from_device(uint32_t slot, CopyProgress& progress);
+  // What copies into the slot are made of, for the tables that are known: kept for the next copy.
+  struct SlotCopies {
+    std::vector<Digest> keys;  // of the tables
+    SummedCopies made;
+    std::vector<uint64_t> results;
+  };
+  SlotCopies& slot_copies(uint32_t slot, std::span<Table* const> tables);
+  void keep_sums(uint32_t slot, std::span<Table* const> tables, const SlotCopies& copies)
+      REQUIRES(mutex_);
   Result<void> copy_in_host(uint32_t slot, CopyProgress& progress);
   // Says which chunks may be copied by now, and returns when the next one may.
   TimePoint make_due(CopyWork& work, TimePoint start) REQUIRES(mutex_);
@@ -155,6 +172,7 @@ class ServedWeights {
   const ServedWeightsOptions options_;
   const uint64_t incarnation_;
   Snapshots snapshots_;
+  std::vector<SlotCopies> slot_copies_;  // per snapshot; of who copies
   std::unique_ptr<LocalRegion> control_region_;
   std::atomic<bool> stopping_{false};
   std::thread event_thread_;
