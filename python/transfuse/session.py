@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -16,7 +14,6 @@ from transfuse._transfuse import (
     GroupInfo,
     Layout,
     MemberInfo,
-    NativeCheckpoint,
     NativeControl,
     NativePublisher,
     NativeReceiver,
@@ -36,6 +33,7 @@ from transfuse._transfuse import (
     WriteTiming,
 )
 from transfuse.after_commit import AfterCommit, Derive, HookRun
+from transfuse.checkpoint import Checkpoint, native_checkpoint
 from transfuse.demand import Condition, demand_of, metadata_of, revision_of
 from transfuse.errors import GroupBrokenError, InvalidArgumentError
 from transfuse.guard import PointerGuard, PointerMovedError
@@ -68,20 +66,6 @@ def _choice(what: str, value: _T | str, names: Mapping[str, _T]) -> _T:
         message = f"{what}: expected one of {', '.join(names)}, found {value!r}"
         raise InvalidArgumentError(message)
     return names[value]
-
-
-def _native_checkpoint(checkpoint: Checkpoint) -> NativeCheckpoint:
-    if checkpoint.version is not None and checkpoint.version < 1:
-        message = f"checkpoint: expected a version from 1, found {checkpoint.version}"
-        raise InvalidArgumentError(message)
-    return NativeCheckpoint(
-        os.fspath(checkpoint.path),
-        spec=checkpoint.spec,
-        config_json=checkpoint.config or "",
-        version=checkpoint.version or 0,
-        kind=checkpoint.kind or "",
-        metadata=metadata_of(checkpoint.metadata),
-    )
 
 
 def _milliseconds(seconds: float) -> int:
@@ -298,29 +282,6 @@ class Stage:
         self._native.cancel()
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """Weights on disk, of one version, that a receiver may fall back to.
-
-    `path` is a folder in the layout `spec` (for "hf" also a file); `config` the text of the model's
-    config.json (None: that of the folder; without one "hf" and "fsdp:dp=N" are read by their own
-    headers). `version` is the number of the weights in it; None: the one that every file records
-    under "transfuse.version" in its metadata.
-
-    `kind` and `metadata` answer what a receiver demands, besides what every file records
-    ("transfuse.kind", and "transfuse.KEY" for any other key); both may not differ. Without a kind
-    "hf" is "hf_raw", other specs state none. A demanded revision is compared with that of the
-    files' tensors, summed once before anything is written.
-    """
-
-    path: str | os.PathLike[str]
-    spec: str = "hf"
-    config: str | None = None
-    version: int | None = None
-    kind: str | None = None
-    metadata: Mapping[str, str | int] | None = None
-
-
 class Receiver:
     """Brings versions into the parameters of this process, proved.
 
@@ -421,7 +382,7 @@ class Receiver:
             group_size=group_size,
             round_ms=_milliseconds(round_s),
             demand=demand_of(kinds, require, require_tensors, revision),
-            checkpoint=None if checkpoint is None else _native_checkpoint(checkpoint),
+            checkpoint=None if checkpoint is None else native_checkpoint(checkpoint),
             checkpoint_wait_ms=_milliseconds(checkpoint_wait_s),
             job=job,
             address=address,

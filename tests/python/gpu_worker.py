@@ -114,6 +114,13 @@ class Source:
             self._publisher.publish(version)
         return {"queued": queued, "seconds": time.monotonic() - start}
 
+    def spoil(self, version: int) -> dict:
+        """Writes what nobody is to see, as soon as it may."""
+        timing = self._publisher.begin_write(version)
+        self.scribble(version)
+        self._publisher.abort_write("nobody is to see it")
+        return {"copy_waited_us": timing.copy_waited_us}
+
     def scribble(self, _version: int) -> dict:
         """Writes outside of a version, as a trainer with snapshots may."""
         for tensor in self._parameters.values():
