@@ -134,14 +134,19 @@ class Attachment:
             self._publisher.begin_write(self._version + 1)
         except VersionGoneError:
             raise  # nobody can publish that version any more
-        except TransfuseError:
-            # The weights of the next step, if there is one, take the place of what failed.
+        except TransfuseError as error:
             failed = self._publisher.snapshot
             if failed.state is SnapshotState.FAILED and failed.version == self._version:
-                self._version -= 1
-                self._writing = True
+                self._give_up(error)
             raise
         self._writing = True
+
+    def _give_up(self, reason: TransfuseError) -> None:
+        """Of the version that could not be copied: the next step writes the one after it."""
+        try:
+            self._publisher.abort_write(str(reason))
+        except TransfuseError as error:
+            reason.add_note(f"abort_write() failed too: {error}")
 
     def _publish(self) -> int:
         if _addresses(self._optimizer) != self._addresses:
