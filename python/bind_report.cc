@@ -61,14 +61,28 @@ void bind_refit(nb::module_& m) {
       .def("to_json", &RefitReport::to_json)
       .def("to_text", &RefitReport::to_text)
       .def("__repr__", &RefitReport::to_text);
-  nb::class_<WriteTiming>(m, "WriteTiming", "How long begin_write() waited for readers.")
+  nb::class_<WriteTiming>(m, "WriteTiming", "What begin_write() waited for.")
       .def_ro("waited_us", &WriteTiming::waited_us)
-      .def_ro("revoked", &WriteTiming::revoked);
+      .def_ro("revoked", &WriteTiming::revoked)
+      .def_ro("copy_waited_us", &WriteTiming::copy_waited_us);
   nb::class_<PublishTiming>(m, "PublishTiming", "What publish() waited for and copied.")
       .def_ro("waited_us", &PublishTiming::waited_us)
       .def_ro("revoked", &PublishTiming::revoked)
       .def_ro("copy_us", &PublishTiming::copy_us)
-      .def_ro("skipped", &PublishTiming::skipped);
+      .def_ro("skipped", &PublishTiming::skipped)
+      .def_ro("copying", &PublishTiming::copying);
+  nb::enum_<SnapshotState>(m, "SnapshotState")
+      .value("NONE", SnapshotState::kNone)
+      .value("COPYING", SnapshotState::kCopying)
+      .value("PUBLISHED", SnapshotState::kPublished)
+      .value("SKIPPED", SnapshotState::kSkipped)
+      .value("FAILED", SnapshotState::kFailed);
+  nb::class_<SnapshotProgress>(m, "SnapshotProgress", "See transfuse.Publisher.snapshot.")
+      .def_ro("state", &SnapshotProgress::state)
+      .def_ro("version", &SnapshotProgress::version)
+      .def_ro("copied_bytes", &SnapshotProgress::copied_bytes)
+      .def_ro("size_bytes", &SnapshotProgress::size_bytes)
+      .def_ro("elapsed_us", &SnapshotProgress::elapsed_us);
 }
 
 void bind_versions(nb::module_& m) {

@@ -36,7 +36,7 @@ namespace {
 using namespace nanobind::literals;
 
 constexpr int64_t kWatchSliceMs = 100;  // how late Ctrl-C is seen
-constexpr int64_t kStageSliceMs = 200;  // likewise, in a wait that goes on behind it
+constexpr int64_t kWaitSliceMs = 200;   // likewise, in a wait for what goes on behind it
 
 using Parameters = nb::typed<nb::dict, nb::str, nb::object>;
 
@@ -156,6 +156,17 @@ class PythonPublisher : public Member<Publisher> {
     return take(
         thread().run([&publisher, version, words] { return publisher.publish(version, words); }));
   }
+  // In slices: Ctrl-C ends the wait, and the copy goes on.
+  SnapshotProgress wait_published(int64_t timeout_ms) {
+    Publisher& publisher = native();
+    const Deadline deadline = Deadline::after_ms(timeout_ms);
+    while (true) {
+      const Deadline slice = deadline.earlier(Deadline::after_ms(kWaitSliceMs));
+      auto progress = thread().run([&publisher, slice] { return publisher.wait_published(slice); });
+      const bool copying = !progress && publisher.snapshot().state == SnapshotState::kCopying;
+      if (!copying || deadline.passed()) return take(std::move(progress));
+    }
+  }
   void set_retention(Retention retention) {
     Publisher& publisher = native();
     take(thread().run([&publisher, retention] { return publisher.set_retention(retention); }));
@@ -194,7 +205,7 @@ class PythonReceiver : public Member<Receiver> {
     Receiver& receiver = native();
     const Deadline deadline = Deadline::after_ms(timeout_ms);
     while (true) {
-      const Deadline slice = deadline.earlier(Deadline::after_ms(kStageSliceMs));
+      const Deadline slice = deadline.earlier(Deadline::after_ms(kWaitSliceMs));
       auto progress = thread().run([&receiver, slice] { return receiver.wait_staged(slice); });
       const bool moving = !progress && receiver.staged().state == StageState::kMoving;
       if (!moving || deadline.passed()) return take(std::move(progress));
@@ -251,7 +262,7 @@ void bind_publisher(nb::module_& m) {
           [](PythonPublisher* self, const Layout& layout, const Parameters& parameters,
              std::string name, std::string model, uint32_t source_count, int64_t drain_ms,
              Retention retention, uint32_t snapshot_slots, SnapshotPlace snapshot_place,
-             double snapshot_gigabytes_per_second, WhenLeased when_leased,
+             double snapshot_gigabytes_per_second, bool snapshot_async, WhenLeased when_leased,
              uint32_t fingerprint_threads, Metadata metadata, bool compute_revision,
              std::string job, std::optional<std::string> address, std::optional<std::string> token,
              std::optional<uint32_t> threads, std::optional<bool> allow_any_tracer,
@@ -267,6 +278,7 @@ void bind_publisher(nb::module_& m) {
             options.snapshot_slots = snapshot_slots;
             options.snapshot_place = snapshot_place;
             options.snapshot_gigabytes_per_second = snapshot_gigabytes_per_second;
+            options.snapshot_async = snapshot_async;
             options.when_leased = when_leased;
             options.fingerprint_threads = fingerprint_threads;
             new (self) PythonPublisher(
@@ -276,13 +288,15 @@ void bind_publisher(nb::module_& m) {
           },
           "layout"_a, "parameters"_a, nb::kw_only(), "name"_a, "model"_a, "source_count"_a,
           "drain_ms"_a, "retention"_a, "snapshot_slots"_a, "snapshot_place"_a,
-          "snapshot_gigabytes_per_second"_a, "when_leased"_a, "fingerprint_threads"_a, "metadata"_a,
-          "compute_revision"_a, "job"_a, "address"_a.none(), "token"_a.none(), "threads"_a.none(),
-          "allow_any_tracer"_a.none(), "device"_a.none())
+          "snapshot_gigabytes_per_second"_a, "snapshot_async"_a, "when_leased"_a,
+          "fingerprint_threads"_a, "metadata"_a, "compute_revision"_a, "job"_a, "address"_a.none(),
+          "token"_a.none(), "threads"_a.none(), "allow_any_tracer"_a.none(), "device"_a.none())
       .def("begin_write", &PythonPublisher::begin_write, "version"_a)
       .def("publish", &PythonPublisher::publish, "version"_a, "metadata"_a, "revision"_a.none())
       .def("abort_write", &PythonPublisher::abort_write, "reason"_a)
       .def("set_retention", &PythonPublisher::set_retention, "retention"_a)
+      .def("wait_published", &PythonPublisher::wait_published, "timeout_ms"_a)
+      .def_prop_ro("snapshot", [](PythonPublisher& p) { return p.native().snapshot(); })
       .def_prop_ro("version", [](PythonPublisher& p) { return p.native().version(); })
       .def_prop_ro("device", &PythonPublisher::device)
       .def("close", &PythonPublisher::close);

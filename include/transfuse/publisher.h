@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "transfuse/control.h"
+#include "transfuse/deadline.h"
 #include "transfuse/layout.h"
 #include "transfuse/transport.h"
 
@@ -48,7 +49,10 @@ struct PublisherOptions {
   // of all parameters (snapshot_bytes()). 0: only kInPlace.
   uint32_t snapshot_slots = 0;
   SnapshotPlace snapshot_place = SnapshotPlace::kWithWeights;
-  double snapshot_gigabytes_per_second = 0;  // of kHost; 0: as fast as possible
+  double snapshot_gigabytes_per_second = 0;  // into snapshots in the host; 0: as fast as possible
+  // publish() of a snapshot returns when its copy has begun. A thread of the publisher copies,
+  // proves and offers the version; until the next begin_write() the caller must not write.
+  bool snapshot_async = false;
   Retention retention = Retention::kInPlace;
   // kSnapshot: if readers hold a lease on every slot. kRevokeAtDeadline waits drain_ms first.
   WhenLeased when_leased = WhenLeased::kRevokeAtDeadline;
@@ -68,6 +72,7 @@ struct VersionWords {
 struct WriteTiming {
   int64_t waited_us = 0;  // for readers
   uint32_t revoked = 0;
+  int64_t copy_waited_us = 0;  // snapshot_async: until the version before was copied
 };
 
 struct PublishTiming {
@@ -75,6 +80,23 @@ struct PublishTiming {
   uint32_t revoked = 0;
   int64_t copy_us = 0;   // into the slot
   bool skipped = false;  // WhenLeased::kSkip: every slot was leased; readers never see this version
+  bool copying = false;  // snapshot_async: readers see it when it is copied, see snapshot()
+};
+
+// Of the last version that publish() left to the publisher's thread.
+enum class SnapshotState : uint8_t {
+  kNone,
+  kCopying,
+  kPublished,
+  kSkipped,  // as PublishTiming::skipped
+  kFailed,   // wait_published() says why
+};
+struct SnapshotProgress {
+  SnapshotState state = SnapshotState::kNone;
+  uint64_t version = 0;
+  uint64_t copied_bytes = 0;
+  uint64_t size_bytes = 0;
+  int64_t elapsed_us = 0;  // of one that has ended: copied and published
 };
 
 // Memory that `slots` snapshots of `layout` need, beside the weights.
@@ -89,8 +111,11 @@ Result<Digest> revision_of(const Layout& layout, std::span<const ParameterMemory
 
 // kInPlace: the weights are read where the trainer keeps them. Between begin_write() and publish()
 // nobody may read; outside of it the caller must not write. kSnapshot: the caller may write at any
-// time but during publish(), which copies; a leased copy is never overwritten. `transport` and
-// `control` outlive it. Used from one thread at a time.
+// time but during publish(), which copies; a leased copy is never overwritten. With snapshot_async
+// the copy goes on after publish(): what comes next (begin_write(), publish(), set_retention(),
+// close()) waits for its end, drain_ms at most, and returns why it failed. Then the version is
+// still being written: publish() it again, or abort_write() it. `transport` and `control` outlive
+// the publisher. Used from one thread at a time.
 class Publisher {
  public:
   // `memory` names every parameter of `layout` exactly once (I2: by name). Fails with
@@ -101,10 +126,12 @@ class Publisher {
                                                  const Layout& layout,
                                                  std::vector<ParameterMemory> memory,
                                                  const PublisherOptions& options);
-  virtual ~Publisher() = default;  // leaves; a version that is being written is aborted
+  // Leaves; a version that is being written, or copied, is aborted.
+  virtual ~Publisher() = default;
 
   // Versions rise. Waits for readers of the weights themselves (options.drain_ms), then revokes
-  // them; for none if the version before was a snapshot.
+  // them; for none if the version before was a snapshot. kDeadlineExceeded: a copy of the weights
+  // goes on.
   virtual Result<WriteTiming> begin_write(uint64_t version) = 0;
   // kFingerprintMismatch: the weights do not have the stated revision; nothing is published, and
   // publish() may be called again.
@@ -112,10 +139,14 @@ class Publisher {
   virtual Result<PublishTiming> publish(uint64_t version, const VersionWords& words) = 0;
   // From the next begin_write() on. kInvalidArgument: kSnapshot without slots, or while writing.
   virtual Result<void> set_retention(Retention retention) = 0;
-  // Gives up the version that is being written: nothing of it is ever visible. The version before
-  // is gone too, unless it is a snapshot.
+  // Gives up the version that is being written, or copied: nothing of it is ever visible. The
+  // version before is gone too, unless it is a snapshot.
   virtual Result<void> abort_write(std::string_view reason) = 0;
-  virtual uint64_t version() const = 0;  // last published, 0 if none or while writing
+  virtual uint64_t version() const = 0;           // last published, 0 if none or while writing
+  virtual SnapshotProgress snapshot() const = 0;  // from any thread
+  // snapshot_async: success when the last version is there or skipped (or there was none), else why
+  // it failed; kDeadlineExceeded: it is still being copied, and goes on.
+  virtual Result<SnapshotProgress> wait_published(Deadline deadline) = 0;
   virtual Result<void> close() = 0;
 };
 

@@ -51,6 +51,8 @@ from transfuse._transfuse import (
     Run,
     RunLengthBucket,
     SnapshotPlace,
+    SnapshotProgress,
+    SnapshotState,
     StageProgress,
     StageState,
     TargetVerdict,
@@ -87,6 +89,7 @@ from transfuse._transfuse import (
 from transfuse.after_commit import AfterCommitError, HookRun
 from transfuse.arena import Arena
 from transfuse.captured import Captured, CaptureReport, TensorWay, capture
+from transfuse.checkpoint import Checkpoint
 from transfuse.demand import PRESENT, AtLeast
 from transfuse.errors import (
     AlreadyExistsError,
@@ -109,7 +112,7 @@ from transfuse.errors import (
     VersionGoneError,
 )
 from transfuse.guard import PointerGuard, PointerMovedError
-from transfuse.session import Checkpoint, Control, Publisher, Receiver, Stage
+from transfuse.session import Control, Publisher, Receiver, Stage
 
 __version__ = "0.1.0"
 
@@ -188,6 +191,8 @@ __all__ = [
     "ResourceExhaustedError",
     "Retention",
     "SnapshotPlace",
+    "SnapshotProgress",
+    "SnapshotState",
     "Run",
     "RunLengthBucket",
     "TargetVerdict",

@@ -1003,13 +1003,16 @@ class RefitReport:
     def __repr__(self) -> str: ...
 
 class WriteTiming:
-    """How long begin_write() waited for readers."""
+    """What begin_write() waited for."""
 
     @property
     def waited_us(self) -> int: ...
 
     @property
     def revoked(self) -> int: ...
+
+    @property
+    def copy_waited_us(self) -> int: ...
 
 class PublishTiming:
     """What publish() waited for and copied."""
@@ -1025,6 +1028,38 @@ class PublishTiming:
 
     @property
     def skipped(self) -> bool: ...
+
+    @property
+    def copying(self) -> bool: ...
+
+class SnapshotState(enum.Enum):
+    NONE = 0
+
+    COPYING = 1
+
+    PUBLISHED = 2
+
+    SKIPPED = 3
+
+    FAILED = 4
+
+class SnapshotProgress:
+    """See transfuse.Publisher.snapshot."""
+
+    @property
+    def state(self) -> SnapshotState: ...
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def copied_bytes(self) -> int: ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    @property
+    def elapsed_us(self) -> int: ...
 
 class VersionState(enum.Enum):
     """Where a version is in its life."""
@@ -1295,7 +1330,7 @@ def snapshot_bytes(layout: Layout, slots: int) -> int:
 class NativePublisher:
     """See transfuse.Publisher."""
 
-    def __init__(self, layout: Layout, parameters: dict[str, object], *, name: str, model: str, source_count: int, drain_ms: int, retention: Retention, snapshot_slots: int, snapshot_place: SnapshotPlace, snapshot_gigabytes_per_second: float, when_leased: WhenLeased, fingerprint_threads: int, metadata: Mapping[str, str], compute_revision: bool, job: str, address: str | None, token: str | None, threads: int | None, allow_any_tracer: bool | None, device: int | None) -> None: ...
+    def __init__(self, layout: Layout, parameters: dict[str, object], *, name: str, model: str, source_count: int, drain_ms: int, retention: Retention, snapshot_slots: int, snapshot_place: SnapshotPlace, snapshot_gigabytes_per_second: float, snapshot_async: bool, when_leased: WhenLeased, fingerprint_threads: int, metadata: Mapping[str, str], compute_revision: bool, job: str, address: str | None, token: str | None, threads: int | None, allow_any_tracer: bool | None, device: int | None) -> None: ...
 
     def begin_write(self, version: int) -> WriteTiming: ...
 
@@ -1304,6 +1339,11 @@ class NativePublisher:
     def abort_write(self, reason: str) -> None: ...
 
     def set_retention(self, retention: Retention) -> None: ...
+
+    def wait_published(self, timeout_ms: int) -> SnapshotProgress: ...
+
+    @property
+    def snapshot(self) -> SnapshotProgress: ...
 
     @property
     def version(self) -> int: ...

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -16,7 +14,6 @@ from transfuse._transfuse import (
     GroupInfo,
     Layout,
     MemberInfo,
-    NativeCheckpoint,
     NativeControl,
     NativePublisher,
     NativeReceiver,
@@ -25,6 +22,7 @@ from transfuse._transfuse import (
     RefitReport,
     Retention,
     SnapshotPlace,
+    SnapshotProgress,
     StageProgress,
     Verify,
     VerifyReport,
@@ -35,6 +33,7 @@ from transfuse._transfuse import (
     WriteTiming,
 )
 from transfuse.after_commit import AfterCommit, Derive, HookRun
+from transfuse.checkpoint import Checkpoint, native_checkpoint
 from transfuse.demand import Condition, demand_of, metadata_of, revision_of
 from transfuse.errors import GroupBrokenError, InvalidArgumentError
 from transfuse.guard import PointerGuard, PointerMovedError
@@ -69,20 +68,6 @@ def _choice(what: str, value: _T | str, names: Mapping[str, _T]) -> _T:
     return names[value]
 
 
-def _native_checkpoint(checkpoint: Checkpoint) -> NativeCheckpoint:
-    if checkpoint.version is not None and checkpoint.version < 1:
-        message = f"checkpoint: expected a version from 1, found {checkpoint.version}"
-        raise InvalidArgumentError(message)
-    return NativeCheckpoint(
-        os.fspath(checkpoint.path),
-        spec=checkpoint.spec,
-        config_json=checkpoint.config or "",
-        version=checkpoint.version or 0,
-        kind=checkpoint.kind or "",
-        metadata=metadata_of(checkpoint.metadata),
-    )
-
-
 def _milliseconds(seconds: float) -> int:
     return max(0, min(_FOREVER_MS, round(seconds * 1000)))
 
@@ -105,7 +90,14 @@ class Publisher:
     revoke the readers of the oldest), "wait" (DeadlineExceededError after drain_s, readers are left
     alone), "revoke" (at once) or "skip" (readers never see this version). `snapshot_place` of
     weights on a GPU: "with_weights", or "host", which takes no memory of the GPU and copies over
-    PCIe, at most `snapshot_gigabytes_per_second` (0: as fast as possible).
+    PCIe. Copies into memory of the host, from wherever, keep to `snapshot_gigabytes_per_second`
+    (0: as fast as possible).
+
+    `snapshot_async`: publish() returns when the copy has begun, and readers see the version when it
+    is whole. Until the next begin_write() the weights may be read (a forward and a backward pass),
+    and must not be written, moved or put to sleep: begin_write(), publish(), set_retention() and
+    close() wait for the copy, drain_s at most, and raise why it failed; then publish() that version
+    again, or abort_write() it. `snapshot` says how far it is, from any thread.
 
     `kind` says for which consumer the values were made ("hf_raw", "vllm_fused", "deepgemm_fp8",
     "cutlass_fp8", "trtllm", or a word of yours; None: what the layout says), `metadata` whatever
@@ -131,6 +123,7 @@ class Publisher:
         snapshot_slots: int | None = None,
         snapshot_place: SnapshotPlace | str = SnapshotPlace.WITH_WEIGHTS,
         snapshot_gigabytes_per_second: float = 0.0,
+        snapshot_async: bool = False,
         when_leased: WhenLeased | str = WhenLeased.REVOKE_AT_DEADLINE,
         fingerprint_threads: int = 0,
         kind: str | None = None,
@@ -157,6 +150,7 @@ class Publisher:
             snapshot_slots=snapshot_slots,
             snapshot_place=_choice("snapshot_place", snapshot_place, _SNAPSHOT_PLACES),
             snapshot_gigabytes_per_second=snapshot_gigabytes_per_second,
+            snapshot_async=snapshot_async,
             when_leased=_choice("when_leased", when_leased, _WHEN_LEASED),
             fingerprint_threads=fingerprint_threads,
             metadata=metadata_of(metadata),
@@ -184,7 +178,8 @@ class Publisher:
     def begin_write(self, version: int) -> WriteTiming:
         """Waits until nobody reads the weights themselves (drain_s, then readers are revoked).
 
-        Versions rise. With snapshots nobody is waited for.
+        Versions rise. With snapshots nobody is waited for, but with `snapshot_async` the copy of
+        the version before.
         """
         return self._native.begin_write(version)
 
@@ -209,8 +204,20 @@ class Publisher:
         """From the next begin_write() on; not while a version is being written."""
         self._native.set_retention(_choice("retention", retention, _RETENTIONS))
 
+    @property
+    def snapshot(self) -> SnapshotProgress:
+        """What became of the last version with `snapshot_async`; may be asked from any thread."""
+        return self._native.snapshot
+
+    def wait_published(self, timeout_s: float = 60.0) -> SnapshotProgress:
+        """With `snapshot_async`: returns when the last version is there; raises why it failed.
+
+        DeadlineExceededError: it is still being copied, and goes on; so it does after Ctrl-C.
+        """
+        return self._native.wait_published(_milliseconds(timeout_s))
+
     def abort_write(self, reason: str) -> None:
-        """Gives up the version that is being written.
+        """Gives up the version that is being written, or copied.
 
         The one before is gone too, unless it is a snapshot.
         """
@@ -273,29 +280,6 @@ class Stage:
     def cancel(self) -> None:
         """Ends it with CancelledError. The parameters keep what they hold."""
         self._native.cancel()
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Weights on disk, of one version, that a receiver may fall back to.
-
-    `path` is a folder in the layout `spec` (for "hf" also a file); `config` the text of the model's
-    config.json (None: that of the folder; without one "hf" and "fsdp:dp=N" are read by their own
-    headers). `version` is the number of the weights in it; None: the one that every file records
-    under "transfuse.version" in its metadata.
-
-    `kind` and `metadata` answer what a receiver demands, besides what every file records
-    ("transfuse.kind", and "transfuse.KEY" for any other key); both may not differ. Without a kind
-    "hf" is "hf_raw", other specs state none. A demanded revision is compared with that of the
-    files' tensors, summed once before anything is written.
-    """
-
-    path: str | os.PathLike[str]
-    spec: str = "hf"
-    config: str | None = None
-    version: int | None = None
-    kind: str | None = None
-    metadata: Mapping[str, str | int] | None = None
 
 
 class Receiver:
@@ -398,7 +382,7 @@ class Receiver:
             group_size=group_size,
             round_ms=_milliseconds(round_s),
             demand=demand_of(kinds, require, require_tensors, revision),
-            checkpoint=None if checkpoint is None else _native_checkpoint(checkpoint),
+            checkpoint=None if checkpoint is None else native_checkpoint(checkpoint),
             checkpoint_wait_ms=_milliseconds(checkpoint_wait_s),
             job=job,
             address=address,

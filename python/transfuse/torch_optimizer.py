@@ -8,7 +8,13 @@ from typing import Any, Protocol
 
 import torch
 
-from transfuse.errors import InvalidArgumentError, UnsupportedError
+from transfuse._transfuse import SnapshotState
+from transfuse.errors import (
+    InvalidArgumentError,
+    TransfuseError,
+    UnsupportedError,
+    VersionGoneError,
+)
 from transfuse.session import Publisher
 
 
@@ -66,7 +72,7 @@ class Attachment:
         self._every = every
         self._metadata = metadata
         self._steps = 0
-        self._version = publisher.version
+        self._version = max(publisher.version, publisher.snapshot.version)
         self._writing = False
         self._addresses = _addresses(optimizer)
         self._handles: list[_Hook]
@@ -80,7 +86,10 @@ class Attachment:
 
     @property
     def version(self) -> int:
-        """The last version that these hooks published or skipped, or the publisher had before."""
+        """The last version that these hooks published or skipped, or the publisher had before.
+
+        With `snapshot_async` it may still be on its way: Publisher.snapshot.
+        """
         return self._version
 
     def publish_now(self) -> int:
@@ -119,9 +128,25 @@ class Attachment:
             self._publish()
 
     def _open(self) -> None:
-        if not self._writing:
+        if self._writing:
+            return
+        try:
             self._publisher.begin_write(self._version + 1)
-            self._writing = True
+        except VersionGoneError:
+            raise  # nobody can publish that version any more
+        except TransfuseError as error:
+            failed = self._publisher.snapshot
+            if failed.state is SnapshotState.FAILED and failed.version == self._version:
+                self._give_up(error)
+            raise
+        self._writing = True
+
+    def _give_up(self, reason: TransfuseError) -> None:
+        """Of the version that could not be copied: the next step writes the one after it."""
+        try:
+            self._publisher.abort_write(str(reason))
+        except TransfuseError as error:
+            reason.add_note(f"abort_write() failed too: {error}")
 
     def _publish(self) -> int:
         if _addresses(self._optimizer) != self._addresses:
@@ -149,7 +174,8 @@ def attach(
     """Wraps every optimizer step into begin_write() and publish().
 
     Before a step the hook waits for readers; after it, it publishes the next version. A publisher
-    with snapshots lets the step begin at once, and copies the weights after it. With
+    with snapshots lets the step begin at once, and copies the weights after it; with
+    `snapshot_async` the step waits for that copy, and its failure is raised before the step. With
     `every` = k a version is published after every k-th step, and (in place) from the first of these
     steps on the version before cannot be read. The weights as they are now are not published: call
     publish_now() for that. `metadata` is asked, before each version is published, what to say of

@@ -109,6 +109,61 @@ TEST_F(DeviceSession, SnapshotsMayLieInTheHostAndTakeNothingOfTheDevice) {
   }
 }
 
+TEST_F(DeviceSession, TheCopyOfASnapshotMakesTheSumsOfReadersThatAreKnown) {
+  for (const SnapshotPlace place : {SnapshotPlace::kWithWeights, SnapshotPlace::kHost}) {
+    control_ = open_local_control();
+    PublisherOptions options;
+    options.name = "trainer0";
+    options.retention = Retention::kSnapshot;
+    options.snapshot_slots = 2;
+    options.snapshot_place = place;
+    Trainer trainer(device_, *control_, layouts("hf")[0], options);
+    PretendDevice elsewhere(value_or_fail(open_local_transport(), "transport"));
+    Engine one(elsewhere, *control_, layouts("vllm:tp=2")[0], "one");
+    Engine two(elsewhere, *control_, layouts("vllm:tp=2")[1], "two");
+    trainer.publish(1);
+    expect_refit(one, 1);
+    expect_refit(two, 1);
+    for (uint64_t version = 2; version <= 4; ++version) {
+      const uint64_t before = device_.own_requests();
+      const uint64_t summed = device_.summed_copies();
+      trainer.publish(version);
+      expect_refit(one, version);
+      expect_refit(two, version);
+      EXPECT_EQ(device_.own_requests() - before, 1U) << "nothing is left to be summed";
+      EXPECT_GT(device_.summed_copies(), summed);
+    }
+  }
+}
+
+TEST_F(DeviceSession, WhatTheCopyOfASnapshotCannotSumIsSummedAfterwards) {
+  start_trainers(device_, "fsdp:dp=1,dtype=f32", 2);
+  PretendDevice elsewhere(value_or_fail(open_local_transport(), "transport"));
+  // Casts; and parameters of which another table has sums already.
+  Engine casting(elsewhere, *control_, layouts("hf")[0], "casting");
+  Engine first(elsewhere, *control_, layouts("fsdp:dp=2,dtype=f32")[0], "first");
+  Engine whole(elsewhere, *control_, layouts("fsdp:dp=1,dtype=f32")[0], "whole");
+  for (uint64_t version = 1; version <= 4; ++version) {
+    publish(version);
+    for (Engine* engine : {&casting, &first, &whole}) expect_refit(*engine, version);
+  }
+  EXPECT_GT(device_.summed_copies(), 0U);
+}
+
+TEST_F(DeviceSession, ASumOfTheCopyFindsBytesThatDiffer) {
+  start_trainers(device_, "hf", 1);
+  Engine engine(device_, *control_, layouts("vllm:tp=1")[0]);
+  publish(1);
+  expect_refit(engine, 1);
+  device_.spoil_next_copy();
+  publish(2);
+  const auto report = engine.refit({}, 2000);
+  ASSERT_FALSE(report);
+  EXPECT_EQ(report.error().code, ErrorCode::kFingerprintMismatch) << report.error().to_string();
+  publish(3);
+  expect_refit(engine, 3);
+}
+
 TEST_F(DeviceSession, ARateThatIsNoneIsRefused) {
   testing::Parameters parameters(layouts("hf")[0]);
   PublisherOptions options;

@@ -2,6 +2,7 @@
 // with devices runs without one. It joins requests, and copies and sums within its own memory.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -22,7 +23,7 @@
 
 namespace transfuse::testing {
 
-// Reads are over when submit() returns. Safe to call from any thread.
+// Reads are over when submit() returns, but for copies that are held. Safe to call from any thread.
 class PretendDevice final : public Transport {
  public:
   explicit PretendDevice(std::unique_ptr<Transport> inside) : inside_(std::move(inside)) {}
@@ -33,6 +34,19 @@ class PretendDevice final : public Transport {
   void set_room(uint64_t allocations) { room_ = allocations; }
   // The next request within the device fails.
   void fail_next() { fail_next_ = true; }
+  // The first byte that the next request within the device writes is wrong afterwards.
+  void spoil_next_copy() { spoil_next_ = true; }
+  // Copies within the device (no sums) wait for let_go(), or end when they are cancelled.
+  void hold_copies() { holding_ = true; }
+  void let_go() {
+    const MutexLock lock(mutex_);
+    holding_ = false;
+    for (auto& [ticket, request] : held_) outcomes_.emplace(ticket, copy_own(request));
+    held_.clear();
+    changed_.notify_all();
+  }
+  // Copies with a fingerprint and a target, in requests within the device.
+  uint64_t summed_copies() const { return summed_copies_; }
 
   std::string_view kind() const override { return "pretend"; }
   std::string_view endpoint_kind() const override { return inside_->endpoint_kind(); }
@@ -64,6 +78,13 @@ class PretendDevice final : public Transport {
     Result<void> outcome;
     if (request.region == &own_) {
       ++own_requests_;
+      const bool copies = std::ranges::any_of(
+          request.copies, [](const StridedCopy& copy) { return copy.target != nullptr; });
+      if (holding_ && copies) {
+        const MutexLock lock(mutex_);
+        held_.emplace(++last_, request);
+        return TicketId{last_};
+      }
       outcome = copy_own(request);
     } else if (!request.regions.empty()) {
       ++joined_;
@@ -82,14 +103,27 @@ class PretendDevice final : public Transport {
   }
   TicketState poll(TicketId ticket) override {
     const MutexLock lock(mutex_);
+    if (held_.contains(static_cast<uint64_t>(ticket))) return TicketState::kPending;
     return outcomes_.at(static_cast<uint64_t>(ticket)) ? TicketState::kLanded
                                                        : TicketState::kFailed;
   }
-  bool wait_any(std::span<const TicketId> /*tickets*/, Deadline /*deadline*/) override {
+  bool wait_any(std::span<const TicketId> tickets, Deadline deadline) override {
+    const MutexLock lock(mutex_);
+    while (std::ranges::all_of(tickets, [this](TicketId ticket) REQUIRES(mutex_) {
+      return held_.contains(static_cast<uint64_t>(ticket));
+    })) {
+      if (!changed_.wait_until(mutex_, deadline)) return false;
+    }
     return true;
   }
   uint64_t progress_bytes(TicketId /*ticket*/) override { return 0; }
-  void cancel(TicketId /*ticket*/) override {}
+  void cancel(TicketId ticket) override {
+    const MutexLock lock(mutex_);
+    const auto id = static_cast<uint64_t>(ticket);
+    if (held_.erase(id) == 0) return;
+    outcomes_.emplace(id, Error{ErrorCode::kCancelled, "the copy was cancelled"});
+    changed_.notify_all();
+  }
   Result<void> finish(TicketId ticket) override {
     const MutexLock lock(mutex_);
     return std::move(outcomes_.extract(static_cast<uint64_t>(ticket)).mapped());
@@ -154,6 +188,10 @@ class PretendDevice final : public Transport {
       const auto* source = reinterpret_cast<const std::byte*>(copy.source_offset_bytes);
       const uint64_t sum = copy.target == nullptr ? sum_copy(copy, source) : run_copy(copy, source);
       if (copy.fingerprint && !request.fingerprints.empty()) request.fingerprints[i] = sum;
+      summed_copies_ += copy.fingerprint && copy.target != nullptr;
+    }
+    if (request.copies[0].target != nullptr && spoil_next_.exchange(false)) {
+      *request.copies[0].target ^= std::byte{1};
     }
     copy_fence();
     return {};
@@ -181,7 +219,12 @@ class PretendDevice final : public Transport {
   std::atomic<uint64_t> own_requests_{0};
   std::atomic<uint64_t> room_{UINT64_MAX};
   std::atomic<bool> fail_next_{false};
+  std::atomic<bool> holding_{false};
+  std::atomic<bool> spoil_next_{false};
+  std::atomic<uint64_t> summed_copies_{0};
   Mutex mutex_;
+  CondVar changed_;
+  std::map<uint64_t, ReadRequest> held_ GUARDED_BY(mutex_);
   std::map<uint64_t, Result<void>> outcomes_ GUARDED_BY(mutex_);
   uint64_t last_ GUARDED_BY(mutex_) = 0;
 };

@@ -1,4 +1,4 @@
-// Generation words, table requests, and the threads that sum and copy.
+// Generation words, table requests, and the threads that sum.
 #include "session/served_weights.h"
 
 #include <algorithm>
@@ -19,7 +19,6 @@
 #include "base/random.h"
 #include "base/seqlock.h"
 #include "base/thread.h"
-#include "copy/copy.h"
 #include "plan/copies.h"
 #include "session/descriptor.h"
 #include "session/device_work.h"
@@ -179,22 +178,10 @@ void ServedWeights::begin_write(uint32_t slot) {
   }
   begin_generation(words(slot));
   while (slots_[slot].sums_in_flight > 0) changed_.wait(mutex_);
-}
-
-Result<void> ServedWeights::copy_weights(uint32_t slot) {
-  TRANSFUSE_CHECK(slot > 0 && slot < slot_count());
-  if (on_device(0)) {
-    return snapshots_.copy_from_device(transport_, memory_, slot - 1,
-                                       on_device(slot) ? CopyLimits{} : options_.snapshot_limits);
+  for (const auto& table : tables_) {
+    table->sums[slot].copied.clear();
+    table->sums[slot].copied_count = 0;
   }
-  const MutexLock lock(mutex_);
-  TRANSFUSE_CHECK(slots_[slot].writing && !copy_work_);
-  copy_work_ = CopyWork{.slot = slot};
-  changed_.notify_all();
-  while (copy_a_chunk()) continue;
-  while (copy_work_->in_flight > 0) changed_.wait(mutex_);
-  copy_work_.reset();
-  return {};
 }
 
 Generation ServedWeights::end_write(uint32_t slot) {
@@ -246,6 +233,10 @@ void ServedWeights::want(Table& table, uint32_t slot) {
   TableHeader* header = table.header(slot);
   word(header->counter).store(0, std::memory_order_release);
   word(header->progress).store(0, std::memory_order_relaxed);
+  const Sums& sums = table.sums[slot];
+  if (sums.copied.empty() || sums.copied_count < sums.copied.size()) return;
+  table.sums[slot].wanted = false;  // the copy has made them all
+  word(header->counter).store(slots_[slot].counter, std::memory_order_release);
 }
 
 void ServedWeights::event_loop(MemberId member) {
@@ -388,21 +379,6 @@ void ServedWeights::work_loop() {
   }
 }
 
-bool ServedWeights::copy_a_chunk() {
-  if (!copy_work_ || copy_work_->next_chunk == snapshots_.chunks().size()) return false;
-  const SnapshotChunk chunk = snapshots_.chunks()[copy_work_->next_chunk++];
-  const uint32_t snapshot = copy_work_->slot - 1;
-  ++copy_work_->in_flight;
-  mutex_.unlock();
-
-  snapshots_.copy(memory_, snapshot, chunk);
-  copy_fence();
-
-  mutex_.lock();
-  if (--copy_work_->in_flight == 0) changed_.notify_all();
-  return true;
-}
-
 // The table that is due in the slot that was written first: what readers of an older version wait
 // for is not put off by every new one.
 ServedWeights::Table* ServedWeights::next_table(uint32_t& slot) {
@@ -473,16 +449,19 @@ Result<void> ServedWeights::sum_chunks(const Table& table, uint32_t slot,
   const std::span<const uint32_t> held = table.copies.held_runs(table.own);
   const uint32_t end = chunks.back().first_run + chunks.back().run_count;
   const auto first = std::ranges::lower_bound(held, chunks.front().first_run);
+  const std::vector<bool>& copied = table.sums[slot].copied;  // changes while nobody sums
   std::vector<StridedCopy> on_device_copies;
+  std::vector<size_t> summed;       // held runs
   std::vector<BlockScales> scales;  // of those of them that have some, in their order
-  auto at = first;
-  for (; at != held.end() && *at < end; ++at) {
+  for (auto at = first; at != held.end() && *at < end; ++at) {
+    const auto number = static_cast<size_t>(at - held.begin());
+    if (!copied.empty() && copied[number]) continue;
     const Run& run = plan.runs()[*at];
     const Holder& holder =
         *std::ranges::find(plan.holders_of(run), table.own, &Holder::source_layout);
     const auto of = [&](uint32_t parameter) { return data(slot, parameter); };
     if (!on_device(slot)) {
-      sums[at - held.begin()] = table.copies.sum(run, holder, of);
+      sums[number] = table.copies.sum(run, holder, of);
       continue;
     }
     StridedCopy copy = table.copies.copy(run, holder, 0, nullptr, true);
@@ -493,13 +472,16 @@ Result<void> ServedWeights::sum_chunks(const Table& table, uint32_t slot,
       scales.push_back(table.copies.block_scales(run, holder, nullptr, at_scales));
     }
     on_device_copies.push_back(copy);
+    summed.push_back(number);
   }
   auto next_scales = scales.begin();
   for (StridedCopy& copy : on_device_copies) {
     if (is_scaled(copy.op)) copy.scales = &*next_scales++;
   }
-  return run_on_device(transport_, on_device_copies,
-                       {sums + (first - held.begin()), on_device_copies.size()});
+  std::vector<uint64_t> results(summed.size());
+  TRANSFUSE_RETURN_IF_ERROR(run_on_device(transport_, on_device_copies, results));
+  for (size_t i = 0; i < summed.size(); ++i) sums[summed[i]] = results[i];
+  return {};
 }
 
 }  // namespace transfuse

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <thread>
 #include <vector>
@@ -13,8 +14,10 @@
 #include "base/mutex.h"
 #include "base/seqlock.h"
 #include "plan/copies.h"
+#include "session/device_work.h"
 #include "session/memory.h"
 #include "session/snapshots.h"
+#include "session/summed_copies.h"
 #include "transfuse/control.h"
 #include "transfuse/layout.h"
 #include "transfuse/transport.h"
@@ -47,13 +50,14 @@ struct ServedWeightsOptions {
   bool keep_tables_fresh = true;
   uint32_t snapshot_slots = 0;
   SnapshotPlace snapshot_place = SnapshotPlace::kWithWeights;
-  CopyLimits snapshot_limits{};  // of copies from a device into the host
+  double snapshot_gigabytes_per_second = 0;  // of snapshots in the host; 0: as fast as possible
 };
 
 // Slot 0 is the weights themselves, slots 1 to snapshot_slots are snapshots; each has its own
 // generation. Sums tables on its own threads, which help with copies first; begin_write() stops
-// sums of its slot. Slots on a device are copied and summed by the device, whole. Writes and copies
-// from one thread, the rest internal. Outlived by `transport`, `control` and the memory.
+// sums of its slot. Slots on a device are copied and summed by the device, whole; a
+// copy from a device sums what it can of the tables that are known. Writes and copies
+// from one thread at a time, the rest internal. Outlived by `transport`, `control` and the memory.
 class ServedWeights {
  public:
   // Room for the snapshots is checked before anything is allocated.
@@ -83,9 +87,9 @@ class ServedWeights {
   // The slot's counter becomes odd: whatever a peer reads of it from here on is torn. Waits for
   // sums of it in progress (at most a chunk each).
   void begin_write(uint32_t slot = 0);
-  // Between begin_write() and end_write() of a snapshot: all parameters, at the speed of memory. An
-  // error is one of the device; the slot holds nothing then.
-  Result<void> copy_weights(uint32_t slot);
+  // Between begin_write() and end_write() of a snapshot: all parameters. After an error, which is
+  // one of the device or kCancelled, the slot holds nothing.
+  Result<void> copy_weights(uint32_t slot, CopyProgress& progress);
   // The counter becomes even: the slot's bytes are those of the generation that is returned.
   Generation end_write(uint32_t slot = 0);
 
@@ -94,6 +98,9 @@ class ServedWeights {
     uint32_t next_chunk = 0;  // to be summed
     uint32_t in_flight = 0;   // chunks
     bool wanted = false;      // sums are due for the slot's generation
+    // The copy into the slot has made some of the sums: true at their held runs. Empty: none.
+    std::vector<bool> copied;
+    uint32_t copied_count = 0;
   };
   // The tables of one plan, under construction or complete. The plan names the runs; this layout is
   // number `own` of its source layouts.
@@ -116,7 +123,10 @@ class ServedWeights {
   };
   struct CopyWork {
     uint32_t slot = 0;
+    CopyProgress* progress = nullptr;
     size_t next_chunk = 0;
+    size_t due_chunks = 0;   // by the rate: the first of them may be copied
+    uint64_t due_bytes = 0;  // of them
     uint32_t in_flight = 0;
   };
 
@@ -130,6 +140,20 @@ class ServedWeights {
   void announce_tables(MemberId member);
   void want(Table& table, uint32_t slot) REQUIRES(mutex_);
   void make_room_for_table() REQUIRES(mutex_);
+  // Sums what it can of the known tables on the way.
+  Result<void> copy_from_device(uint32_t slot, CopyProgress& progress);
+  // What copies into the slot are made of, for the tables that are known: kept for the next copy.
+  struct SlotCopies {
+    std::vector<Digest> keys;  // of the tables
+    SummedCopies made;
+    std::vector<uint64_t> results;
+  };
+  SlotCopies& slot_copies(uint32_t slot, std::span<Table* const> tables);
+  void keep_sums(uint32_t slot, std::span<Table* const> tables, const SlotCopies& copies)
+      REQUIRES(mutex_);
+  Result<void> copy_in_host(uint32_t slot, CopyProgress& progress);
+  // Says which chunks may be copied by now, and returns when the next one may.
+  TimePoint make_due(CopyWork& work, TimePoint start) REQUIRES(mutex_);
   // Each does a chunk, without the mutex meanwhile; false if there is none to do.
   bool copy_a_chunk() REQUIRES(mutex_);
   bool sum_a_chunk() REQUIRES(mutex_);
@@ -148,6 +172,7 @@ class ServedWeights {
   const ServedWeightsOptions options_;
   const uint64_t incarnation_;
   Snapshots snapshots_;
+  std::vector<SlotCopies> slot_copies_;  // per snapshot; of who copies
   std::unique_ptr<LocalRegion> control_region_;
   std::atomic<bool> stopping_{false};
   std::thread event_thread_;

@@ -9,7 +9,6 @@
 #include <fmt/format.h>
 #include "base/memory_room.h"
 #include "copy/copy.h"
-#include "session/device_work.h"
 #include "session/memory.h"
 #include "transfuse/copy.h"
 #include "transfuse/layout.h"
@@ -65,7 +64,6 @@ Result<Snapshots> Snapshots::open(Transport& transport, const Layout& layout, Me
   for (uint32_t i = 0; i < layout.parameters().size(); ++i) {
     const uint64_t size_bytes = parameter_size_bytes(layout.parameters()[i]);
     snapshots.offsets_.push_back(begin);
-    snapshots.sizes_bytes_.push_back(size_bytes);
     begin += aligned(size_bytes);
     for (uint64_t at = 0; at < size_bytes; at += kChunkBytes) {
       snapshots.chunks_.push_back(
@@ -90,15 +88,6 @@ void Snapshots::copy(const BoundMemory& from, uint32_t snapshot, const SnapshotC
   copy.count[2] = chunk.size_bytes;
   copy.source_stride[2] = copy.target_stride[2] = 1;
   run_copy(copy, from.data(chunk.parameter) + chunk.offset_bytes);
-}
-
-Result<void> Snapshots::copy_from_device(Transport& transport, const BoundMemory& from,
-                                         uint32_t snapshot, const CopyLimits& limits) const {
-  std::vector<StridedCopy> copies;
-  for (uint32_t i = 0; i < offsets_.size(); ++i) {
-    add_plain(copies, data(snapshot, i), from.data(i), sizes_bytes_[i]);
-  }
-  return run_on_device(transport, copies, {}, limits);
 }
 
 }  // namespace transfuse

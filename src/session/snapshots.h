@@ -43,14 +43,10 @@ class Snapshots {
 
   // Call copy_fence() after the last chunk of a thread.
   void copy(const BoundMemory& from, uint32_t snapshot, const SnapshotChunk& chunk) const;
-  // All of it, where the weights lie on the device.
-  Result<void> copy_from_device(Transport& transport, const BoundMemory& from, uint32_t snapshot,
-                                const CopyLimits& limits) const;
 
  private:
   std::vector<std::unique_ptr<LocalRegion>> regions_;
-  std::vector<uint64_t> offsets_;      // per parameter, the same in each region
-  std::vector<uint64_t> sizes_bytes_;  // per parameter
+  std::vector<uint64_t> offsets_;  // per parameter, the same in each region
   std::vector<SnapshotChunk> chunks_;
   MemoryPlace place_ = MemoryPlace::kHost;
 };

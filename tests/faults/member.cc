@@ -177,6 +177,8 @@ Result<Json> Member::open_publisher(const Json& request) {
   options.fingerprint_threads = 1;
   options.snapshot_slots = request.value("snapshot_slots", 0u);
   if (options.snapshot_slots > 0) options.retention = Retention::kSnapshot;
+  options.snapshot_async = request.value("snapshot_async", false);
+  options.snapshot_gigabytes_per_second = request.value("snapshot_gbs", 0.0);
   options.when_leased = static_cast<WhenLeased>(request.value("when_leased", 0));
   options.arenas = weights_->arenas();
   testing::Parameters& parameters = weights_->parameters();
@@ -200,7 +202,18 @@ Result<Json> Member::publisher_call(const std::string& call, const Json& request
   if (call == "publish" || call == "update") {
     TRANSFUSE_ASSIGN_OR_RETURN(const PublishTiming timing, publisher_->publish(version));
     answer["skipped"] = timing.skipped;
+    answer["copying"] = timing.copying;
     answer["publish_revoked"] = timing.revoked;
+    return answer;
+  }
+  if (call == "snapshot" || call == "wait_published") {
+    SnapshotProgress progress = publisher_->snapshot();
+    if (call == "wait_published") {
+      TRANSFUSE_ASSIGN_OR_RETURN(progress, publisher_->wait_published(deadline_of(request)));
+    }
+    answer["state"] = static_cast<int>(progress.state);
+    answer["version"] = progress.version;
+    answer["copied_bytes"] = progress.copied_bytes;
     return answer;
   }
   if (call == "abort") {
@@ -357,6 +370,8 @@ Json Member::use_in_child() {
   codes["control.versions"] = code_of(control_->versions(""));
   if (publisher_) {
     codes["publisher.begin_write"] = code_of(publisher_->begin_write(1000000));
+    codes["publisher.wait_published"] =
+        code_of(publisher_->wait_published(Deadline::after_ms(1000)));
     codes["publisher.publish"] = code_of(publisher_->publish(1000000));
   }
   if (receiver_) {

@@ -121,6 +121,13 @@ class Source:
             self._publisher.publish(version)
         return {"queued": queued, "seconds": time.monotonic() - start}
 
+    def spoil(self, version: int) -> dict:
+        """Writes what nobody is to see, as soon as it may."""
+        timing = self._publisher.begin_write(version)
+        self.scribble()
+        self._publisher.abort_write("nobody is to see it")
+        return {"copy_waited_us": timing.copy_waited_us}
+
     def scribble(self) -> None:
         """Writes outside of a version, as a trainer with snapshots may."""
         for tensor in self._parameters.values():

@@ -73,6 +73,12 @@ def other_gpu():
     return f"cuda:{torch.cuda.device_count() - 1}"
 
 
+BEHIND = {
+    "retention": "snapshot",
+    "snapshot_place": "host",
+    "snapshot_async": True,
+    "snapshot_gigabytes_per_second": 2.0,
+}
 PLACES = {
     "one GPU": (HERE, HERE, {}),
     "two GPUs": ("last", HERE, {}),
@@ -80,6 +86,8 @@ PLACES = {
     "host with a device to GPU": ("cpu", HERE, {"device": HERE}),
     "GPU to host": (HERE, "cpu", {}),
     "snapshots in the host": (HERE, HERE, {"retention": "snapshot", "snapshot_place": "host"}),
+    "behind the trainer": (HERE, HERE, {"retention": "snapshot", "snapshot_async": True}),
+    "into the host behind the trainer": (HERE, HERE, BEHIND),
 }
 
 
@@ -140,6 +148,43 @@ def test_every_way_of_keeping_and_receiving(job, sources, retention, into):
             if retention == "snapshot":
                 for source in started:
                     source.does("scribble")
+            engine.refit(exactly=version, timeout_s=60)
+            assert same(parameters, values(layout, version))
+
+
+@pytest.mark.parametrize("place", ["with_weights", "host"])
+@pytest.mark.parametrize("source", ["hf", "megatron:tp=2", "fsdp:dp=2,dtype=f32"])
+def test_the_copy_of_a_snapshot_makes_the_sums_of_readers_that_are_known(
+    job, sources, source, place
+):
+    started = sources(source, retention="snapshot", snapshot_place=place)
+    with contextlib.ExitStack() as open_engines:
+        engines = []
+        for rank, layout in enumerate(layouts_of("vllm:tp=2")):
+            parameters = zeros(layout, HERE)
+            engine = transfuse.Receiver(layout, parameters, name=f"engine{rank}", job=job)
+            engines.append((layout, parameters, open_engines.enter_context(engine)))
+        for version in (1, 2, 3, 4):
+            publish(started, version)
+            for layout, parameters, engine in engines:
+                report = engine.refit(exactly=version, timeout_s=60)
+                assert report.verified_bytes == report.size_bytes > 0
+                assert not report.steps
+                assert same(parameters, values(layout, version))
+
+
+def test_a_step_waits_for_the_copy_behind_the_trainer_and_readers_get_what_was_published(
+    job, sources
+):
+    elements = 64 * MIB  # 128 MiB: 64 ms
+    (source,) = sources(elements=elements, **BEHIND)
+    layout = layouts_of("", elements)[0]
+    parameters = zeros(layout, HERE)
+    with transfuse.Receiver(layout, parameters, name="engine0", job=job) as engine:
+        for version in (1, 3):
+            source.does("publish", version=version)
+            waited = source.does("spoil", version=version + 1)
+            assert waited["copy_waited_us"] > 0
             engine.refit(exactly=version, timeout_s=60)
             assert same(parameters, values(layout, version))
 

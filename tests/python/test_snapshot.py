@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 import transfuse
-from transfuse import Retention, VersionState, WhenLeased, hf, torch_optimizer
+from transfuse import Retention, SnapshotState, VersionState, WhenLeased, hf, torch_optimizer
 
 
 def module(seed=0):
@@ -133,6 +133,95 @@ def test_optimizer_steps_do_not_wait_for_a_reader(job):
     assert same(values(source), target)
 
 
+SLOW = {"snapshot_async": True, "snapshot_gigabytes_per_second": 0.0002}  # 37 KB: 0.2 s
+
+
+def test_training_goes_on_while_a_version_is_copied_and_the_next_write_waits(job):
+    source, target = module(), module(seed=1)
+    with publisher(source, job, **SLOW) as trainer, receiver(target, job) as engine:
+        assert trainer.snapshot.state is SnapshotState.NONE
+        for version in (1, 2):
+            trainer.begin_write(version)
+            fill(source)
+            assert trainer.publish(version).copying
+            assert trainer.snapshot.state is SnapshotState.COPYING
+            assert trainer.version == version - 1
+            source(torch.randn(2, 64)).sum().backward()  # reads the weights
+            assert trainer.begin_write(version + 1).copy_waited_us > 0
+            assert trainer.snapshot.state is SnapshotState.PUBLISHED
+            published = values(source)
+            fill(source)
+            engine.refit(exactly=version, timeout_s=30)
+            assert same(published, target)
+            trainer.abort_write("the next one begins anew")
+
+
+def test_waiting_for_a_version_that_is_copied(job):
+    source, target = module(), module(seed=1)
+    with publisher(source, job, **SLOW) as trainer, receiver(target, job) as engine:
+        assert trainer.wait_published().state is SnapshotState.NONE
+        with trainer.write(1):
+            fill(source)
+        with pytest.raises(transfuse.DeadlineExceededError, match="version 1 .* being copied"):
+            trainer.wait_published(timeout_s=0.01)
+        done = trainer.wait_published(timeout_s=30)
+        assert (done.state, done.version) == (SnapshotState.PUBLISHED, 1)
+        assert done.copied_bytes == done.size_bytes
+        engine.refit(timeout_s=30)
+        assert same(values(source), target)
+
+
+def test_a_version_that_is_given_up_while_it_is_copied_is_never_seen(job):
+    source, target = module(), module(seed=1)
+    with publisher(source, job, **SLOW) as trainer, receiver(target, job) as engine:
+        with trainer.write(1):
+            fill(source)
+        trainer.abort_write("a better one comes at once")
+        with trainer.write(2):
+            fill(source)
+        engine.refit(timeout_s=30)
+        assert engine.version == 2
+        states = {v.version: v.state for v in transfuse.Control(job=job).versions("model")}
+        assert states[1] is VersionState.ABORTED
+
+
+def test_optimizer_steps_wait_for_the_copy_and_every_version_is_whole(job):
+    source, target = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+    optimizer = torch.optim.SGD(source.parameters(), lr=0.01)
+    with publisher(source, job, **SLOW) as trainer, receiver(target, job) as engine:
+        with torch_optimizer.attach(optimizer, trainer) as attached:
+            for version in (1, 2, 3):
+                optimizer.zero_grad()
+                source(torch.randn(3, 64)).square().sum().backward()
+                optimizer.step()
+                assert attached.version == version
+                engine.refit(exactly=version, timeout_s=30)
+                assert same(values(source), target)
+
+
+def test_an_optimizer_says_before_the_next_step_what_it_could_not_publish_and_goes_on(job):
+    source, target = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(source.parameters(), lr=0.01)
+    with publisher(source, job, compute_revision=True, snapshot_async=True) as trainer:
+        with torch_optimizer.attach(optimizer, trainer) as attached:
+            attached.publish_now()
+            trainer.wait_published()
+            trainer.begin_write(2)
+            trainer.publish(2, revision="0" * 31 + "1")  # fails behind the trainer
+        with torch_optimizer.attach(optimizer, trainer) as attached:
+            with pytest.raises(transfuse.FingerprintMismatchError, match="version 2 of publisher"):
+                optimizer.step()
+            assert trainer.snapshot.state is SnapshotState.NONE
+            source(torch.randn(3, 8)).sum().backward()
+            optimizer.step()
+            assert attached.version == 3
+            states = {v.version: v.state for v in transfuse.Control(job=job).versions("model")}
+            assert states[2] is VersionState.ABORTED
+            with receiver(target, job) as engine:
+                engine.refit(exactly=3, timeout_s=30)
+                assert same(values(source), target)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -140,6 +229,7 @@ def test_optimizer_steps_do_not_wait_for_a_reader(job):
         ({"when_leased": "never"}, "skip"),
         ({"snapshot_slots": 0}, "snapshot_slots"),
         ({"snapshot_slots": 64}, "63"),
+        ({"retention": "in_place", "snapshot_slots": 0, "snapshot_async": True}, "snapshot_async"),
     ],
 )
 def test_options_that_cannot_be_are_refused(job, options, words):
