@@ -286,5 +286,24 @@ TEST_F(DeviceSession, VerifiesWhatItHolds) {
   expect_refit(engine, 2);
 }
 
+TEST_F(DeviceSession, AnEngineThatSleepsIsNotComparedAndNotTouched) {
+  start_trainers(device_, "fsdp:dp=2,dtype=bf16");
+  PretendDevice asleep(value_or_fail(open_local_transport(), "transport"));
+  Engine engine(asleep, *control_, layouts("vllm:tp=1")[0]);
+  publish(1);
+  expect_refit(engine, 1);
+  asleep.sleep(true);
+  auto report = verify_model(device_, *control_, "model", Deadline::after_ms(1000));
+  ASSERT_TRUE(report) << report.error().to_string();
+  ASSERT_EQ(report->targets.size(), 1U);
+  EXPECT_FALSE(report->targets[0].not_compared.empty());
+  asleep.sleep(false);
+  publish(2);
+  expect_refit(engine, 2);
+  report = verify_model(device_, *control_, "model", Deadline::after_ms(10000));
+  ASSERT_TRUE(report) << report.error().to_string();
+  EXPECT_TRUE(report->matches()) << report->to_text();
+}
+
 }  // namespace
 }  // namespace transfuse

@@ -32,6 +32,8 @@ class PretendDevice final : public Transport {
   uint64_t own_requests() const { return own_requests_; }
   // Allocations on the device that are still allowed.
   void set_room(uint64_t allocations) { room_ = allocations; }
+  // While it sleeps nothing is mapped at registered memory: no request may touch the device.
+  void sleep(bool asleep) { asleep_ = asleep; }
   // The next request within the device fails.
   void fail_next() { fail_next_ = true; }
   // The first byte that the next request within the device writes is wrong afterwards.
@@ -60,11 +62,11 @@ class PretendDevice final : public Transport {
     }
     --room_;
     TRANSFUSE_ASSIGN_OR_RETURN(auto region, inside_->allocate(size_bytes));
-    return wrap(std::move(region));
+    return std::unique_ptr<LocalRegion>(std::make_unique<DeviceRegion>(*this, std::move(region)));
   }
   Result<std::unique_ptr<LocalRegion>> register_memory(std::span<std::byte> memory) override {
     TRANSFUSE_ASSIGN_OR_RETURN(auto region, inside_->register_memory(memory));
-    return wrap(std::move(region));
+    return std::unique_ptr<LocalRegion>(std::make_unique<DeviceRegion>(*this, std::move(region)));
   }
   Result<std::string> endpoint() override { return inside_->endpoint(); }
   Result<std::unique_ptr<Peer>> connect(std::string_view endpoint, std::string_view token,
@@ -133,15 +135,21 @@ class PretendDevice final : public Transport {
  private:
   class DeviceRegion final : public LocalRegion {
    public:
-    explicit DeviceRegion(std::unique_ptr<LocalRegion> inside) : inside_(std::move(inside)) {}
+    DeviceRegion(const PretendDevice& device, std::unique_ptr<LocalRegion> inside)
+        : device_(device), inside_(std::move(inside)) {}
     std::span<std::byte> bytes() const override { return inside_->bytes(); }
     RegionDescriptor descriptor() const override {
       RegionDescriptor descriptor = inside_->descriptor();
       descriptor.place = MemoryPlace::kDevice;
       return descriptor;
     }
+    Result<void> refresh() override {
+      if (!device_.asleep_) return {};
+      return Error{ErrorCode::kUnavailable, "nothing is mapped there now"};
+    }
 
    private:
+    const PretendDevice& device_;
     std::unique_ptr<LocalRegion> inside_;
   };
   class JoiningRegion final : public RemoteRegion {
@@ -175,13 +183,11 @@ class PretendDevice final : public Transport {
     bool joins_requests() const override { return true; }
   };
 
-  static Result<std::unique_ptr<LocalRegion>> wrap(std::unique_ptr<LocalRegion> region) {
-    return std::unique_ptr<LocalRegion>(std::make_unique<DeviceRegion>(std::move(region)));
-  }
   static const RemoteRegion* inside(const RemoteRegion* region) {
     return region == nullptr ? nullptr : static_cast<const JoiningRegion*>(region)->inside();
   }
   Result<void> copy_own(const ReadRequest& request) {
+    TRANSFUSE_CHECK(!asleep_);
     if (fail_next_.exchange(false)) return Error{ErrorCode::kUnavailable, "the device is lost"};
     for (size_t i = 0; i < request.copies.size(); ++i) {
       const StridedCopy& copy = request.copies[i];
@@ -218,6 +224,7 @@ class PretendDevice final : public Transport {
   std::atomic<uint64_t> joined_{0};
   std::atomic<uint64_t> own_requests_{0};
   std::atomic<uint64_t> room_{UINT64_MAX};
+  std::atomic<bool> asleep_{false};
   std::atomic<bool> fail_next_{false};
   std::atomic<bool> holding_{false};
   std::atomic<bool> spoil_next_{false};

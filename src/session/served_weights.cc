@@ -478,6 +478,9 @@ Result<void> ServedWeights::sum_chunks(const Table& table, uint32_t slot,
   for (StridedCopy& copy : on_device_copies) {
     if (is_scaled(copy.op)) copy.scales = &*next_scales++;
   }
+  // An engine that sleeps can be asked all the same; a kernel that meets a hole loses the context.
+  const bool weights = slot == 0 && !on_device_copies.empty();
+  if (weights) TRANSFUSE_RETURN_IF_ERROR(memory_.refresh());
   std::vector<uint64_t> results(summed.size());
   TRANSFUSE_RETURN_IF_ERROR(run_on_device(transport_, on_device_copies, results));
   for (size_t i = 0; i < summed.size(); ++i) sums[summed[i]] = results[i];
