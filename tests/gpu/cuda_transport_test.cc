@@ -198,6 +198,48 @@ TEST_F(CudaTransportTest, ReadsOfTheHostIntoTheDeviceAndBackAreStaged) {
   EXPECT_EQ(back, expected);
 }
 
+TEST_F(CudaTransportTest, MemoryOfTheHostThatIsMappedIsPinnedAndReadByTheDevice) {
+  constexpr uint32_t kRows = 1031;
+  constexpr uint32_t kColumns = 2004;
+  const std::vector<std::byte> floats = pattern(uint64_t{kRows} * kColumns * 4, 8);
+  auto served = transport_->allocate(floats.size()).value();
+  std::ranges::copy(floats, served->bytes().begin());
+  const auto connection = transport_->connect(transport_->endpoint().value(), "", soon()).value();
+  const auto region = connection->open_region(served->descriptor(), soon()).value();
+  EXPECT_FALSE(region->joins_requests());
+  region->expect_reads(MemoryPlace::kHost);
+  EXPECT_FALSE(region->joins_requests());
+  region->expect_reads(MemoryPlace::kDevice);
+  ASSERT_TRUE(region->joins_requests());
+  EXPECT_EQ(region->route(), "memfd, pinned");
+
+  // A cast by the kernel; a whole piece by the copy engines, summed where it has landed.
+  std::vector<std::byte> expected(floats.size() / 2);
+  std::vector<uint64_t> sums;
+  for (const StridedCopy& copy : strided_casts(expected.data(), kRows, kColumns)) {
+    sums.push_back(run_copy(copy, floats.data() + copy.source_offset_bytes));
+  }
+  copy_fence();
+  target_ = cuda::Memory::allocate(*device_, cuda::MemoryKind::kDevice, expected.size()).value();
+  std::vector<uint64_t> found(2);
+  ASSERT_TRUE(read(*region, strided_casts(target_.as<std::byte>(), kRows, kColumns), found));
+  EXPECT_EQ(found, sums);
+  EXPECT_EQ(held(), expected);
+  const auto copies = whole(floats.size(), uint32_t{3} << 20, true);
+  found.assign(copies.size(), 0);
+  ASSERT_TRUE(read(*region, copies, found));
+  EXPECT_TRUE(held() == floats);
+  for (size_t i = 0; i < copies.size(); ++i) {
+    EXPECT_EQ(found[i], sum_copy(copies[i], floats.data() + copies[i].source_offset_bytes));
+  }
+  // Into the host it goes as before.
+  std::vector<std::byte> back(floats.size());
+  StridedCopy plain = copies[0];
+  plain.target = back.data();
+  ASSERT_TRUE(read(*region, {&plain, 1}));
+  EXPECT_TRUE(std::equal(back.begin(), back.begin() + plain.count[2], floats.begin()));
+}
+
 // A matrix in blocks of 128x128 that share a scale, in a dtype on one side and fp8 on the other.
 struct ScaledMatrix {
   static constexpr uint32_t kRows = 4100;

@@ -80,6 +80,7 @@ class Everything {
     }
     all.push_back({"host to device", [&] { return stage(true); }});
     all.push_back({"device to host", [&] { return stage(false); }});
+    all.push_back({"pinned host to device", [&] { return read_pinned(); }});
     all.push_back({"fp8", [&] { return quantise(); }});
     return all;
   }
@@ -154,6 +155,14 @@ class Everything {
     TRANSFUSE_ASSIGN_OR_RETURN(
         const auto region,
         own_peer_->open_region((to_device ? in_host_ : slot_)->descriptor(), soon()));
+    return read(*region, {&copy, 1});
+  }
+  // Where nothing can be pinned, or no longer, the read is staged.
+  Result<void> read_pinned() {
+    TRANSFUSE_ASSIGN_OR_RETURN(const auto region,
+                               own_peer_->open_region(in_host_->descriptor(), soon()));
+    region->expect_reads(MemoryPlace::kDevice);
+    const StridedCopy copy = piece(0, slot_->bytes().data(), 2 * kMiB);
     return read(*region, {&copy, 1});
   }
   Result<void> quantise() {
