@@ -32,7 +32,6 @@ struct Backend {
   bool process = false;        // peers are processes of their own
   std::string peer_backend{};  // where it is another one
   bool targets_in_host = false;
-  bool staged = false;  // reads go from host to device or back
 
   const std::string& of_peers() const { return peer_backend.empty() ? backend : peer_backend; }
   std::string of_targets() const { return targets_in_host ? "shm" : backend; }
