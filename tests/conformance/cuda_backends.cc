@@ -23,8 +23,8 @@ namespace {
 // Peers are processes: no process opens its own memory by CUDA IPC.
 const Backend kOneGpu = {"CudaOneGpu", "cuda:0", true};
 const Backend kTwoGpus = {"CudaTwoGpus", "cuda:0", true, "cuda:1"};
-const Backend kFromHost = {"CudaFromHost", "cuda:0", true, "shm", false, true};
-const Backend kIntoHost = {"CudaIntoHost", "cuda:0", true, "cuda:0", true, true};
+const Backend kFromHost = {"CudaFromHost", "cuda:0", true, "shm"};
+const Backend kIntoHost = {"CudaIntoHost", "cuda:0", true, "cuda:0", true};
 
 int ordinal_of(const std::string& backend) { return std::stoi(backend.substr(5)); }
 
