@@ -31,6 +31,7 @@
 #include "transport/cuda/driver.h"
 #include "transport/cuda/offer_board.h"
 #include "transport/cuda/open_transport.h"
+#include "transport/cuda/pace.h"
 #include "transport/cuda/regions.h"
 #include "transport/cuda/staged_reads.h"
 
@@ -60,15 +61,12 @@ constexpr size_t kKeptTables = 64;  // of requests that come again every cycle
 // For so long after a request has begun nobody sleeps: 20 us become 100 in a virtual machine, and a
 // refit of 8 GB takes 20 ms.
 constexpr auto kQuickPolls = std::chrono::milliseconds(30);
-// One multiprocessor reads 8 GB/s of another GPU (H200): half of it leaves room for every pace.
-constexpr double kGigabytesPerMultiprocessor = 4.0;
 constexpr auto kPollPause = std::chrono::microseconds(20);
 
 // A paced launch holds its multiprocessors while it waits: as few as the pace needs.
 uint32_t multiprocessors_for(const CopyLimits& limits) {
   if (limits.multiprocessors > 0 || limits.gigabytes_per_second <= 0) return limits.multiprocessors;
-  return 2 + static_cast<uint32_t>(std::min(limits.gigabytes_per_second, 1e6) /
-                                   kGigabytesPerMultiprocessor);
+  return multiprocessors_of_pace(limits.gigabytes_per_second);
 }
 
 Error scales_on_device() {
@@ -321,8 +319,7 @@ Result<void> CudaTransport::check_sources(const ReadRequest& request, size_t cop
                     distinct_[scale_sources_[copy]]->size_bytes());
 }
 
-// Bounds, and that the targets can be written at all: a kernel that writes
-// elsewhere would take the whole context with it.
+// Bounds, and that the targets can be written: a kernel that cannot loses the whole context.
 Result<void> CudaTransport::check_copies(const ReadRequest& request) const {
   std::span<std::byte> known;
   for (size_t i = 0; i < request.copies.size(); ++i) {

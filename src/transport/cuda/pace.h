@@ -7,6 +7,13 @@
 
 namespace transfuse {
 
+// One multiprocessor reads 8 GB/s of another GPU (H200): half of it leaves room for every pace.
+inline constexpr double kGigabytesPerMultiprocessor = 4.0;
+constexpr uint32_t multiprocessors_of_pace(double gigabytes_per_second) {
+  const double most = gigabytes_per_second < 1e6 ? gigabytes_per_second : 1e6;
+  return 2 + static_cast<uint32_t>(most / kGigabytesPerMultiprocessor);
+}
+
 // A longer wait may be asked for in pieces.
 inline constexpr uint64_t kLongestNapNs = 1000000;
 

@@ -68,5 +68,11 @@ TEST(Grid, ALimitIsOneOfMultiprocessorsNotOfBlocks) {
   EXPECT_EQ(block_count(500, 132), 264U);
 }
 
+TEST(Pace, TakesFewMultiprocessorsAndNeverNone) {
+  EXPECT_EQ(multiprocessors_of_pace(0.01), 2U);
+  EXPECT_EQ(multiprocessors_of_pace(100), 27U);
+  EXPECT_EQ(multiprocessors_of_pace(1e300), multiprocessors_of_pace(1e6));
+}
+
 }  // namespace
 }  // namespace transfuse
