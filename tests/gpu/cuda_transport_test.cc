@@ -463,6 +463,17 @@ TEST_F(CudaTransportTest, ATargetThatTheKernelCannotWriteIsRefused) {
   const auto refused = transport_->submit({.region = opened.get(), .copies = copies});
   ASSERT_FALSE(refused);
   EXPECT_EQ(refused.error().code, ErrorCode::kUnsupported) << refused.error().to_string();
+  // Nor where it cannot write the scales.
+  const BlockScales scales{.target = in_host.data(), .stride = {1, 1}};
+  StridedCopy fp8{.target = target_.as<std::byte>(),
+                  .count = {1, 4, 16},
+                  .op = ElementOp::kF32ToE4M3,
+                  .source_stride = {0, 16, 1},
+                  .target_stride = {0, 16, 1},
+                  .scales = &scales};
+  const auto unscaled = transport_->submit({.region = opened.get(), .copies = {&fp8, 1}});
+  ASSERT_FALSE(unscaled);
+  EXPECT_EQ(unscaled.error().code, ErrorCode::kUnsupported) << unscaled.error().to_string();
 }
 
 TEST_F(CudaTransportTest, ABadOfferIsRefused) {

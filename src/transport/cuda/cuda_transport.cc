@@ -322,24 +322,14 @@ Result<void> CudaTransport::check_sources(const ReadRequest& request, size_t cop
 // Bounds, and that the targets can be written: a kernel that cannot loses the whole context.
 Result<void> CudaTransport::check_copies(const ReadRequest& request) const {
   std::span<std::byte> known;
+  std::span<std::byte> known_scales;
   for (size_t i = 0; i < request.copies.size(); ++i) {
     const StridedCopy& copy = request.copies[i];
     TRANSFUSE_RETURN_IF_ERROR(check_sources(request, i));
-    const std::byte* const target = copy.target;
-    if (target == nullptr ||
-        (!known.empty() && target >= known.data() && target < known.data() + known.size())) {
-      continue;
-    }
-    TRANSFUSE_ASSIGN_OR_RETURN(const Device* device, core_->devices->device_of({target, 1}));
-    if (device == nullptr || device->uuid() != core_->device->uuid()) {
-      return Error{
-          ErrorCode::kUnsupported,
-          fmt::format(
-              "the target at {} lies {}, this transport writes device {}", fmt::ptr(target),
-              device == nullptr ? "in the host" : fmt::format("on device {}", device->ordinal()),
-              core_->device->ordinal())};
-    }
-    known = core_->devices->allocation_of(target);
+    TRANSFUSE_RETURN_IF_ERROR(core_->devices->check_target(*core_->device, copy.target, known));
+    if (copy.scales == nullptr || !quantizes(copy.op)) continue;
+    TRANSFUSE_RETURN_IF_ERROR(
+        core_->devices->check_target(*core_->device, copy.scales->target, known_scales));
   }
   return {};
 }

@@ -118,6 +118,24 @@ Result<const Device*> Devices::device_of(std::span<const std::byte> memory) {
   return device_locked(ordinal);
 }
 
+Result<void> Devices::check_target(const Device& device, const std::byte* target,
+                                   std::span<std::byte>& known) {
+  const bool inside =
+      !known.empty() && target >= known.data() && target < known.data() + known.size();
+  if (target == nullptr || inside) return {};
+  TRANSFUSE_ASSIGN_OR_RETURN(const Device* found, device_of({target, 1}));
+  if (found == nullptr || found->uuid() != device.uuid()) {
+    return Error{
+        ErrorCode::kUnsupported,
+        fmt::format(
+            "the target at {} lies {}, this transport writes device {}", fmt::ptr(target),
+            found == nullptr ? "in the host" : fmt::format("on device {}", found->ordinal()),
+            device.ordinal())};
+  }
+  known = allocation_of(target);
+  return {};
+}
+
 Result<std::optional<CUdeviceptr>> Devices::own_address(const MemoryOffer& offer,
                                                         const Device& owner,
                                                         OpenedMemory::Way way) {

@@ -72,6 +72,10 @@ class Devices {
   // nullptr: `memory` is of the host. kUnsupported names what it is that cannot be read by others
   // (managed memory) and the remedy. kUnavailable: reserved for a device, but not mapped now.
   Result<const Device*> device_of(std::span<const std::byte> memory) EXCLUDES(mutex_);
+  // That `device` writes at `target` (nullptr: nowhere), else kUnsupported. `known` is what was
+  // found last, and is when it returns; empty before the first.
+  Result<void> check_target(const Device& device, const std::byte* target,
+                            std::span<std::byte>& known) EXCLUDES(mutex_);
   // The same memory is opened once for each reader; `give` is asked for its handles, if it has any.
   // kNotFound: `place`, where the offer was read, says another one by now. kUnsupported: the GPU is
   // not visible here, or the reader cannot reach it.
