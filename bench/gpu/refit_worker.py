@@ -71,7 +71,7 @@ class Worker:
         readers map.
         """
         self.free()
-        self._device = device
+        self._device = device if place == "cpu" else None
         self._mapped = arena and place == "cpu"
         parsed = transfuse.parse_model_config(config)
         self._layout = transfuse.make_layout(parsed, transfuse.parse_parallel_spec(spec), rank)
