@@ -160,6 +160,11 @@ TEST_F(Group, RefitOfAHealthyRankWaitsForTheNextRoundOfTheOthers) {
   trainer_->publish(2);
   inject(1, Fault::kLie, 100000);
   auto healthy = refit(0, 20000);
+  const Deadline voted_by = soon();
+  while (receiver(0).staged().state != StageState::kReady) {
+    ASSERT_FALSE(voted_by.passed());
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
   auto failed = refit(1, 2000).get();
   ASSERT_FALSE(failed);
   expect_held(1, 1);
