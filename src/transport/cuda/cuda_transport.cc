@@ -71,6 +71,10 @@ uint32_t multiprocessors_for(const CopyLimits& limits) {
                                    kGigabytesPerMultiprocessor);
 }
 
+Error joins_none() {
+  return {ErrorCode::kInvalidArgument, "a request that joins regions reads one that does not join"};
+}
+
 Error scales_on_device() {
   return {ErrorCode::kInvalidArgument, "a read of memory of the host finds its scales on a device"};
 }
@@ -141,6 +145,7 @@ class CudaTransport final : public Transport, private CudaTickets {
   // Copies that were made ready for one request.
   struct Prepared {
     CopyKey key;
+    std::vector<uint64_t> source_bytes;  // of the regions that its copies were checked against
     PreparedCopies copies;
     bool busy = false;
   };
@@ -216,6 +221,7 @@ class CudaTransport final : public Transport, private CudaTickets {
   std::vector<uint32_t> sources_ GUARDED_BY(mutex_);        // per copy: index into distinct_
   std::vector<uint32_t> scale_sources_ GUARDED_BY(mutex_);  // likewise, of the scales it reads
   std::vector<CUdeviceptr> bases_ GUARDED_BY(mutex_);
+  std::vector<uint64_t> source_bytes_ GUARDED_BY(mutex_);
 };
 
 Result<std::unique_ptr<LocalRegion>> CudaTransport::register_as(std::span<std::byte> memory,
@@ -271,10 +277,7 @@ Result<uint32_t> CudaTransport::number_of(const RemoteRegion* region_of_peer) {
   const CudaRemoteRegion* const region = ours(region_of_peer);
   if (region == nullptr) return not_ours();
   if (region->request == requests_) return region->number;
-  if (!region->on_device()) {
-    return Error{ErrorCode::kInvalidArgument,
-                 "a request that joins regions reads one that does not join"};
-  }
+  if (!region->on_device()) return joins_none();
   // What was read before other memory was mapped is the generation's to judge; until the region is
   // closed the physical memory stays, so that no read meets a hole.
   if (!region->current()) {
@@ -286,6 +289,7 @@ Result<uint32_t> CudaTransport::number_of(const RemoteRegion* region_of_peer) {
   region->number = static_cast<uint32_t>(distinct_.size());
   distinct_.push_back(region);
   bases_.push_back(region->address());
+  source_bytes_.push_back(region->size_bytes());
   return region->number;
 }
 
@@ -294,6 +298,7 @@ Result<void> CudaTransport::number_sources(const ReadRequest& request) {
   ++requests_;
   distinct_.clear();
   bases_.clear();
+  source_bytes_.clear();
   sources_.resize(request.copies.size());
   scale_sources_.resize(request.copies.size());
   const RemoteRegion* last = nullptr;
@@ -347,14 +352,16 @@ Result<void> CudaTransport::check_copies(const ReadRequest& request) const {
   return {};
 }
 
-// What was kept for the same copies, or copies made ready now.
+// What was kept for the same copies of regions of the same sizes, which were checked then, or
+// copies made ready now.
 Result<CudaTransport::Prepared*> CudaTransport::prepare(const ReadRequest& request) {
   const bool sums = !request.fingerprints.empty();
   const bool engines = std::ranges::all_of(distinct_, &CudaRemoteRegion::is_elsewhere);
   CopyKey key = cuda::key_of(request.copies, sources_, scale_sources_, sums);
   key.high ^= engines ? 1 : 0;
-  const auto found = std::ranges::find_if(
-      kept_, [&](const auto& prepared) { return prepared->key == key && !prepared->busy; });
+  const auto found = std::ranges::find_if(kept_, [&](const auto& kept) {
+    return kept->key == key && kept->source_bytes == source_bytes_ && !kept->busy;
+  });
   if (found != kept_.end()) {
     std::rotate(found, found + 1, kept_.end());
     return kept_.back().get();
@@ -371,7 +378,8 @@ Result<CudaTransport::Prepared*> CudaTransport::prepare(const ReadRequest& reque
     const auto idle = std::ranges::find_if(kept_, [](const auto& old) { return !old->busy; });
     if (idle != kept_.end()) kept_.erase(idle);
   }
-  kept_.push_back(std::make_unique<Prepared>(Prepared{.key = key, .copies = std::move(copies)}));
+  kept_.push_back(std::make_unique<Prepared>(
+      Prepared{.key = key, .source_bytes = source_bytes_, .copies = std::move(copies)}));
   return kept_.back().get();
 }
 
@@ -399,6 +407,7 @@ Result<TicketId> CudaTransport::submit(const ReadRequest& request) {
       inner.scale_region = scales->host();
       if (inner.scale_region == nullptr) return scales_on_device();
     }
+    if (!request.regions.empty()) return joins_none();
     return core_->host->submit(inner);
   }
   const MutexLock lock(mutex_);
@@ -432,7 +441,11 @@ Result<void> CudaTransport::start(Ticket& ticket, const CopyLimits& limits) {
                .multiprocessors = multiprocessors_for(limits),
                .gigabytes_per_second = limits.gigabytes_per_second}));
   const Current current = core_->device->use();
-  return TRANSFUSE_CUDA(core_->device->driver(), cuEventRecord, ticket.done.get(), stream_.get());
+  const cuda::Driver& driver = core_->device->driver();
+  auto recorded = TRANSFUSE_CUDA(driver, cuEventRecord, ticket.done.get(), stream_.get());
+  // Nobody waits for a ticket that was not given out.
+  if (!recorded) (void)driver.cuStreamSynchronize(stream_.get());
+  return recorded;
 }
 
 Result<TicketId> CudaTransport::submit_staged(const ReadRequest& request) {
@@ -442,6 +455,7 @@ Result<TicketId> CudaTransport::submit_staged(const ReadRequest& request) {
   read->gigabytes_per_second = request.limits.gigabytes_per_second;
   const auto* region = static_cast<const CudaRemoteRegion*>(request.region);
   if (region->host() != nullptr) {
+    if (!request.regions.empty()) return joins_none();
     read->host_region = region->host();
     distinct_.assign(1, region);
     sources_.assign(request.copies.size(), 0);
