@@ -421,6 +421,23 @@ TEST_F(CudaTransportTest, I13_TheSameCopiesOfASmallerRegionAreRefused) {
   ASSERT_TRUE(read(*opened, copies));
 }
 
+TEST_F(CudaTransportTest, ATicketThatHasLandedKnowsItsBytesWhenManyOthersHaveComeAndGone) {
+  const auto own = transport_->own_memory().value();
+  constexpr uint64_t kSize = 4096;
+  const auto source = transport_->allocate_on_device(kSize).value();
+  auto copies = whole(kSize, kSize, false);
+  copies[0].source_offset_bytes = reinterpret_cast<uint64_t>(source->bytes().data());
+  const TicketId landed = transport_->submit({.region = own, .copies = copies}).value();
+  ASSERT_TRUE(transport_->wait_any({&landed, 1}, soon()));
+  for (uint32_t size = 1; size <= 200; ++size) {
+    StridedCopy other = copies[0];
+    other.count[2] = size;
+    ASSERT_TRUE(read(*own, {&other, 1}));
+  }
+  EXPECT_EQ(transport_->progress_bytes(landed), kSize);
+  EXPECT_TRUE(transport_->finish(landed));
+}
+
 TEST_F(CudaTransportTest, TheSameCopiesWithARegionOfScalesThatNoneReadsAreAnotherRequest) {
   const auto connection = transport_->connect(transport_->endpoint().value(), "", soon()).value();
   const auto numbers = transport_->allocate_on_device(1 << 20).value();
