@@ -115,10 +115,12 @@ class Member {
     return Native::open(session.transport(), *control, layout, memory, options);
   }
   void release() {
+    // Taken away while no other thread of Python can be inside: some things may be asked from any.
+    std::unique_ptr<Native> ended = std::move(native_);
     {
       const nb::gil_scoped_release unlocked;
       thread_.reset();
-      native_.reset();
+      ended.reset();
     }
     ground_.reset();
   }
@@ -141,6 +143,22 @@ SessionOptions session_options(std::string job, std::optional<std::string> addre
           .device = device};
 }
 
+// What `wait(deadline)` returns, asked in slices: Ctrl-C ends the wait, and what it waits for goes
+// on. `goes_on()`: whether that has not ended.
+template <typename Wait, typename GoesOn>
+auto wait_in_slices(OperationThread& thread, int64_t timeout_ms, Wait wait, GoesOn goes_on) {
+  const Deadline deadline = Deadline::after_ms(timeout_ms);
+  while (true) {
+    const Deadline slice = deadline.earlier(Deadline::after_ms(kWaitSliceMs));
+    const auto wait_a_slice = [wait, slice] { return wait(slice); };
+    auto progress = thread.run(wait_a_slice);
+    const bool late = !progress && progress.error().code == ErrorCode::kDeadlineExceeded;
+    if (!late || deadline.passed()) return take(std::move(progress));
+    // It may have ended after the wait did: how, another wait says at once.
+    if (!goes_on()) return take(thread.run(wait_a_slice));
+  }
+}
+
 class PythonPublisher : public Member<Publisher> {
  public:
   using Member::Member;
@@ -156,16 +174,12 @@ class PythonPublisher : public Member<Publisher> {
     return take(
         thread().run([&publisher, version, words] { return publisher.publish(version, words); }));
   }
-  // In slices: Ctrl-C ends the wait, and the copy goes on.
   SnapshotProgress wait_published(int64_t timeout_ms) {
     Publisher& publisher = native();
-    const Deadline deadline = Deadline::after_ms(timeout_ms);
-    while (true) {
-      const Deadline slice = deadline.earlier(Deadline::after_ms(kWaitSliceMs));
-      auto progress = thread().run([&publisher, slice] { return publisher.wait_published(slice); });
-      const bool copying = !progress && publisher.snapshot().state == SnapshotState::kCopying;
-      if (!copying || deadline.passed()) return take(std::move(progress));
-    }
+    return wait_in_slices(
+        thread(), timeout_ms,
+        [&publisher](Deadline slice) { return publisher.wait_published(slice); },
+        [&publisher] { return publisher.snapshot().state == SnapshotState::kCopying; });
   }
   void set_retention(Retention retention) {
     Publisher& publisher = native();
@@ -200,16 +214,11 @@ class PythonReceiver : public Member<Receiver> {
       return receiver.stage(request, Deadline::after_ms(timeout_ms), options);
     }));
   }
-  // In slices: Ctrl-C ends the wait, and the stage goes on.
   StageProgress wait_staged(int64_t timeout_ms) {
     Receiver& receiver = native();
-    const Deadline deadline = Deadline::after_ms(timeout_ms);
-    while (true) {
-      const Deadline slice = deadline.earlier(Deadline::after_ms(kWaitSliceMs));
-      auto progress = thread().run([&receiver, slice] { return receiver.wait_staged(slice); });
-      const bool moving = !progress && receiver.staged().state == StageState::kMoving;
-      if (!moving || deadline.passed()) return take(std::move(progress));
-    }
+    return wait_in_slices(
+        thread(), timeout_ms, [&receiver](Deadline slice) { return receiver.wait_staged(slice); },
+        [&receiver] { return receiver.staged().state == StageState::kMoving; });
   }
   RefitReport commit(int64_t timeout_ms) {
     Receiver& receiver = native();

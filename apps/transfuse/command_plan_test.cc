@@ -135,11 +135,15 @@ TEST_F(PlanCommand, MemoryOfGpusIsSaidApartFromThatOfTheHost) {
 }
 
 TEST_F(PlanCommand, AReaderAcrossHostAndGpuPinsItsStagingBuffers) {
-  for (const char* places : {"--source-device cuda", "--target-device cuda"}) {
-    ASSERT_EQ(plan(std::string("--from hf --to hf --json ") + places), 0) << output_;
+  constexpr uint64_t kStaging = uint64_t{64} << 20;
+  for (const std::string places : {"--source-device cuda", "--target-device cuda"}) {
+    ASSERT_EQ(plan("--from hf --to hf --json " + places), 0) << output_;
     const auto need = nlohmann::json::parse(output_)["memory"]["targets"][0]["in_place"];
-    EXPECT_EQ(need["host_bytes"].get<uint64_t>(), uint64_t{64} << 20);
-    EXPECT_EQ(need["device_bytes"].get<uint64_t>(), 0u);
+    const auto in_host = need["host_bytes"].get<uint64_t>();
+    EXPECT_GE(in_host, kStaging);
+    EXPECT_LT(in_host, kStaging + kStaging / 4);
+    const bool launches = places == "--target-device cuda";  // over what it has pinned
+    EXPECT_EQ(need["device_bytes"].get<uint64_t>() > 0, launches);
   }
   EXPECT_NE(plan("--from hf --to hf --source-device tpu"), 0) << output_;
   EXPECT_NE(output_.find("--source-device"), std::string::npos) << output_;

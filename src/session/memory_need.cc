@@ -82,9 +82,10 @@ MemoryNeed memory_of_source(const Layout& source, std::span<const Plan* const> p
 MemoryNeed memory_of_target(const Plan& plan, const TargetChoice& choice) {
   MemoryNeed need;
   const bool on_device = choice.weights == MemoryPlace::kDevice;
-  if (choice.weights != choice.sources) {
-    need.host_bytes += kStagingBytes;
-  } else if (on_device) {
+  // A device reads memory of the host by itself where the system pins it, and has it staged where
+  // it does not.
+  if (choice.weights != choice.sources) need.host_bytes += kStagingBytes;
+  if (on_device) {
     for (const Run& run : plan.runs()) {
       need.device_bytes += device_table_bytes(bytes_of(plan, run)) + kDeviceSumBytes;
       need.host_bytes += kDeviceSumBytes;

@@ -47,6 +47,8 @@ class PretendDevice final : public Transport {
     held_.clear();
     changed_.notify_all();
   }
+  // Of the regions that are opened from now on, those of so many bytes do not join.
+  void keep_apart(uint64_t region_bytes) { apart_bytes_ = region_bytes; }
   // Copies with a fingerprint and a target, in requests within the device.
   uint64_t summed_copies() const { return summed_copies_; }
 
@@ -72,7 +74,7 @@ class PretendDevice final : public Transport {
   Result<std::unique_ptr<Peer>> connect(std::string_view endpoint, std::string_view token,
                                         Deadline deadline) override {
     TRANSFUSE_ASSIGN_OR_RETURN(auto peer, inside_->connect(endpoint, token, deadline));
-    return std::unique_ptr<Peer>(std::make_unique<JoiningPeer>(std::move(peer)));
+    return std::unique_ptr<Peer>(std::make_unique<JoiningPeer>(std::move(peer), apart_bytes_));
   }
   Result<const RemoteRegion*> own_memory() override { return &own_; }
 
@@ -154,27 +156,33 @@ class PretendDevice final : public Transport {
   };
   class JoiningRegion final : public RemoteRegion {
    public:
-    explicit JoiningRegion(std::unique_ptr<RemoteRegion> inside) : inside_(std::move(inside)) {}
+    JoiningRegion(std::unique_ptr<RemoteRegion> inside, bool joins)
+        : inside_(std::move(inside)), joins_(joins) {}
     uint64_t size_bytes() const override { return inside_->size_bytes(); }
     std::string_view route() const override { return "pretend"; }
-    bool joins_requests() const override { return true; }
+    bool joins_requests() const override { return joins_; }
     const RemoteRegion* inside() const { return inside_.get(); }
 
    private:
     std::unique_ptr<RemoteRegion> inside_;
+    const bool joins_;
   };
   class JoiningPeer final : public Peer {
    public:
-    explicit JoiningPeer(std::unique_ptr<Peer> inside) : inside_(std::move(inside)) {}
+    JoiningPeer(std::unique_ptr<Peer> inside, const std::atomic<uint64_t>& apart_bytes)
+        : inside_(std::move(inside)), apart_bytes_(apart_bytes) {}
     Result<std::unique_ptr<RemoteRegion>> open_region(const RegionDescriptor& descriptor,
                                                       Deadline deadline) override {
       TRANSFUSE_ASSIGN_OR_RETURN(auto region, inside_->open_region(descriptor, deadline));
-      return std::unique_ptr<RemoteRegion>(std::make_unique<JoiningRegion>(std::move(region)));
+      const bool joins = region->size_bytes() != apart_bytes_;
+      return std::unique_ptr<RemoteRegion>(
+          std::make_unique<JoiningRegion>(std::move(region), joins));
     }
     bool alive() const override { return inside_->alive(); }
 
    private:
     std::unique_ptr<Peer> inside_;
+    const std::atomic<uint64_t>& apart_bytes_;
   };
   class OwnMemory final : public RemoteRegion {
    public:
@@ -204,8 +212,13 @@ class PretendDevice final : public Transport {
   }
   Result<void> read_each(const ReadRequest& request) {
     for (size_t i = 0; i < request.copies.size(); ++i) {
-      const RemoteRegion* scales =
-          request.scale_regions.empty() ? nullptr : inside(request.scale_regions[i]);
+      const RemoteRegion* const of_scales =
+          request.scale_regions.empty() ? nullptr : request.scale_regions[i];
+      if (!request.regions[i]->joins_requests() ||
+          (of_scales != nullptr && !of_scales->joins_requests())) {
+        return Error{ErrorCode::kInvalidArgument, "a region that does not join was joined"};
+      }
+      const RemoteRegion* const scales = inside(of_scales);
       const std::span<uint64_t> sums =
           request.fingerprints.empty() ? request.fingerprints : request.fingerprints.subspan(i, 1);
       TRANSFUSE_ASSIGN_OR_RETURN(const TicketId ticket,
@@ -225,6 +238,7 @@ class PretendDevice final : public Transport {
   std::atomic<uint64_t> own_requests_{0};
   std::atomic<uint64_t> room_{UINT64_MAX};
   std::atomic<bool> asleep_{false};
+  std::atomic<uint64_t> apart_bytes_{UINT64_MAX};
   std::atomic<bool> fail_next_{false};
   std::atomic<bool> holding_{false};
   std::atomic<bool> spoil_next_{false};

@@ -294,6 +294,24 @@ TEST_F(ScaledRefit, OnADeviceFp8AndScalesInTwoRegionsFillATargetInBf16) {
   EXPECT_EQ(numbers_of(wide.parameters), expected);
 }
 
+// A device that reads a region of the host by itself may have to have another one staged.
+TEST_F(ScaledRefit, NumbersWhoseScalesDoNotJoinAreReadByThemselves) {
+  testing::PretendDevice device(open_local_transport().value());
+  const Layout layout = engine_layout();
+  const auto scales = layout.find_parameter("up.weight_scale_inv");
+  ASSERT_TRUE(scales);
+  const ParameterSpec& spec = layout.parameters()[*scales];
+  device.keep_apart(static_cast<uint64_t>(spec.element_count) * dtype_size_bytes(spec.dtype));
+  const Numbers stored = expected_numbers(1);
+  const ScatteredFp8 source(device, *control_, stored);
+  Engine wide(device, *control_, trainer_layout({}), "wide");
+  const auto report = wide.refit();
+  ASSERT_TRUE(report) << report.error().to_string();
+  EXPECT_EQ(report->verified_bytes, report->size_bytes);
+  EXPECT_EQ(device.joined_requests(), 1U) << "of what does join";
+  EXPECT_EQ(numbers_of(wide.parameters), dequantised(stored));
+}
+
 TEST_F(ScaledRefit, FaultsOfTheTransportNeverLeaveWrongNumbersOrScales) {
   const auto transport = value_or_fail(open_faulty_local_transport({}), "faulty transport");
   Trainer trainer(*transport, *control_, trainer_layout({}), "t0", 1);

@@ -102,7 +102,7 @@ void Transfer::gather(const TransferOrder& order, Slot& slot, Deadline limit) {
       fail_link(slot.link, place.error());
       break;
     }
-    if (!place->numbers.region->joins_requests()) continue;
+    if (!place->joins()) continue;
     add(order, slot, run, *place);
     slot.regions.push_back(place->numbers.region);
     slot.scale_regions.push_back(place->scales.region);
@@ -140,7 +140,7 @@ bool Transfer::fill(const TransferOrder& order, Slot& slot) {
       continue;
     }
     const RemoteRegion* const numbers = place->numbers.region;
-    if (numbers->joins_requests()) {
+    if (place->joins()) {
       if (next_ < gathered_to_[link]) {
         ++next_;
         continue;

@@ -76,6 +76,12 @@ class Transfer {
   struct Place {
     SourceLink::Where numbers;
     SourceLink::Where scales{};  // of no region: it reads none
+
+    // Whether it goes into a request that joins regions: all that it reads does.
+    bool joins() const {
+      return numbers.region->joins_requests() &&
+             (scales.region == nullptr || scales.region->joins_requests());
+    }
   };
   Result<Place> place_of(const TransferOrder& order, uint32_t number, Deadline limit) const;
   // Appends the copy of a run.

@@ -447,6 +447,55 @@ TEST_F(CudaTransportTest, OneRequestJoinsRegions) {
   }
 }
 
+// Copies that are ready on the device were checked against the region that they read then.
+TEST_F(CudaTransportTest, I13_TheSameCopiesOfASmallerRegionAreRefused) {
+  const auto connection = transport_->connect(transport_->endpoint().value(), "", soon()).value();
+  constexpr uint64_t kSize = 1 << 20;
+  const auto large = transport_->allocate_on_device(kSize).value();
+  const auto small = transport_->allocate_on_device(kSize / 2).value();
+  const auto opened = connection->open_region(large->descriptor(), soon()).value();
+  const auto smaller = connection->open_region(small->descriptor(), soon()).value();
+  const auto copies = whole(kSize, kSize, false);
+  ASSERT_TRUE(read(*opened, copies));
+  const auto refused = read(*smaller, copies);
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().code, ErrorCode::kCorrupt) << refused.error().to_string();
+  ASSERT_TRUE(read(*opened, copies));
+}
+
+TEST_F(CudaTransportTest, ATicketThatHasLandedKnowsItsBytesWhenManyOthersHaveComeAndGone) {
+  const auto own = transport_->own_memory().value();
+  constexpr uint64_t kSize = 4096;
+  const auto source = transport_->allocate_on_device(kSize).value();
+  auto copies = whole(kSize, kSize, false);
+  copies[0].source_offset_bytes = reinterpret_cast<uint64_t>(source->bytes().data());
+  const TicketId landed = transport_->submit({.region = own, .copies = copies}).value();
+  ASSERT_TRUE(transport_->wait_any({&landed, 1}, soon()));
+  for (uint32_t size = 1; size <= 200; ++size) {
+    StridedCopy other = copies[0];
+    other.count[2] = size;
+    ASSERT_TRUE(read(*own, {&other, 1}));
+  }
+  EXPECT_EQ(transport_->progress_bytes(landed), kSize);
+  EXPECT_TRUE(transport_->finish(landed));
+}
+
+TEST_F(CudaTransportTest, TheSameCopiesWithARegionOfScalesThatNoneReadsAreAnotherRequest) {
+  const auto connection = transport_->connect(transport_->endpoint().value(), "", soon()).value();
+  const auto numbers = transport_->allocate_on_device(1 << 20).value();
+  const auto scales = transport_->allocate_on_device(4096).value();
+  const auto opened = connection->open_region(numbers->descriptor(), soon()).value();
+  const auto of_scales = connection->open_region(scales->descriptor(), soon()).value();
+  const auto copies = whole(1 << 20, 1 << 20, false);
+  for (const RemoteRegion* region : {of_scales.get(), static_cast<RemoteRegion*>(nullptr)}) {
+    const auto ticket =
+        transport_->submit({.region = opened.get(), .copies = copies, .scale_region = region});
+    ASSERT_TRUE(ticket) << ticket.error().to_string();
+    ASSERT_TRUE(transport_->wait_any({&*ticket, 1}, soon()));
+    ASSERT_TRUE(transport_->finish(*ticket));
+  }
+}
+
 TEST_F(CudaTransportTest, ATargetThatTheKernelCannotWriteIsRefused) {
   const auto region = transport_->allocate_on_device(4096).value();
   const auto connection = transport_->connect(transport_->endpoint().value(), "", soon()).value();

@@ -24,6 +24,7 @@
 #include "transfuse/deadline.h"
 #include "transfuse/result.h"
 #include "transfuse/transport.h"
+#include "transport/cuda/copy_engine.h"
 #include "transport/cuda/device.h"
 #include "transport/cuda/devices.h"
 #include "transport/cuda/driver.h"
@@ -274,6 +275,58 @@ TEST_F(ShortMemoryTest, I3_MemoryThatRunsOutAtAnyCallIsAnErrorAndNothingIsLost) 
   EXPECT_GE(free_bytes() + 2 * kMiB, free);
   EXPECT_GT(failures.size(), 20U);
   for (const auto& [what, times] : failures) fmt::print("{} times {}\n", times, what);
+}
+
+// Copies of both engines, any call of whose launch fails: what began before has ended.
+TEST_F(ShortMemoryTest, I11_ALaunchThatFailedHalfwayWritesNothingAfterItsError) {
+  constexpr uint64_t kBytes = 24 * kMiB;
+  const cuda::Memory source =
+      cuda::Memory::allocate(*device_, cuda::MemoryKind::kDevice, kBytes).value();
+  target_ = cuda::Memory::allocate(*device_, cuda::MemoryKind::kDevice, kBytes).value();
+  const std::vector<std::byte> bytes = pattern(kBytes, 6);
+  {
+    const cuda::Current current = device_->use();
+    ASSERT_TRUE(TRANSFUSE_CUDA(device_->driver(), cuMemcpyAsync, source.address(),
+                               reinterpret_cast<CUdeviceptr>(bytes.data()), kBytes, stream_.get()));
+    ASSERT_TRUE(TRANSFUSE_CUDA(device_->driver(), cuStreamSynchronize, stream_.get()));
+  }
+  // The shorter ones are the kernel's.
+  std::vector<StridedCopy> copies;
+  for (uint64_t at = 0; at < kBytes;) {
+    const uint64_t size = at < 8 * kMiB ? 4 * kMiB : kMiB / 2;
+    copies.push_back(piece(at, target_.as<std::byte>() + at, size));
+    at += size;
+  }
+  const std::vector<uint32_t> sources(copies.size(), 0);
+  const std::array<CUdeviceptr, 1> bases = {source.address()};
+  for (const bool engines : {false, true}) {
+    int failures = 0;
+    for (int64_t call = 0;; ++call) {
+      SCOPED_TRACE(fmt::format("call {}", call));
+      ShortDriver driver(device_->driver());
+      const auto device = cuda::Device::open(driver.get(), 0).value();
+      auto prepared = cuda::PreparedCopies::make(*device, copies, sources, 1,
+                                                 {.engines = {.copy_engines = engines}})
+                          .value();
+      const cuda::Stream stream = cuda::Stream::create(*device).value();
+      ASSERT_TRUE(target_.clear());
+      driver.fail_at(call);
+      const auto launched = prepared.launch(bases, {.stream = stream.get()});
+      const std::vector<std::byte> now = held();
+      {
+        const cuda::Current current = device->use();
+        ASSERT_TRUE(TRANSFUSE_CUDA(device->driver(), cuStreamSynchronize, stream.get()));
+      }
+      if (launched) {
+        EXPECT_TRUE(held() == bytes);
+        break;
+      }
+      ++failures;
+      EXPECT_EQ(launched.error().code, ErrorCode::kResourceExhausted);
+      EXPECT_TRUE(held() == now) << driver.failed();
+    }
+    EXPECT_GE(failures, engines ? 5 : 4);  // bases, sums cleared, the launches, sums fetched
+  }
 }
 
 }  // namespace

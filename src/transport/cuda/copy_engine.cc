@@ -210,17 +210,27 @@ Result<void> PreparedCopies::launch(std::span<const CUdeviceptr> bases, const La
     TRANSFUSE_ASSIGN_OR_RETURN(const bool capturing, captured(launch.stream));
     engines = !capturing;
   }
-  TRANSFUSE_RETURN_IF_ERROR(clear_work(launch.stream));
-  if (engines) {
-    if (auto launched = launch_beside_engines(launch); !launched) {
-      pieces_.wait();  // nothing writes after the error was returned
-      return launched;
-    }
-  } else {
-    TRANSFUSE_RETURN_IF_ERROR(launch_items(
-        launch, item_count_, block_count(launch.multiprocessors, device_->multiprocessors())));
+  auto launched = clear_work(launch.stream);
+  if (launched && engines) {
+    launched = launch_beside_engines(launch);
+  } else if (launched) {
+    launched = launch_items(launch, item_count_,
+                            block_count(launch.multiprocessors, device_->multiprocessors()));
   }
-  return fetch_sums(launch.stream);
+  if (launched) launched = fetch_sums(launch.stream);
+  if (!launched) end_all(launch.stream);
+  return launched;
+}
+
+// Nothing reads or writes after an error was returned: nobody would wait for it.
+void PreparedCopies::end_all(CUstream stream) {
+  pieces_.wait();
+  const Driver& driver = device_->driver();
+  if (sum_stream_.get() != nullptr) (void)driver.cuStreamSynchronize(sum_stream_.get());
+  // What is captured does not run.
+  if (const auto capturing = captured(stream); capturing && !*capturing) {
+    (void)driver.cuStreamSynchronize(stream);
+  }
 }
 
 // A leg is summed where it has landed while the next ones are on their way; the kernel leaves room

@@ -56,7 +56,8 @@ class PreparedCopies {
     bool limited() const { return multiprocessors != 0 || gigabytes_per_second != 0; }
   };
   // Puts everything on the stream and returns; allocates nothing, and waits for the stream only
-  // where `bases` are others than before. They are device addresses as this process sees them.
+  // where `bases` are others than before, and before it returns an error of the driver. They are
+  // device addresses as this process sees them.
   // Under a limit, and while the stream is captured, the kernel moves everything: the copy engines
   // know no pace, and as nodes of a graph they are slower than it and keep their addresses.
   // kInvalidArgument for a rate that is none, and for new bases while the stream is captured.
@@ -87,6 +88,7 @@ class PreparedCopies {
   Result<bool> captured(CUstream stream) const;
   Result<void> clear_work(CUstream stream) const;
   Result<void> launch_beside_engines(const Launch& launch);
+  void end_all(CUstream stream);
   // The first `count` of the copies' items by at most `blocks`, and all that is scaled.
   Result<void> launch_items(const Launch& launch, uint32_t count, uint32_t blocks);
   Result<void> launch_sums(size_t leg, CUstream stream);

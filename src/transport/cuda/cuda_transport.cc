@@ -31,8 +31,8 @@
 #include "transport/cuda/driver.h"
 #include "transport/cuda/offer_board.h"
 #include "transport/cuda/open_transport.h"
-#include "transport/cuda/pace.h"
 #include "transport/cuda/regions.h"
+#include "transport/cuda/request_rules.h"
 #include "transport/cuda/staged_reads.h"
 
 namespace transfuse {
@@ -62,16 +62,6 @@ constexpr size_t kKeptTables = 64;  // of requests that come again every cycle
 // refit of 8 GB takes 20 ms.
 constexpr auto kQuickPolls = std::chrono::milliseconds(30);
 constexpr auto kPollPause = std::chrono::microseconds(20);
-
-// A paced launch holds its multiprocessors while it waits: as few as the pace needs.
-uint32_t multiprocessors_for(const CopyLimits& limits) {
-  if (limits.multiprocessors > 0 || limits.gigabytes_per_second <= 0) return limits.multiprocessors;
-  return multiprocessors_of_pace(limits.gigabytes_per_second);
-}
-
-Error scales_on_device() {
-  return {ErrorCode::kInvalidArgument, "a read of memory of the host finds its scales on a device"};
-}
 
 }  // namespace
 
@@ -139,6 +129,7 @@ class CudaTransport final : public Transport, private CudaTickets {
   // Copies that were made ready for one request.
   struct Prepared {
     CopyKey key;
+    std::vector<uint64_t> source_bytes;  // of the regions that its copies were checked against
     PreparedCopies copies;
     bool busy = false;
   };
@@ -150,8 +141,9 @@ class CudaTransport final : public Transport, private CudaTickets {
     std::span<const RemoteRegion* const> scale_regions;
     std::span<const StridedCopy> copies;
     std::span<uint64_t> fingerprints;
-    Prepared* prepared = nullptr;  // null: staged
+    Prepared* prepared = nullptr;  // null: staged; until it has ended, then others may use it
     Event done;                    // of what is prepared
+    uint64_t landed_bytes = 0;     // likewise
     std::unique_ptr<StagedRead> staged;
     bool cancelled = false;
     std::optional<Result<void>> outcome;  // once it has ended
@@ -177,10 +169,6 @@ class CudaTransport final : public Transport, private CudaTickets {
   const CudaRemoteRegion* ours(const RemoteRegion* region) const {
     const auto* found = dynamic_cast<const CudaRemoteRegion*>(region);
     return found != nullptr && found->belongs_to(*this) ? found : nullptr;
-  }
-  static Error not_ours() {
-    return {ErrorCode::kInvalidArgument,
-            "cuda read: expected a region that a peer of this transport opened"};
   }
   Ticket& new_ticket(const ReadRequest& request) REQUIRES(mutex_);
   Result<void> number_sources(const ReadRequest& request) REQUIRES(mutex_);
@@ -214,6 +202,7 @@ class CudaTransport final : public Transport, private CudaTickets {
   std::vector<uint32_t> sources_ GUARDED_BY(mutex_);        // per copy: index into distinct_
   std::vector<uint32_t> scale_sources_ GUARDED_BY(mutex_);  // likewise, of the scales it reads
   std::vector<CUdeviceptr> bases_ GUARDED_BY(mutex_);
+  std::vector<uint64_t> source_bytes_ GUARDED_BY(mutex_);
 };
 
 Result<std::unique_ptr<LocalRegion>> CudaTransport::register_as(std::span<std::byte> memory,
@@ -259,6 +248,7 @@ CudaTransport::Ticket& CudaTransport::new_ticket(const ReadRequest& request) {
   free->copies = request.copies;
   free->fingerprints = request.fingerprints;
   free->prepared = nullptr;
+  free->landed_bytes = 0;
   free->cancelled = false;
   free->outcome.reset();
   return *free;
@@ -267,12 +257,9 @@ CudaTransport::Ticket& CudaTransport::new_ticket(const ReadRequest& request) {
 // The region's number among those that the request reads, each once.
 Result<uint32_t> CudaTransport::number_of(const RemoteRegion* region_of_peer) {
   const CudaRemoteRegion* const region = ours(region_of_peer);
-  if (region == nullptr) return not_ours();
+  if (region == nullptr) return cuda::not_ours();
   if (region->request == requests_) return region->number;
-  if (!region->on_device()) {
-    return Error{ErrorCode::kInvalidArgument,
-                 "a request that joins regions reads one that does not join"};
-  }
+  if (!region->on_device()) return cuda::joins_none();
   // What was read before other memory was mapped is the generation's to judge; until the region is
   // closed the physical memory stays, so that no read meets a hole.
   if (!region->current()) {
@@ -284,6 +271,7 @@ Result<uint32_t> CudaTransport::number_of(const RemoteRegion* region_of_peer) {
   region->number = static_cast<uint32_t>(distinct_.size());
   distinct_.push_back(region);
   bases_.push_back(region->address());
+  source_bytes_.push_back(region->size_bytes());
   return region->number;
 }
 
@@ -292,6 +280,7 @@ Result<void> CudaTransport::number_sources(const ReadRequest& request) {
   ++requests_;
   distinct_.clear();
   bases_.clear();
+  source_bytes_.clear();
   sources_.resize(request.copies.size());
   scale_sources_.resize(request.copies.size());
   const RemoteRegion* last = nullptr;
@@ -334,14 +323,16 @@ Result<void> CudaTransport::check_copies(const ReadRequest& request) const {
   return {};
 }
 
-// What was kept for the same copies, or copies made ready now.
+// What was kept for the same copies of regions of the same sizes, which were checked then, or
+// copies made ready now.
 Result<CudaTransport::Prepared*> CudaTransport::prepare(const ReadRequest& request) {
   const bool sums = !request.fingerprints.empty();
   const bool engines = std::ranges::all_of(distinct_, &CudaRemoteRegion::is_elsewhere);
   CopyKey key = cuda::key_of(request.copies, sources_, scale_sources_, sums);
   key.high ^= engines ? 1 : 0;
-  const auto found = std::ranges::find_if(
-      kept_, [&](const auto& prepared) { return prepared->key == key && !prepared->busy; });
+  const auto found = std::ranges::find_if(kept_, [&](const auto& kept) {
+    return kept->key == key && kept->source_bytes == source_bytes_ && !kept->busy;
+  });
   if (found != kept_.end()) {
     std::rotate(found, found + 1, kept_.end());
     return kept_.back().get();
@@ -358,7 +349,8 @@ Result<CudaTransport::Prepared*> CudaTransport::prepare(const ReadRequest& reque
     const auto idle = std::ranges::find_if(kept_, [](const auto& old) { return !old->busy; });
     if (idle != kept_.end()) kept_.erase(idle);
   }
-  kept_.push_back(std::make_unique<Prepared>(Prepared{.key = key, .copies = std::move(copies)}));
+  kept_.push_back(std::make_unique<Prepared>(
+      Prepared{.key = key, .source_bytes = source_bytes_, .copies = std::move(copies)}));
   return kept_.back().get();
 }
 
@@ -371,7 +363,7 @@ Result<TicketId> CudaTransport::submit(const ReadRequest& request) {
   const CudaRemoteRegion* const region = ours(request.region);
   const CudaRemoteRegion* const scales =
       request.scale_region == nullptr ? region : ours(request.scale_region);
-  if (region == nullptr || scales == nullptr) return not_ours();
+  if (region == nullptr || scales == nullptr) return cuda::not_ours();
   bool into_device = true;  // a sum of device memory has no target
   if (!request.copies.empty() && request.copies[0].target != nullptr) {
     TRANSFUSE_ASSIGN_OR_RETURN(const Device* device,
@@ -384,8 +376,9 @@ Result<TicketId> CudaTransport::submit(const ReadRequest& request) {
     inner.region = region->host();
     if (request.scale_region != nullptr) {
       inner.scale_region = scales->host();
-      if (inner.scale_region == nullptr) return scales_on_device();
+      if (inner.scale_region == nullptr) return cuda::scales_on_device();
     }
+    if (!request.regions.empty()) return cuda::joins_none();
     return core_->host->submit(inner);
   }
   const MutexLock lock(mutex_);
@@ -416,10 +409,14 @@ Result<void> CudaTransport::start(Ticket& ticket, const CopyLimits& limits) {
   last_start_ = std::chrono::steady_clock::now();
   TRANSFUSE_RETURN_IF_ERROR(ticket.prepared->copies.launch(
       bases_, {.stream = stream_.get(),
-               .multiprocessors = multiprocessors_for(limits),
+               .multiprocessors = cuda::multiprocessors_for(limits),
                .gigabytes_per_second = limits.gigabytes_per_second}));
   const Current current = core_->device->use();
-  return TRANSFUSE_CUDA(core_->device->driver(), cuEventRecord, ticket.done.get(), stream_.get());
+  const cuda::Driver& driver = core_->device->driver();
+  auto recorded = TRANSFUSE_CUDA(driver, cuEventRecord, ticket.done.get(), stream_.get());
+  // Nobody waits for a ticket that was not given out.
+  if (!recorded) (void)driver.cuStreamSynchronize(stream_.get());
+  return recorded;
 }
 
 Result<TicketId> CudaTransport::submit_staged(const ReadRequest& request) {
@@ -429,13 +426,14 @@ Result<TicketId> CudaTransport::submit_staged(const ReadRequest& request) {
   read->gigabytes_per_second = request.limits.gigabytes_per_second;
   const auto* region = static_cast<const CudaRemoteRegion*>(request.region);
   if (region->host() != nullptr) {
+    if (!request.regions.empty()) return cuda::joins_none();
     read->host_region = region->host();
     distinct_.assign(1, region);
     sources_.assign(request.copies.size(), 0);
     if (request.scale_region != nullptr) {
       distinct_.push_back(static_cast<const CudaRemoteRegion*>(request.scale_region));
       read->host_scales = distinct_.back()->host();
-      if (read->host_scales == nullptr) return scales_on_device();
+      if (read->host_scales == nullptr) return cuda::scales_on_device();
     }
     scale_sources_.assign(request.copies.size(), static_cast<uint32_t>(distinct_.size() - 1));
     TRANSFUSE_RETURN_IF_ERROR(check_copies(request));
@@ -471,7 +469,8 @@ void CudaTransport::settle(Ticket& ticket) {
   ticket.outcome = driver.check(state, "copies on the device");
   ticket.prepared->busy = false;
   if (!*ticket.outcome) return;
-  core_->read_bytes += ticket.prepared->copies.target_bytes();
+  ticket.landed_bytes = ticket.prepared->copies.target_bytes();
+  core_->read_bytes += ticket.landed_bytes;
   const auto sums = ticket.prepared->copies.sums();
   for (size_t i = 0; i < sums.size(); ++i) {
     if (ticket.copies[i].fingerprint) ticket.fingerprints[i] = sums[i];
@@ -509,8 +508,7 @@ uint64_t CudaTransport::progress_bytes(TicketId id) {
   const MutexLock lock(mutex_);
   Ticket& ticket = at(id);
   settle(ticket);
-  if (ticket.staged != nullptr) return ticket.staged->progress;
-  return ticket.outcome && *ticket.outcome ? ticket.prepared->copies.target_bytes() : 0;
+  return ticket.staged != nullptr ? ticket.staged->progress.load() : ticket.landed_bytes;
 }
 
 void CudaTransport::cancel(TicketId id) {

@@ -120,6 +120,7 @@ Result<void> EnginePieces::let_follow(CUstream stream, size_t leg) {
 }
 
 void EnginePieces::wait() {
+  if (empty()) return;
   for (const Stream& stream : streams_) {
     (void)device_->driver().cuStreamSynchronize(stream.get());
   }
