@@ -42,8 +42,9 @@ ElementOp narrowing(ElementOp op) {
 }
 
 // Loops whose count the compiler knows, so that it makes vectors of them; one version for each set
-// of instructions, chosen when the program is loaded.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// of instructions, chosen when the program is loaded. A function that chooses would call
+// ThreadSanitizer before that is there.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__)
 #define TRANSFUSE_VERSIONS __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define TRANSFUSE_VERSIONS
