@@ -12,7 +12,6 @@
 #include <span>
 
 #include "copy/block_scale.h"
-#include "copy/cast.h"
 #include "copy/copy.h"
 #include "transfuse/copy.h"
 #include "transfuse/result.h"
