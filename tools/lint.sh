@@ -34,14 +34,15 @@ files() {
 
 format() { files '*.cc' '*.h' | xargs clang-format-19 --dry-run -Werror; }
 
-# A compilation database made by clang, so that both clang tools understand every flag. Generated
-# protobuf headers must exist before a file that includes them is read.
+# A compilation database made by clang, so that both clang tools understand every flag. What is
+# generated and included, by protobuf and of the kernels, must exist before a file that includes it
+# is read.
 configure() {
   local log="$database.log"
   {
     cmake --preset clang -B "$database" -DTRANSFUSE_PYTHON=ON -DTRANSFUSE_BENCH=ON \
       -DPython_EXECUTABLE="$PWD/.venv/bin/python" &&
-      ninja -C "$database" -t targets all | sed -n 's/^\(generated\/.*\.pb\.h\):.*/\1/p' |
+      ninja -C "$database" -t targets all | sed -n 's/^\(generated\/.*\.\(pb\.h\|inc\)\):.*/\1/p' |
       xargs -r ninja -C "$database"
   } >"$log" 2>&1 || { tail -n 20 "$log"; return 1; }
 }

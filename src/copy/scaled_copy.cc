@@ -12,7 +12,6 @@
 #include <span>
 
 #include "copy/block_scale.h"
-#include "copy/cast.h"
 #include "copy/copy.h"
 #include "transfuse/copy.h"
 #include "transfuse/result.h"
@@ -42,8 +41,9 @@ ElementOp narrowing(ElementOp op) {
 }
 
 // Loops whose count the compiler knows, so that it makes vectors of them; one version for each set
-// of instructions, chosen when the program is loaded.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// of instructions, chosen when the program is loaded. A function that chooses would call
+// ThreadSanitizer before that is there.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__)
 #define TRANSFUSE_VERSIONS __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define TRANSFUSE_VERSIONS

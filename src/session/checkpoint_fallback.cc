@@ -17,6 +17,7 @@
 #include "files/checkpoint_source.h"
 #include "files/reading.h"
 #include "files/side.h"
+#include "session/memory.h"
 #include "session/refit_attempt.h"
 #include "session/source_link.h"
 #include "session/whole_layout.h"

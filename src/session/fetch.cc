@@ -6,16 +6,15 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
-#include <span>
 #include <string>
 #include <thread>
 #include <utility>
 
 #include "session/checkpoint_fallback.h"
+#include "session/memory.h"
 #include "session/stopwatch.h"
 #include "transfuse/control.h"
 #include "transfuse/deadline.h"

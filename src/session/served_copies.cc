@@ -78,7 +78,7 @@ void ServedWeights::keep_sums(uint32_t slot, std::span<Table* const> tables,
   }
   for (const auto& [copy, number, held] : copies.made.sums) {
     Table& table = *tables[number];
-    reinterpret_cast<uint64_t*>(table.bytes(slot) + kTableHeaderBytes)[held] = copies.results[copy];
+    store_sum(table, slot, held, copies.results[copy]);
     table.sums[slot].copied[held] = true;
     ++table.sums[slot].copied_count;
   }

@@ -445,7 +445,6 @@ std::span<const Chunk> ServedWeights::chunks_at(const Table& table, uint32_t slo
 Result<void> ServedWeights::sum_chunks(const Table& table, uint32_t slot,
                                        std::span<const Chunk> chunks) const {
   const Plan& plan = table.copies.plan();
-  auto* const sums = reinterpret_cast<uint64_t*>(table.bytes(slot) + kTableHeaderBytes);
   const std::span<const uint32_t> held = table.copies.held_runs(table.own);
   const uint32_t end = chunks.back().first_run + chunks.back().run_count;
   const auto first = std::ranges::lower_bound(held, chunks.front().first_run);
@@ -461,7 +460,7 @@ Result<void> ServedWeights::sum_chunks(const Table& table, uint32_t slot,
         *std::ranges::find(plan.holders_of(run), table.own, &Holder::source_layout);
     const auto of = [&](uint32_t parameter) { return data(slot, parameter); };
     if (!on_device(slot)) {
-      sums[number] = table.copies.sum(run, holder, of);
+      store_sum(table, slot, number, table.copies.sum(run, holder, of));
       continue;
     }
     StridedCopy copy = table.copies.copy(run, holder, 0, nullptr, true);
@@ -483,8 +482,13 @@ Result<void> ServedWeights::sum_chunks(const Table& table, uint32_t slot,
   if (weights) TRANSFUSE_RETURN_IF_ERROR(memory_.refresh());
   std::vector<uint64_t> results(summed.size());
   TRANSFUSE_RETURN_IF_ERROR(run_on_device(transport_, on_device_copies, results));
-  for (size_t i = 0; i < summed.size(); ++i) sums[summed[i]] = results[i];
+  for (size_t i = 0; i < summed.size(); ++i) store_sum(table, slot, summed[i], results[i]);
   return {};
+}
+
+void ServedWeights::store_sum(const Table& table, uint32_t slot, size_t held_run, uint64_t sum) {
+  auto* const sums = reinterpret_cast<uint64_t*>(table.bytes(slot) + kTableHeaderBytes);
+  word(sums[held_run]).store(sum, std::memory_order_relaxed);
 }
 
 }  // namespace transfuse

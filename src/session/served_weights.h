@@ -161,6 +161,8 @@ class ServedWeights {
   // The chunks that are summed at once, from `first` on.
   std::span<const Chunk> chunks_at(const Table& table, uint32_t slot, uint32_t first) const;
   Result<void> sum_chunks(const Table& table, uint32_t slot, std::span<const Chunk> chunks) const;
+  // Into the table. A reader of what was in the slot before may be looking.
+  static void store_sum(const Table& table, uint32_t slot, size_t held_run, uint64_t sum);
   void drop_stale_tables() REQUIRES(mutex_);
   static void mark_dropped(const Table& table);
   GenerationWords& words(uint32_t slot) const;  // in registered memory

@@ -9,8 +9,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "copy/element_size.h"
@@ -21,6 +21,8 @@
 #include "transport/cuda/device_table.h"
 #include "transport/cuda/driver.h"
 #include "transport/cuda/engine_pieces.h"
+#include "transport/cuda/scaled_copies.h"
+#include "transport/cuda/scaled_table.h"
 
 namespace transfuse::cuda {
 namespace {

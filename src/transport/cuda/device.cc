@@ -3,10 +3,11 @@
 
 #include <fmt/format.h>
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <string>
-#include <utility>
 
 #include "transfuse/result.h"
 #include "transport/cuda/driver.h"

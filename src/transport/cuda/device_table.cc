@@ -273,7 +273,8 @@ DeviceTable DeviceTableBuilder::build(uint64_t spread) {
   for (const DeviceItem& item : table_.items)
     by_source[table_.runs[item.run].source].push_back(item);
   const size_t total = table_.items.size();
-  // (place in the order of its own source, from 0 to `total`; source): a stable merge.
+  // (place in the order of its own source, from 0 to `total`; source): a merge, where no two places
+  // are alike.
   std::vector<std::pair<size_t, DeviceItem>> order;
   order.reserve(total);
   size_t rank = 0;
@@ -290,7 +291,7 @@ DeviceTable DeviceTableBuilder::build(uint64_t spread) {
     }
     ++rank;
   }
-  std::ranges::stable_sort(order, {}, &std::pair<size_t, DeviceItem>::first);
+  std::ranges::sort(order, {}, &std::pair<size_t, DeviceItem>::first);
   for (size_t i = 0; i < total; ++i) table_.items[i] = order[i].second;
   return std::exchange(table_, {});
 }

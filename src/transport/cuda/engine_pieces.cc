@@ -4,9 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <span>
-#include <utility>
 #include <vector>
 
 #include "transfuse/result.h"
@@ -42,7 +40,9 @@ Result<EnginePieces> EnginePieces::make(const Device& device, std::vector<Engine
     TRANSFUSE_ASSIGN_OR_RETURN(stream, Stream::create(device));
   }
   // Dealt to the streams longest first: they end at about the same time.
-  std::ranges::stable_sort(pieces, std::greater(), &EnginePiece::size_bytes);
+  std::ranges::sort(pieces, [](const EnginePiece& a, const EnginePiece& b) {
+    return a.size_bytes != b.size_bytes ? a.size_bytes > b.size_bytes : a.copy < b.copy;
+  });
   const std::span<const EnginePiece> all = pieces;
   for (size_t begin = 0; begin < all.size();) {
     Leg& leg = made.legs_.emplace_back();

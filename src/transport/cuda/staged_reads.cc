@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -85,14 +86,15 @@ void StagedReads::work() {
   while (true) {
     while (due_.empty() && !stopping_) changed_.wait(mutex_);
     if (due_.empty()) return;
-    running_ = due_.front();
+    StagedRead& read = *due_.front();
     due_.pop_front();
+    running_ = &read;
     mutex_.unlock();
 
-    Result<void> outcome = run(*running_);
+    Result<void> outcome = run(read);
 
     mutex_.lock();
-    running_->outcome = std::move(outcome);
+    read.outcome = std::move(outcome);
     running_ = nullptr;
     changed_.notify_all();
   }
